@@ -1,0 +1,117 @@
+"""How dimr touches the disk: a file appears whole or not at all, and nothing read is trusted."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+
+class UserError(Exception):
+    """Something the user can put right. Its text is one line: what is wrong (with the value), what
+    was expected, what to do. The command line prints it without a traceback and exits with 1."""
+
+
+@contextlib.contextmanager
+def writing(path, mode="wb"):
+    """Open a temporary file beside `path`; on leaving it is synced and renamed to `path`, or removed
+    if anything was raised. The parent folder is made if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path):
+    """Make a rename inside folder `path` durable."""
+    if os.name == "nt":  # Windows has no handle for a folder to sync
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(folder):
+    """Remove what a killed process left half-written in `folder` (`writing`'s temporary files)."""
+    for path in Path(folder).glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with writing(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from None
+
+
+def sha256(path):
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_tensors(path):
+    """Tensors and metadata of a `.safetensors` file, or of a PyTorch file read with weights only.
+
+    Returns (dict of name → CPU tensor, dict of str → str). Raises UserError for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; expected weights (.safetensors, .pth, .pt, .ckpt)")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever an untrusted file makes the parser raise, the file is at fault
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} can't be read as plain weights ({reason}); nothing in it was run") from None
+    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
+        value = value["state_dict"]  # Lightning and CompVis wrap theirs
+    tensors = {k: v for k, v in value.items() if isinstance(v, torch.Tensor)} if isinstance(value, dict) else {}
+    if not tensors:
+        raise UserError(f"{path} holds no state dict: expected names mapped to tensors")
+    return tensors, {}
+
+
+def save_tensors(path, tensors, metadata=None):
+    """Write name → tensor as safetensors, whole or not at all. `metadata` maps str to str."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
