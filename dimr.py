@@ -1,0 +1,441 @@
+"""DiMR: the multi-resolution network of "Alleviating Distortion in Image Generation via Multi-Resolution
+Diffusion Models" (arXiv:2406.09416, Sec. 4), in the order data flows: norms, MLP, blocks, branch, network.
+
+R branches see the noisy image from coarse to fine. Branch 1 runs Transformer blocks on the coarsest grid, the
+others ConvNeXt blocks. Each adds the upsampled features of the branch before it to its own patchified input
+(the cascade), and each predicts the noise at its resolution; the last prediction is the output.
+
+The paper's text and its released code differ in three places, and this file follows the code, which gives the
+published parameter counts and GFLOPs: the cascade carries the features of *every* block, concatenated; the number
+of blocks is rounded up to odd; and the released weights' blocks use TD-LN's scale-only sibling (`tdrms`)."""
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.utils.checkpoint
+
+
+class Condition(NamedTuple):
+    """What a norm may depend on: `tau` (B,) or (1,) when all samples share it, and class indices `y` (B,)."""
+
+    tau: torch.Tensor
+    y: torch.Tensor
+
+
+# ---------------------------------------------------------------------------------------------- norms
+
+
+class TimeVector(nn.Module):
+    """A vector that moves with time, s·p₁ + (1 − s)·p₂ with s = σ(w·τ + b), elementwise (paper, eqs. 5-6).
+
+    w is stored less 1, so that no initial value and no pull of an optimiser favours w = 0."""
+
+    def __init__(self, dim, init):
+        super().__init__()
+        self.p1 = nn.Parameter(torch.full((dim,), float(init)))
+        self.p2 = nn.Parameter(torch.full((dim,), float(init)))
+        self.w_minus_1 = nn.Parameter(torch.zeros(dim))
+        self.b = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, tau):  # (B,) -> (B, D), always float32
+        s = torch.sigmoid(tau.float()[:, None] * (self.w_minus_1.float() + 1) + self.b.float())
+        return torch.lerp(self.p2.float(), self.p1.float(), s)
+
+
+class Norm(nn.Module):
+    """Base of the norms: `norm(x, condition)`, and the pre-norm residual step, which adaLN-Zero would override
+    to scale what it adds. x: (B, tokens, D)."""
+
+    def residual(self, x, condition, function):
+        return x + function(self(x, condition))
+
+
+class TDLN(Norm):
+    """Time-dependent layer normalisation, LN(x)·γ(τ) + β(τ) (paper, Sec. 4.2, eq. 7)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma, self.beta = TimeVector(dim, 1), TimeVector(dim, 0)
+
+    def forward(self, x, condition):
+        gamma, beta = self.gamma(condition.tau).to(x.dtype), self.beta(condition.tau).to(x.dtype)
+        if gamma.shape[0] == 1:  # one time for all: the library's fused affine
+            return F.layer_norm(x, x.shape[-1:], gamma[0], beta[0])
+        return torch.addcmul(beta[:, None], F.layer_norm(x, x.shape[-1:]), gamma[:, None])
+
+
+class TDRMS(Norm):
+    """TD-LN's scale-only sibling, x / (‖x‖₂/√D + 1e-8) · γ(τ), which the released checkpoints use."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = TimeVector(dim, 1)
+
+    def forward(self, x, condition):
+        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) * x.shape[-1] ** -0.5
+        return x * (1 / (rms + 1e-8)).to(x.dtype) * self.gamma(condition.tau).to(x.dtype)[:, None]
+
+
+NORMS = {"tdln": TDLN, "tdrms": TDRMS}
+
+
+# ------------------------------------------------------------------------------------------------ MLP
+
+
+class GEGLU(nn.Module):
+    """W₂(GELU(W₀x) ⊙ W₁x) with hidden width 2D (paper, Sec. 4.3)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.w0, self.w1, self.w2 = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+
+    def forward(self, x):
+        return self.w2(F.gelu(self.w0(x)) * self.w1(x))
+
+
+MLPS = {"geglu": GEGLU}
+
+
+# --------------------------------------------------------------------------------------------- blocks
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x):  # (B, L, D)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and MLP, on the coarsest grid with the class token in front."""
+
+    def __init__(self, dim, heads, grid, norm, mlp):
+        super().__init__()
+        self.norm1, self.attention = NORMS[norm](dim), Attention(dim, heads)
+        self.norm2, self.mlp = NORMS[norm](dim), MLPS[mlp](dim)
+
+    def forward(self, x, condition):  # (B, 1 + H·W, D)
+        x = self.norm1.residual(x, condition, self.attention)
+        return self.norm2.residual(x, condition, self.mlp)
+
+
+class ConvNeXtBlock(nn.Module):
+    """A depthwise 7×7 convolution (no norm before it) and a pre-norm MLP; it sees no class."""
+
+    def __init__(self, dim, heads, grid, norm, mlp):
+        super().__init__()
+        self.grid = grid
+        self.depthwise = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm, self.mlp = NORMS[norm](dim), MLPS[mlp](dim)
+
+    def forward(self, x, condition):  # (B, H·W, D), which the convolution sees as channels-last (B, D, H, W)
+        image = x.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        x = x + self.depthwise(image).permute(0, 2, 3, 1).flatten(1, 2)
+        return self.norm.residual(x, condition, self.mlp)
+
+
+# ------------------------------------------------------------------------------------ branch, network
+
+
+class Upsample(nn.Module):
+    """The cascade's step to the next resolution: TD-LN, Linear to 4·D, pixel shuffle × 2, TD-LN."""
+
+    def __init__(self, dim_in, dim, grid):
+        super().__init__()
+        self.grid = grid  # of the input
+        self.norm_in, self.linear, self.norm_out = TDLN(dim_in), nn.Linear(dim_in, 4 * dim), TDLN(dim)
+
+    def forward(self, y, condition):  # (B, h·w, dim_in) -> (B, 2h·2w, D)
+        y = self.linear(self.norm_in(y, condition))
+        y = y.unflatten(-1, (2, 2, -1)).unflatten(1, (self.grid, self.grid))  # (B, h, w, row, column, D)
+        return self.norm_out(y.transpose(2, 3).flatten(1, 4), condition)
+
+
+class Branch(nn.Module):
+    """Branch r: patchify, add position and cascade, run the blocks with U-ViT's long skips, predict the noise."""
+
+    def __init__(self, config, r):
+        super().__init__()
+        dim, grid, blocks = config.dims[r], config.grids[r], config.blocks[r]
+        patch = config.size // grid
+        self.patchify = nn.Conv2d(config.channels, dim, patch, stride=patch)
+        self.position = nn.Parameter(torch.empty(grid * grid, dim))  # row-major
+        if r == 0:
+            self.class_token = nn.Embedding(config.embeddings, dim)
+        else:
+            self.upsample = Upsample((config.blocks[r - 1] + 1) * config.dims[r - 1], dim, config.grids[r - 1])
+        block = TransformerBlock if r == 0 else ConvNeXtBlock
+        self.blocks = nn.ModuleList(block(dim, config.heads, grid, config.norm, config.mlp) for _ in range(blocks))
+        self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(blocks // 2))
+        self.out_norm, self.out = TDLN(dim), nn.Conv2d(dim, config.channels, 3, padding=1)
+        self.grid, self.tokens = grid, int(r == 0)  # tokens in front of the grid's own
+
+    def forward(self, image, y, condition, run):
+        """`image` (B, C, H, W), `y` the branch before's features or None; `run(block, x, condition)` applies a block.
+
+        Returns the noise at this resolution (B, C, h, w) and this branch's features (B, h·w, (blocks + 1)·D)."""
+        x = self.patchify(image).flatten(2).transpose(1, 2) + self.position  # (B, h·w, D)
+        if self.tokens:
+            x = torch.cat([self.class_token(condition.y)[:, None], x], dim=1)
+        else:
+            x = x + self.upsample(y, condition)
+        features, long_skips, middle = [x[:, self.tokens :]], [], len(self.skips)
+        for i, block in enumerate(self.blocks):
+            if i > middle:
+                x = self.skips[i - middle - 1](torch.cat([x, long_skips.pop()], dim=-1))
+            x = run(block, x, condition)
+            if i < middle:
+                long_skips.append(x)
+            features.append(x[:, self.tokens :])
+        noise = self.out_norm(features[-1], condition).unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        return self.out(noise), features
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The shape of a network and the space it works in. Tuples run over branches, coarse to fine."""
+
+    size: int  # height and width of the input, in pixels or latent cells
+    channels: int
+    layers: tuple[int, ...]  # N of the paper's Table 3; even ones get one block more
+    dims: tuple[int, ...]
+    heads: int
+    num_classes: int  # real classes
+    null_class: bool  # one more embedding, for classifier-free guidance
+    space: str  # "latent" or "pixel": which data and which noise schedule
+    norm: str = "tdln"
+    mlp: str = "geglu"
+
+    def __post_init__(self):
+        for field in ("layers", "dims"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        R = len(self.dims)
+        for wrong, message in (
+            (R < 1 or len(self.layers) != R, f"layers {self.layers} and dims {self.dims} need one entry per branch each"),
+            (min((*self.layers, *self.dims, self.heads, self.num_classes, self.channels, self.size), default=0) < 1,
+             "layers, dims, heads, num_classes, channels and size must be at least 1"),
+            (self.size % 2 ** max(R - 1, 0), f"size {self.size} does not halve {R - 1} times, as {R} branches need"),
+            (self.dims and self.heads > 0 and self.dims[0] % self.heads,
+             f"heads {self.heads} does not divide the first branch's width {self.dims[:1]}"),
+            (self.norm not in NORMS, f"norm {self.norm!r} is not one of {', '.join(NORMS)}"),
+            (self.mlp not in MLPS, f"mlp {self.mlp!r} is not one of {', '.join(MLPS)}"),
+            (self.space not in ("latent", "pixel"), f"space {self.space!r} is neither 'latent' nor 'pixel'"),
+        ):
+            if wrong:
+                raise ValueError(message)
+
+    @property
+    def grids(self):
+        """Height of each branch's grid."""
+        return tuple(self.size >> r for r in reversed(range(len(self.dims))))
+
+    @property
+    def blocks(self):
+        """N' = 2⌊N/2⌋ + 1 blocks, so that long skips pair up around a middle one."""
+        return tuple(2 * (n // 2) + 1 for n in self.layers)
+
+    @property
+    def embeddings(self):
+        """Rows of the class embedding; the null class is the last of them."""
+        return self.num_classes + self.null_class
+
+    @property
+    def macs(self):
+        """Multiply-accumulates of one forward pass of one image, per branch: what the paper calls Gflops."""
+        counts = []
+        for r, (dim, grid, blocks) in enumerate(zip(self.dims, self.grids, self.blocks)):
+            cells = grid * grid
+            tokens = cells + (r == 0)
+            mixing = 4 * dim * dim + 2 * tokens * dim if r == 0 else 49 * dim
+            count = cells * dim * self.channels * (self.size // grid) ** 2 + 9 * cells * dim * self.channels
+            count += blocks * tokens * (mixing + 6 * dim * dim) + blocks // 2 * tokens * 2 * dim * dim
+            if r:
+                count += cells // 4 * (self.blocks[r - 1] + 1) * self.dims[r - 1] * 4 * dim
+            counts.append(count)
+        return tuple(counts)
+
+
+class DiMR(nn.Module):
+    """The multi-resolution network (paper, Sec. 4.1). Predicts the noise at every resolution."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = False  # recompute each block in the backward pass instead of keeping activations
+        self.branches = nn.ModuleList(Branch(config, r) for r in range(len(config.dims)))
+        self.apply(initialise)
+
+    def forward(self, x, tau, y):
+        """x (B, C, H, W) noisy images; tau (B,) time as `solver`'s schedules give it, or (1,) when all share it;
+        y (B,) class indices. Returns the R noise predictions, coarse to fine: (B, C, H/2^(R-r), W/2^(R-r)).
+
+        Raises ValueError for wrong shapes; values are the caller's to check, since that would wait for the device."""
+        c = self.config
+        if x.dim() != 4 or tuple(x.shape[1:]) != (c.channels, c.size, c.size):
+            raise ValueError(f"x is {tuple(x.shape)}; expected (B, {c.channels}, {c.size}, {c.size})")
+        if tau.dim() != 1 or tau.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"tau is {tuple(tau.shape)}; expected ({x.shape[0]},), or (1,) for one time for all")
+        if y.shape != x.shape[:1] or y.is_floating_point():
+            raise ValueError(f"y is {tuple(y.shape)} of {y.dtype}; expected ({x.shape[0]},) class indices")
+        condition, features, predictions = Condition(tau, y), None, []
+        run = recompute if self.checkpoint_blocks and self.training else apply
+        for branch in self.branches:
+            joined = torch.cat(features, dim=-1) if features else None
+            prediction, features = branch(x, joined, condition, run)
+            predictions.append(prediction)
+        return tuple(predictions)
+
+    def parameter_groups(self, weight_decay):
+        """For AdamW: everything decays, biases and embeddings included, but TD-LN's w and b (`TimeVector`)."""
+        groups = {True: [], False: []}
+        for name, parameter in self.named_parameters():
+            groups[not name.endswith((".w_minus_1", "gamma.b", "beta.b"))].append(parameter)
+        return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+
+
+def apply(block, x, condition):
+    return block(x, condition)
+
+
+def recompute(block, x, condition):
+    return torch.utils.checkpoint.checkpoint(block, x, condition, use_reentrant=False)
+
+
+def initialise(module):
+    """Linear layers and embeddings: truncated normal of deviation 0.02, biases 0. Convolutions as PyTorch does."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, Branch):
+        nn.init.trunc_normal_(module.position, std=0.02)
+
+
+_PIXEL = dict(size=64, channels=3, heads=12, num_classes=1000, null_class=False, space="pixel")
+_LATENT = dict(size=32, channels=4, heads=16, num_classes=1000, null_class=True, space="latent")
+
+VARIANTS = {  # paper, Table 3; g2r is on the release's page only
+    "m3r": Config(layers=(15, 8, 8), dims=(768, 384, 192), **_PIXEL),
+    "l3r": Config(layers=(33, 17, 17), dims=(768, 384, 192), **_PIXEL),
+    "xl2r": Config(layers=(39, 20), dims=(960, 480), **_LATENT),
+    "xl3r": Config(layers=(39, 20, 20), dims=(960, 480, 240), **{**_LATENT, "size": 64}),
+    "g2r": Config(layers=(57, 29), dims=(1152, 576), **_LATENT),
+    "demo": Config(layers=(5, 3), dims=(128, 64), size=8, channels=1, heads=4, num_classes=10, null_class=True,
+                   space="pixel"),
+}
+
+
+# ----------------------------------------------------------------------------- the released checkpoints
+
+# Fragments of a parameter's name, ours and the release's, applied in this order.
+_RELEASED = (
+    (r"^branches", "stages"),
+    (r"patchify", "input_layer.1"),
+    (r"position", "input_layer.3.position_embeddings.weight"),
+    (r"class_token", "class_embeds"),
+    (r"norm_in", "0"),
+    (r"upsample.linear", "upsample.1.kernel"),
+    (r"norm_out", "2"),
+    (r"skips", "skip_denses"),
+    (r"out_norm", "output_layer.0"),
+    (r"(\d)\.out\.", r"\1.output_layer.2."),
+    (r"norm1", "block1.norm"),
+    (r"norm2?(?=\.(gamma|beta))(?<!block1.norm)", "block2.norm"),
+    (r"attention.qkv", "block1.query_key_value"),
+    (r"attention.out", "block1.dense"),
+    (r"depthwise", "block1.1"),
+    (r"mlp", "block2"),
+    (r"beta", "bias"),
+    (r"p1$", "param0"),
+    (r"p2$", "param1"),
+    (r"w_minus_1$", "nodecay_weight"),
+    (r"(gamma|bias|scale)\.b$", r"\1.nodecay_bias"),
+)
+
+
+def _released_names(model):
+    """Our parameter names → the release's. The scale of `tdrms` is its `scale`, that of TD-LN its `weight`."""
+    names = {}
+    for ours in model.state_dict():
+        name = ours
+        for pattern, replacement in _RELEASED:
+            name = re.sub(pattern, replacement, name)
+        scale_only = model.config.norm == "tdrms" and ".blocks." in ours
+        names[ours] = name.replace("gamma", "scale" if scale_only else "weight")
+    return names
+
+
+def _released_config(shapes, heads, space, null_class):
+    """Read a configuration off the shapes of a released state dict, by vote where several tensors tell the same."""
+
+    def vote(pattern, axis, default=1):
+        found = [shape[axis] for name, shape in shapes.items() if re.fullmatch(pattern, name) and len(shape) > axis]
+        return max(set(found), key=found.count, default=default)
+
+    stages = [int(m[1]) for name in shapes if (m := re.match(r"stages\.(\d+)\.", name))]
+    if not stages:
+        raise ValueError("this is no released DiMR state dict: no tensor's name begins with 'stages.'")
+    dims, layers = [], []
+    for r in range(max(stages) + 1):
+        indices = [int(m[1]) for name in shapes if (m := re.match(rf"stages\.{r}\.blocks\.(\d+)\.", name))]
+        layers.append(max(indices, default=0) + 1)
+        dims.append(vote(rf"stages\.{r}\.(blocks\.\d+\.block2\.w2\.bias|input_layer\.1\.bias)", 0))
+    channels = vote(r"stages\.\d+\.(output_layer\.2\.bias)", 0)
+    size = round(vote(rf"stages\.{max(stages)}\.input_layer\.3\.position_embeddings\.weight", 0) ** 0.5)
+    space = space or ("latent" if channels == 4 else "pixel")
+    null_class = space == "latent" if null_class is None else null_class
+    embeddings = vote(r"stages\.0\.class_embeds\.weight", 0)
+    norm = "tdrms" if any(".norm.scale." in name for name in shapes) else "tdln"
+    return Config(size=size, channels=channels, layers=layers, dims=dims, heads=heads, norm=norm, space=space,
+                  num_classes=embeddings - null_class, null_class=null_class)
+
+
+def from_config(config, state_dict):
+    """The network of `config` holding the tensors of `state_dict` (our names) themselves, in eval mode.
+
+    Raises ValueError naming every unknown, missing or misshapen tensor."""
+    with torch.device("meta"):
+        model = DiMR(config)
+    check_names({name: tensor.shape for name, tensor in model.state_dict().items()}, state_dict)
+    model.load_state_dict(state_dict, assign=True)
+    return model.eval()
+
+
+def check_names(expected, tensors):
+    """Raise ValueError listing the differences between `expected` (name → shape) and `tensors` (name → tensor)."""
+    faults = [f"unknown {name}" for name in tensors if name not in expected]
+    faults += [f"missing {name}" for name in expected if name not in tensors]
+    faults += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(shape)}"
+               for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
+    if faults:
+        raise ValueError(f"{len(faults)} of {len(expected)} tensors don't fit: " + "; ".join(faults))
+
+
+def from_released(state_dict, heads=16, space=None, null_class=None):
+    """A network in eval mode from a state dict under the authors' released names; its shape is read off the tensors.
+
+    Not in the tensors: `heads`; `space` ("latent" by default for 4 channels, else "pixel"); and whether the last
+    class embedding is the null class (by default in latent space). Raises ValueError naming every tensor at fault."""
+    config = _released_config({name: tuple(t.shape) for name, t in state_dict.items()}, heads, space, null_class)
+    with torch.device("meta"):
+        model = DiMR(config)
+    names, ours = _released_names(model), model.state_dict()
+    check_names({names[name]: tensor.shape for name, tensor in ours.items()}, state_dict)
+    return from_config(config, {name: state_dict[names[name]] for name in ours})
+
+
+def to_released(model):
+    """The network's tensors under the authors' released names, the inverse of `from_released`."""
+    names = _released_names(model)
+    return {names[name]: tensor for name, tensor in model.state_dict().items()}
