@@ -2,11 +2,13 @@
 
 torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process of rank 0."""
 
+import contextlib
 import datetime
 import os
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from storage import UserError
 
@@ -42,7 +44,8 @@ def pick_device(name="auto"):
 def start(device):
     """Join the other processes (NCCL on GPUs, gloo on CPUs). A lost peer is an error after 30 minutes at most."""
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
 
 
 def stop():
@@ -53,6 +56,36 @@ def stop():
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+
+def wrap(model, device):
+    """`model` for training: with several processes, its gradients are averaged over them."""
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+
+def no_sync(model):
+    """A context in which backward passes keep their gradients to themselves."""
+    return model.no_sync() if dist.is_initialized() else contextlib.nullcontext()
+
+
+def mean(tensor):
+    """The average of a tensor over processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+def first(reason):
+    """The first process's `reason` that is not None, on every process: so that all stop at the same step. A tiny
+    exchange between hosts; no GPU is waited for."""
+    if not dist.is_initialized():
+        return reason
+    flag = torch.tensor(int(reason is not None))
+    dist.all_reduce(flag)
+    return next(r for r in gather(reason) if r is not None) if flag else None
 
 
 def broadcast(value):

@@ -1,0 +1,133 @@
+"""A run folder is the record of a training run, and the only thing `train`, `sample` and `eval` share.
+
+    config.json                       everything to repeat the run, versions included
+    metrics.jsonl                     one line per step
+    samples/step-0001000.png          grids from fixed seeds
+    loss.png
+    checkpoints/step-0001000/         appears whole or not at all
+        weights.safetensors, ema.safetensors      carry the configuration: usable alone
+        optimizer.safetensors, state.json, manifest.json (SHA-256 of the others)"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import dimr
+from storage import UserError, load_tensors, read_json, save_tensors, sha256, sweep, sync_folder, write_json
+
+ROOT = Path("runs")
+
+
+def newest(root=ROOT):
+    """The run folder under `root` trained last that has a checkpoint, or None."""
+    found = [path for path in Path(root).glob("*") if checkpoints(path)]
+    return max(found, key=lambda path: checkpoints(path)[-1].stat().st_mtime, default=None)
+
+
+def checkpoints(run):
+    """A run's checkpoint folders, oldest first."""
+    return sorted(path for path in (Path(run) / "checkpoints").glob("step-*") if (path / "manifest.json").is_file())
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def save_checkpoint(run, step, files, state, keep):
+    """Write `files` (name → (tensors, metadata)) and `state` as a checkpoint folder, and delete all but the newest
+    `keep` (0 keeps all). Everything is synced before the folder's rename."""
+    folder = Path(run) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:07d}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        for name, (tensors, metadata) in files.items():
+            save_tensors(temporary / f"{name}.safetensors", tensors, metadata)
+        write_json(temporary / "state.json", state)
+        write_json(temporary / "manifest.json", {path.name: sha256(path) for path in sorted(temporary.iterdir())})
+        sync_folder(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(folder)
+    if keep:
+        for path in checkpoints(run)[:-keep]:
+            shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def verify(checkpoint):
+    """Raise UserError if a file of the checkpoint is missing or differs from its manifest."""
+    for name, expected in read_json(checkpoint / "manifest.json").items():
+        path = checkpoint / name
+        if not path.is_file() or sha256(path) != expected:
+            raise UserError(f"{path} is {'damaged' if path.is_file() else 'missing'} (its SHA-256 is not the manifest's); "
+                            f"delete {checkpoint} to go on from the one before it")
+
+
+def newest_whole(run, say=lambda line: print(line, file=sys.stderr)):
+    """The newest checkpoint that agrees with its manifest, or None; damaged ones are named through `say`."""
+    for checkpoint in reversed(checkpoints(run)):
+        try:
+            verify(checkpoint)
+            return checkpoint
+        except UserError as error:
+            say(f"WARNING: checkpoint refused: {error}")
+    return None
+
+
+@contextlib.contextmanager
+def locked(run):
+    """Hold a run folder for this process. A second one gets a UserError naming the owner; the lock ends with its owner."""
+    import fcntl
+
+    Path(run).mkdir(parents=True, exist_ok=True)
+    with open(Path(run) / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{run} is in use by {file.read().strip() or 'another process'}; wait for it or choose another --out") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        sweep(run)
+        sweep(Path(run) / "checkpoints")
+        sweep(Path(run) / "samples")
+        yield
+
+
+# ---------------------------------------------------------------------------------------- weights files
+
+
+def metadata(config, **facts):
+    """What a weights file says of itself: the network's configuration and any facts that JSON can hold."""
+    return {"config": json.dumps(dataclasses.asdict(config)), **{k: json.dumps(v) for k, v in facts.items()}}
+
+
+def read_weights(path, heads=16):
+    """(network in eval mode, facts) from a weights file: ours, or the authors' released state dict.
+
+    Raises UserError when it is neither, doesn't fit, or holds values that are not finite."""
+    tensors, about = load_tensors(path)
+    try:
+        if "config" in about:
+            facts = {name: json.loads(value) for name, value in about.items() if name != "format"}
+            model = dimr.from_config(dimr.Config(**facts.pop("config")), tensors)
+        else:
+            model, facts = dimr.from_released(tensors, heads), {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} does not fit: {error}") from None
+    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise UserError(f"{path} holds values that are not finite, first in {bad[0]} ({len(bad)} tensors); use another checkpoint")
+    return model, facts

@@ -1,0 +1,490 @@
+"""Training (paper, Sec. 5.1 and Table 4): AdamW, constant rate after a linear warm-up, EMA, multi-scale loss.
+
+What a sample is made of (which image, flip, time, noise, dropped label) depends on the seed and on the sample's
+position in the run, counted from 0 over all steps. So any split of the global batch over processes and accumulation
+steps computes the same, and a resumed run goes on as if it had never stopped."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import dataset
+import dimr
+import parallel
+import pictures
+import runs
+import sampling
+import solver
+from storage import UserError, load_tensors, read_json, write_json, writing
+
+LOG_EVERY = 10  # steps between reads of the losses from the device
+BLOCK = 16  # positions that share one random generator
+BAD_STEPS = 50  # consecutive non-finite steps that end training
+PEAK_FLOPS = {  # dense bf16, vendors' data sheets
+    "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to train. Defaults are the paper's (Table 4) where it gives them."""
+
+    lr: float = 2e-4
+    steps: int = 1_000_000
+    batch_size: int = 1024  # global: over all processes and accumulation steps
+    micro_batch: int | None = None  # per process and pass; None: the process's share of the batch at once
+    warmup: int = 5000
+    weight_decay: float = 0.03
+    betas: tuple[float, float] = (0.99, 0.99)
+    ema: float = 0.9999
+    label_dropout: float = 0.1  # above 0 the network gets a null class
+    grad_clip: float | None = None
+    target_scale: str = "unit"
+    precision: str | None = None  # None: bf16 on CUDA, else fp32
+    compile: bool | None = None  # None: on CUDA
+    checkpoint_blocks: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(self.betas))
+
+
+RECIPES = {
+    "m3r": Recipe(lr=3e-4, steps=300_000, label_dropout=0),
+    "l3r": Recipe(lr=3e-4, steps=300_000, label_dropout=0),
+    "xl2r": Recipe(),
+    "xl3r": Recipe(),
+    "g2r": Recipe(),
+    "demo": Recipe(lr=1e-3, steps=1000, batch_size=128, warmup=50, betas=(0.9, 0.99), ema=0.99, weight_decay=0.01),
+}
+
+
+# --------------------------------------------------------------------------------- randomness by position
+
+
+def _draw(seed, stream, first, last, sample, device="cpu"):
+    """Rows first..last-1 of an endless random table: `sample(generator)` gives BLOCK rows, from a generator that knows
+    only the seed, the stream's name and the block's number."""
+    rows = []
+    for block in range(first // BLOCK, (last - 1) // BLOCK + 1):
+        key = hashlib.blake2b(f"{seed} {stream} {block}".encode(), digest_size=8).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
+        rows.append(sample(generator))
+    start = first // BLOCK * BLOCK
+    return torch.cat(rows)[first - start : last - start]
+
+
+def normal(seed, stream, first, last, shape, device="cpu"):
+    """Standard normal numbers (last - first, *shape) of positions first..last-1."""
+    return _draw(seed, stream, first, last,
+                 lambda g: torch.randn(BLOCK, *shape, generator=g, device=device), device)
+
+
+def uniform(seed, stream, first, last):
+    """Uniform float64 numbers in [0, 1), (last - first,), of positions first..last-1."""
+    return _draw(seed, stream, first, last, lambda g: torch.rand(BLOCK, generator=g, dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------- configuration
+
+MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks"}  # of a recipe, when a run is resumed
+
+
+def configure(base, data, null_class, **changes):
+    """The network's Config: `base` (a variant's, or the initial weights') with size, channels and classes from the
+    data and the user's `changes` (`layers`, `dims`, `heads`, `norm`). Raises UserError."""
+    space = {"pixels": "pixel", "latents": "latent"}[data.kind]
+    if base.space != space:
+        fitting = ", ".join(name for name, config in dimr.VARIANTS.items() if config.space == space)
+        raise UserError(f"this network works in {base.space} space and {data.root} holds {data.kind}; choose one of {fitting}, "
+                        "or other data (dimr encode)")
+    try:
+        return dataclasses.replace(base, size=data.size, channels=data.channels, num_classes=len(data.classes),
+                                   null_class=null_class, **changes)
+    except ValueError as error:
+        raise UserError(f"this network can't be built: {error}") from None
+
+
+def nearest_variant(data):
+    """The variant of the data's space whose size is nearest."""
+    space = {"pixels": "pixel", "latents": "latent"}[data.kind]
+    fitting = [name for name, config in dimr.VARIANTS.items() if config.space == space]
+    return min(fitting, key=lambda name: abs(math.log2(dimr.VARIANTS[name].size / data.size)))
+
+
+def split(batch_size, micro_batch):
+    """(samples per process, samples per pass). Raises UserError naming the nearest sizes where it is uneven."""
+    world = parallel.world_size()
+    unit = world * (micro_batch or 1)
+    if batch_size % unit:
+        near = " or ".join(str(n) for n in (batch_size // unit * unit, (batch_size // unit + 1) * unit) if n)
+        raise UserError(f"batch size {batch_size} does not split over {world} processes"
+                        + (f" and micro-batches of {micro_batch}" if micro_batch else "") + f"; use {near}")
+    return batch_size // world, micro_batch or batch_size // world
+
+
+# ------------------------------------------------------------------------------------------ the state
+
+
+class State:
+    """All that a run changes: the network, its EMA, the optimiser, the step. Saved and restored whole."""
+
+    def __init__(self, config, recipe, device):
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.device, self.step = recipe, device, 0
+        self.model = dimr.DiMR(config).to(device)
+        self.parameters = dict(self.model.named_parameters())
+        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(self.model.parameter_groups(recipe.weight_decay), lr=recipe.lr,
+                                           betas=recipe.betas, fused=True)
+
+    def update(self):
+        """One step of AdamW and EMA from the gradients, on the device alone; returns the gradient's norm and 1.0 where it
+        was not finite. Then nothing changes: the fused kernel skips for `found_inf`, and the EMA's weight is 0."""
+        recipe, gradients = self.recipe, [p.grad for p in self.parameters.values()]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        bad = 1 - norm.isfinite().float()
+        if recipe.grad_clip:
+            torch._foreach_mul_(gradients, (recipe.grad_clip / (norm + 1e-6)).clamp(max=1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, self.step)
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        weight = (1 - recipe.ema) * (1 - bad)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                self.ema[name].lerp_(parameter, weight)
+        self.step += 1
+        return norm, bad
+
+    def initialise(self, weights):
+        """Start from another network's weights; returns the names of the tensors that keep their fresh values."""
+        theirs = weights.state_dict()
+        fresh = [name for name, p in self.parameters.items() if name not in theirs or theirs[name].shape != p.shape]
+        with torch.no_grad():
+            for name in self.parameters.keys() - set(fresh):
+                self.parameters[name].copy_(theirs[name])
+                self.ema[name].copy_(theirs[name])
+        return fresh
+
+    def files(self, facts):
+        """A checkpoint's files: name → (tensors, metadata)."""
+        about = runs.metadata(self.model.config, step=self.step, **facts)
+        moments = {f"{kind}/{name}": value for name, p in self.parameters.items()
+                   for kind, value in self.optimizer.state[p].items()}
+        return {"weights": (self.parameters, about), "ema": (self.ema, about), "optimizer": (moments, None)}
+
+    def load(self, checkpoint):
+        """Take everything from a checkpoint folder. Raises UserError if it is another network's."""
+        weights, ema, moments = (load_tensors(checkpoint / f"{name}.safetensors")[0] for name in ("weights", "ema", "optimizer"))
+        try:
+            for tensors in (weights, ema):
+                dimr.check_names({name: p.shape for name, p in self.parameters.items()}, tensors)
+        except ValueError as error:
+            raise UserError(f"{checkpoint} is of another network: {error}") from None
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(weights[name])
+                self.ema[name].copy_(ema[name])
+        for key, value in moments.items():
+            kind, name = key.split("/")
+            self.optimizer.state[self.parameters[name]][kind] = value.to(self.device)
+        self.step = read_json(checkpoint / "state.json")["step"]
+
+
+def learning_rate(recipe, step):
+    """Linear warm-up from 0, then constant."""
+    return recipe.lr * min(1, step / recipe.warmup) if recipe.warmup else recipe.lr
+
+
+def losses(model, config, schedule, recipe, images, labels, first):
+    """Multi-scale losses of the samples at positions first, first + 1, …: weighted sum (B,), per branch (R, B).
+
+    `images` on the device: uint8 pixels (B, C, H, W), or latents float16 (B, 2, C, h, w) of mean and log-variance, from
+    which z = 0.18215 (μ + σε) is drawn afresh."""
+    last, device = first + len(images), images.device
+    shape = (config.channels, config.size, config.size)
+    if config.space == "pixel":
+        x0 = images.float() / 127.5 - 1
+    else:
+        import vae
+
+        mean, logvar = images.float().unbind(1)
+        x0 = vae.SCALE * (mean + (logvar / 2).exp() * normal(recipe.seed, "latent", first, last, shape, device))
+    if config.null_class:
+        dropped = uniform(recipe.seed, "label", first, last) < recipe.label_dropout
+        labels = labels.masked_fill(dropped.to(device, non_blocking=True), config.embeddings - 1)
+    t = schedule.draw(uniform(recipe.seed, "time", first, last))
+    noise = normal(recipe.seed, "noise", first, last, shape, device)
+    tau = schedule.tau(t).float().to(device, non_blocking=True)
+    with sampling.autocast(device, recipe.precision):
+        predictions = model(schedule.noised(x0, noise, t), tau, labels)
+    return solver.multi_scale_loss(predictions, noise, recipe.target_scale)
+
+
+# -------------------------------------------------------------------------------------------- the job
+
+
+def plan(out, data=None, variant=None, recipe=None, network=None, init=None, res=None, exif=False, device=torch.device("cpu")):
+    """What a run in folder `out` is: (its record for config.json, Config, Recipe, data, initial network or None).
+
+    Everything not given comes from the run's config.json if there is one, else from the variant. Raises UserError where
+    that is no longer the same run."""
+    before = read_json(out / "config.json") if (out / "config.json").exists() else {}
+    known = before.get("data", {})
+    source = data or known.get("path")
+    if source is None:
+        raise UserError("no training data: give --data FOLDER, or run dimr encode first")
+    data = dataset.open_data(source, res or known.get("res"), exif=exif or known.get("exif", False))
+    variant, init = variant or before.get("variant") or nearest_variant(data), init or before.get("init")
+    weights = runs.read_weights(sampling.find_weights(init))[0] if init and not runs.checkpoints(out) else None
+    recipe = Recipe(**{**(before.get("recipe") or dataclasses.asdict(RECIPES[variant])), **(recipe or {})})
+    recipe = dataclasses.replace(recipe, precision=recipe.precision or ("bf16" if device.type == "cuda" else "fp32"),
+                                 compile=device.type == "cuda" if recipe.compile is None else recipe.compile)
+    base = dimr.Config(**before["config"]) if before else weights.config if weights else dimr.VARIANTS[variant]
+    config = configure(base, data, recipe.label_dropout > 0, **(network or {}))
+    record = {"variant": variant, "config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe), "init": init and str(init),
+              "data": {"path": str(Path(source).resolve()), "kind": data.kind, "items": len(data), "res": res or known.get("res"),
+                       "exif": exif or known.get("exif", False), "fingerprint": data.fingerprint}}
+    record = json.loads(json.dumps(record))  # as it reads back
+    if before:
+        fixed = {"variant": None, "config": None, "fingerprint": "data", **{k: "recipe" for k in record["recipe"] if k not in MAY_CHANGE}}
+        for name, part in fixed.items():
+            old, new = (r[part][name] if part else r[name] for r in (before, record))
+            if old != new:
+                raise UserError(f"{out} was trained with {name} {old}, not {new}; give what it had, or choose another --out")
+    return record, config, recipe, data, weights
+
+
+def train(out, data=None, variant=None, recipe=None, network=None, init=None, res=None, exif=False, device="auto",
+          workers=None, on_bad="error", sample_every=None, save_every=None, keep=2, max_time=None, quiet=False):
+    """Train into the run folder `out`, or go on from its newest whole checkpoint.
+
+    `data`: an image folder (read at `res`) or a shard set; `variant`: a key of VARIANTS (None: the nearest); `recipe` and
+    `network`: what to change of its Recipe and Config, as dicts; `init`: weights to start from (name, path or run);
+    `max_time`: seconds after which to save and stop. A resumed run takes whatever is not given from its config.json.
+    Returns a summary dict; `stopped` names the reason if the run is not at its end. Raises UserError."""
+    begun, device, out, main = time.monotonic(), parallel.pick_device(device), Path(out), parallel.is_main()
+    say = (lambda line: tqdm.write(line, file=sys.stderr)) if main and not quiet else (lambda line: None)
+    parallel.start(device)
+    with contextlib.ExitStack() as stack:
+        if main:
+            stack.enter_context(runs.locked(out))
+        record, config, recipe, data, weights = plan(out, data, variant, recipe, network, init, res, exif, device)
+        share, micro = split(recipe.batch_size, recipe.micro_batch)
+        save_every = save_every or max(1, min(5000, recipe.steps // 4))
+        sample_every = save_every if sample_every is None else sample_every
+
+        state = State(config, recipe, device)
+        checkpoint = parallel.broadcast(runs.newest_whole(out) if main else None)
+        if checkpoint:
+            state.load(checkpoint)
+            say(f"going on from {checkpoint}")
+        elif weights:
+            fresh = state.initialise(weights)
+            say(f"starting from {init}: {len(state.parameters) - len(fresh)} tensors taken, "
+                + (f"fresh: {', '.join(fresh)}" if fresh else "none fresh"))
+        if main:
+            write_json(out / "config.json", {**record, "processes": parallel.world_size(), "device": str(device), "versions": versions(),
+                                             "command": sys.argv})
+            truncate_metrics(out, state.step)
+
+        model = state.model.train()
+        model.checkpoint_blocks = recipe.checkpoint_blocks
+        if recipe.compile:
+            model.compile()
+        model = parallel.wrap(model, device)
+        schedule = solver.SCHEDULES[config.space]()
+        facts = {"classes": list(data.classes), "vae": data.index.get("vae") if data.kind == "latents" else None}
+        order, offset, first_step = dataset.Order(len(data), recipe.seed), parallel.rank() * share, state.step
+        passes = share // micro
+        starts = (step * recipe.batch_size + offset + k * micro for step in range(first_step, recipe.steps) for k in range(passes))
+        batches = dataset.loader(data, (order(first, first + micro) for first in starts), workers, on_bad, device.type == "cuda")
+        log, stopped, skipped = Log(out, state), None, []
+        bar = stack.enter_context(tqdm(total=recipe.steps, initial=state.step, unit="step", desc=out.name, disable=quiet or not main,
+                                       mininterval=0.5 if sys.stderr.isatty() else 30))
+        stop = stack.enter_context(Stop())
+        while state.step < recipe.steps and not stopped:
+            first, total = state.step * recipe.batch_size + offset, 0
+            for k in range(passes):
+                images, labels, bad_images = next(batches)
+                skipped += bad_images
+                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                with contextlib.nullcontext() if k == passes - 1 else parallel.no_sync(model):
+                    sums, branches = losses(model, config, schedule, recipe, images, labels, first + k * micro)
+                    (sums.sum() / share).backward()
+                total = total + torch.cat([sums.detach().sum()[None], branches.detach().sum(1)]) / share
+            log.add(total, *state.update())
+            bar.update()
+            late = "max-time" if max_time and time.monotonic() - begun > max_time else None
+            stopped = parallel.first(stop.reason or late)
+            at_end = state.step == recipe.steps or stopped
+            if at_end or state.step % LOG_EVERY == 0:
+                bar.set_postfix(log.flush())
+            if at_end or state.step % save_every == 0:
+                if main:
+                    save(out, state, facts, keep, say, must=at_end)
+                log.restart_clock()
+            if sample_every and (state.step % sample_every == 0 or state.step == recipe.steps):
+                if main:
+                    draw_samples(out, state, facts, say)
+                log.restart_clock()
+        parallel.barrier()
+        summary = {"out": str(out), "step": state.step, "steps": recipe.steps, "stopped": stopped, "loss": log.last.get("loss"),
+                   "params": sum(p.numel() for p in state.parameters.values()), "seconds": round(time.monotonic() - begun, 1),
+                   "skipped_images": len(set(skipped)), "peak_bytes": peak_memory(device)}
+        if main:
+            plot(out)
+            for message in sorted(set(skipped)):
+                say(f"skipped {message}")
+        return summary
+
+
+class Stop(contextlib.AbstractContextManager):
+    """Remembers the first of SIGTERM, SIGINT, SIGUSR1 as `reason`, so that the loop can finish its step and save. A second
+    SIGINT ends at once."""
+
+    def __enter__(self):
+        self.reason = None
+        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        return self
+
+    def note(self, number, frame):
+        if self.reason and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """Collects losses on the device and every few steps reads them at once into metrics.jsonl, a line per step."""
+
+    def __init__(self, out, state):
+        self.path, self.state, self.pending, self.last, self.bad_run = out / "metrics.jsonl", state, [], {}, 0
+        self.restart_clock()
+
+    def restart_clock(self):
+        self.since = time.monotonic()
+
+    def add(self, total, norm, bad):
+        self.pending.append(torch.cat([total, norm[None], bad[None]]))
+
+    def flush(self):
+        """Write what is pending; returns a few figures to show. Raises UserError after BAD_STEPS bad steps in a row."""
+        if not self.pending:
+            return {}
+        state, recipe, count = self.state, self.state.recipe, len(self.pending)
+        rows = parallel.mean(torch.stack(self.pending)).tolist()
+        speed = count * recipe.batch_size / (time.monotonic() - self.since)
+        flops = speed * 6 * sum(state.model.config.macs) / parallel.world_size()
+        peak = peak_flops(state.device)
+        lines = []
+        for step, (loss, *branches, norm, bad) in enumerate(rows, state.step - count + 1):
+            self.bad_run = self.bad_run + 1 if bad else 0
+            self.last = {"step": step, "loss": loss, "loss_branches": branches, "lr": learning_rate(recipe, step - 1),
+                         "gradient_norm": norm, "skipped": bool(bad), "images_per_second": round(speed, 2),
+                         "share_of_peak": round(flops / peak, 4) if peak else None, "peak_bytes": peak_memory(state.device)}
+            lines.append(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.last.items()}))
+            if self.bad_run >= BAD_STEPS:
+                break
+        if parallel.is_main():
+            with open(self.path, "a") as file:
+                file.write("\n".join(lines) + "\n")
+        if self.bad_run >= BAD_STEPS:
+            good = runs.checkpoints(self.path.parent)
+            raise UserError(f"loss or gradient was not finite for {BAD_STEPS} steps up to step {self.last['step']} "
+                            f"(learning rate {self.last['lr']:g}); the last good checkpoint is {good[-1] if good else 'none'}: "
+                            "go on from it with a lower --lr or --grad-clip 1 under another --out (--init)")
+        self.pending = []
+        self.restart_clock()
+        return {"loss": f"{self.last['loss']:.4f}", "img/s": f"{speed:.1f}"} | (
+            {"peak": f"{flops / peak:.0%}"} if peak else {})
+
+
+def truncate_metrics(out, step):
+    """Keep the lines of steps up to `step`: those after it will be trained again."""
+    lines = read_metrics(out)
+    if lines:
+        with writing(out / "metrics.jsonl", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
+
+
+def read_metrics(out):
+    """A run's metrics, a dict per step; a half-written last line is left out."""
+    path = Path(out) / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def plot(out):
+    """Write loss.png from metrics.jsonl; returns its path. Raises UserError if there are no metrics."""
+    lines = [line for line in read_metrics(out) if line["loss"] is not None]
+    if not lines:
+        raise UserError(f"{out} holds no metrics yet; expected a run folder that train wrote")
+    steps = [line["step"] for line in lines]
+    series = {"loss": (steps, [line["loss"] for line in lines])}
+    for r in range(len(lines[0]["loss_branches"])):
+        series[f"branch {r + 1}"] = steps, [line["loss_branches"][r] for line in lines]
+    path = Path(out) / "loss.png"
+    pictures.save(pictures.curves(series, f"{Path(out).name}: multi-scale loss"), path)
+    return path
+
+
+def save(out, state, facts, keep, say, must):
+    """Write a checkpoint. One that fails is reported and training goes on, unless it `must` succeed: the last."""
+    try:
+        runs.save_checkpoint(out, state.step, state.files(facts), {"step": state.step}, keep)
+    except OSError as error:
+        if must:
+            raise
+        say(f"WARNING: checkpoint at step {state.step} NOT saved ({error.strerror or error}); training goes on")
+
+
+def draw_samples(out, state, facts, say):
+    """A grid from fixed seeds with the EMA's weights. Without the VAE there is no picture, said and no more."""
+    config = state.model.config
+    count = 64 if config.space == "pixel" else 16
+    classes = [i % config.num_classes for i in range(count)]
+    model = dimr.from_config(config, state.ema).requires_grad_(False)
+    generator = sampling.Generator(model, state.device, state.recipe.precision, facts["classes"], str(out), "", facts,
+                                   vae_source=facts["vae"])
+    try:
+        images = generator.images(classes, range(count))
+    except UserError as error:
+        return say(f"no sample grid: {error}")
+    captions = [sampling.caption(facts["classes"][c], c, seed) for seed, c in enumerate(classes)]
+    sampling.save_grid(out / "samples" / f"step-{state.step:07d}.png", images, captions)
+
+
+def peak_flops(device):
+    """Dense bf16 operations per second by the vendor's data sheet, or None where the hardware is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory(device):
+    """Most bytes held so far: on the GPU by tensors, else by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def versions():
+    return {"dimr": sampling.version(), "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+            "platform": platform.platform()}
