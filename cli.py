@@ -4,6 +4,9 @@
 spreads train, encode, sample and eval over processes."""
 
 import errno
+import json
+import os
+from pathlib import Path
 
 import click
 
@@ -27,10 +30,294 @@ class Group(click.Group):
             raise click.ClickException(f"{error.filename or 'output'}: {error.strerror}; free space or choose another place") from None
 
 
+class Numbers(click.ParamType):
+    """Comma-separated numbers, as a tuple."""
+
+    def __init__(self, kind, name, count=None):
+        self.kind, self.name, self.count = kind, name, count
+
+    def convert(self, value, param, context):
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(self.kind(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or self.count not in (None, len(numbers)):
+            self.fail(f"{value!r} is not {self.count or 'one or more'} comma-separated numbers, like {self.name}", param, context)
+        return numbers
+
+
+class Seeds(click.ParamType):
+    """Seeds as a list of numbers and ranges: 0-63 or 3,7,10-12."""
+
+    name = "0-63|3,7"
+
+    def convert(self, value, param, context):
+        try:
+            spans = [[int(end) for end in part.split("-")] for part in value.split(",")]
+            return [seed for span in spans for seed in range(span[0], span[-1] + 1) if len(span) <= 2] or self.fail("")
+        except (ValueError, click.BadParameter):
+            self.fail(f"{value!r} is not a list of seeds; expected numbers and ranges like 0-63 or 3,7,10-12", param, context)
+
+
+class Guidance(click.ParamType):
+    """A guidance scale of at least 1."""
+
+    name = "scale"
+
+    def convert(self, value, param, context):
+        scale = click.FLOAT.convert(value, param, context)
+        if not 1 <= scale < float("inf"):
+            self.fail(f"{value} is not at least 1 (1 = no guidance); U-ViT and the DiMR release write the excess over 1: "
+                      "their 0.4 is --cfg 1.4 here", param, context)
+        return scale
+
+
+def shared(*options):
+    """Several click options as one decorator."""
+
+    def decorate(function):
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+POSITIVE = click.IntRange(min=1)
+VARIANTS = click.Choice(["m3r", "l3r", "xl2r", "xl3r", "g2r", "demo"])
+device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+precision_option = click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Default: bf16 on CUDA, else fp32.")
+
+
+def report(result, as_json, line):
+    """On rank 0, print `result` as JSON or as a line for people."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        click.echo(json.dumps(result) if as_json else line)
+
+
+def default_data(space, size):
+    """Where training data is looked for: what encode wrote, then folders of images; None if there is nothing."""
+    encoded = [Path("data") / (f"latents-{size * 8}" if space == "latent" else f"pixels-{size}")]
+    images = [Path(p) for p in (os.environ.get("DIMR_DATA"), "data/imagenet/train", "data/imagenet") if p] if space == "pixel" else []
+    return next((path for path in encoded + images if path.is_dir()), None)
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="dimr")
 def main():
-    """DiMR: multi-resolution diffusion for class-conditional images (arXiv:2406.09416)."""
+    """DiMR: multi-resolution diffusion for class-conditional images (arXiv:2406.09416).
+
+    \b
+    dimr demo                                  everything at once, on handwritten digits, in three minutes
+    dimr encode --res 256                      ImageNet to latents            -> data/latents-256
+    torchrun -m cli train --variant xl2r       train on them                  -> runs/xl2r
+    dimr sample --class 388 --cfg 1.5          draw images from the newest run -> samples/
+    dimr eval fid                              measure it
+    """
+
+
+@main.command()
+@click.option("--variant", type=VARIANTS, default="xl2r", show_default=True)
+@json_option
+def info(variant, as_json):
+    """Size and cost of a network, branch by branch.
+
+    Example: dimr info --variant xl2r
+    """
+    import torch
+
+    import dimr
+
+    config = dimr.VARIANTS[variant]
+    with torch.device("meta"):
+        model = dimr.DiMR(config)
+    branches = [
+        {"branch": r + 1, "blocks": config.blocks[r], "kind": "transformer" if r == 0 else "convnext", "dim": config.dims[r],
+         "grid": config.grids[r], "tokens": config.grids[r] ** 2 + (r == 0), "gmacs": round(config.macs[r] / 1e9, 4),
+         "params": sum(p.numel() for p in branch.parameters())}
+        for r, branch in enumerate(model.branches)
+    ]  # fmt: skip
+    result = {"variant": variant, "params": sum(b["params"] for b in branches), "gmacs": round(sum(config.macs) / 1e9, 4), "branches": branches}
+    lines = [f"{variant}: {result['params']:,} parameters, {result['gmacs']:.2f} GMAC per image and forward pass, "
+             f"{config.channels}×{config.size}×{config.size} {config.space} input, {config.embeddings} class embeddings"]
+    lines += [f"  branch {b['branch']}: {b['blocks']:2} {b['kind']:11} blocks of width {b['dim']:4} on {b['grid']}×{b['grid']} "
+              f"({b['tokens']:4} tokens), {b['params']:13,} parameters, {b['gmacs']:7.2f} GMAC" for b in branches]
+    report(result, as_json, "\n".join(lines))
+
+
+@main.command()
+@click.option("--variant", type=VARIANTS, help="Network and recipe [default: the nearest to the data].")
+@click.option("--data", help="Image folder (one folder per class) or a folder that encode wrote "
+              "[default: data/latents-SIZE or data/pixels-SIZE, then $DIMR_DATA, data/imagenet].")
+@click.option("--out", help="Run folder; a run that is there goes on [default: runs/VARIANT].")
+@click.option("--init", help="Weights to start from: a name, a file or a run.")
+@click.option("--res", type=POSITIVE, help="Crop the images of a folder to this size [default: their own].")
+@click.option("--exif", is_flag=True, help="Honour EXIF rotation (ADM's preparation ignores it).")
+@click.option("--on-bad-image", "on_bad", type=click.Choice(["error", "skip"]), default="error", show_default=True)
+@click.option("--steps", type=POSITIVE, help="Optimiser steps in all.")
+@click.option("--batch-size", type=POSITIVE, help="Global: over all processes and accumulation steps.")
+@click.option("--micro-batch", type=POSITIVE, help="Samples per process and pass; the rest is accumulated.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate.")
+@click.option("--warmup", type=click.IntRange(min=0), help="Steps of linear warm-up.")
+@click.option("--weight-decay", type=click.FloatRange(min=0))
+@click.option("--betas", type=Numbers(float, "0.99,0.99", 2), help="AdamW's.")
+@click.option("--ema", type=click.FloatRange(0, 1, max_open=True), help="Decay of the weights' moving average.")
+@click.option("--label-dropout", type=click.FloatRange(0, 1, max_open=True), help="Share of labels dropped; above 0 allows guidance.")
+@click.option("--flip/--no-flip", default=None, help="Random horizontal flips [default: on; off for demo].")
+@click.option("--grad-clip", type=click.FloatRange(min=0, min_open=True), help="Largest gradient norm [default: off].")
+@click.option("--target-scale", type=click.Choice(["unit", "mean"]), help="Pooled noise targets: unit variance (release) or plain mean (paper).")
+@click.option("--layers", type=Numbers(int, "39,20"), help="Layers per branch, coarse to fine.")
+@click.option("--dims", type=Numbers(int, "960,480"), help="Widths per branch.")
+@click.option("--heads", type=POSITIVE)
+@click.option("--norm", type=click.Choice(["tdln", "tdrms"]))
+@precision_option
+@click.option("--compile/--no-compile", default=None, help="torch.compile [default: on CUDA].")
+@click.option("--checkpoint-blocks/--no-checkpoint-blocks", default=None, help="Recompute activations: less memory, a third more work.")
+@device_option
+@click.option("--seed", type=click.IntRange(min=0))
+@click.option("--workers", type=click.IntRange(min=0), help="Reading processes [default: by cores].")
+@click.option("--sample-every", type=click.IntRange(min=0), help="Steps between sample grids, 0 for none [default: as --save-every].")
+@click.option("--save-every", type=POSITIVE, help="Steps between checkpoints [default: 5000, or a quarter of the run; one takes 16 bytes a "
+              "parameter: 8.1 GB for xl2r].")
+@click.option("--keep", type=click.IntRange(min=0), default=2, show_default=True, help="Newest checkpoints kept; 0 keeps all.")
+@click.option("--max-time", type=click.FloatRange(min=0, min_open=True), help="Minutes after which to save and stop (exit status 75).")
+@json_option
+def train(variant, data, out, init, res, exif, on_bad, device, workers, sample_every, save_every, keep, max_time, as_json, layers, dims,
+          heads, norm, **recipe):
+    """Train a network; run the same command again to go on.
+
+    Defaults are the paper's recipe (Table 4). The run folder holds config.json, metrics.jsonl, samples/, loss.png and
+    checkpoints/.
+
+    \b
+    Examples:
+      dimr train --variant demo --data digits/ --out runs/digits
+      torchrun --nproc-per-node 8 -m cli train --variant xl2r --micro-batch 64
+      dimr train --data photos/ --res 64 --layers 9,5 --dims 384,192 --heads 6 --batch-size 64
+    """
+    import dimr
+    import parallel
+    import training
+
+    out = out or f"runs/{variant or 'custom'}"
+    if data is None and not (Path(out) / "config.json").exists():
+        config = dimr.VARIANTS[variant or "xl2r"]
+        data = default_data(config.space, config.size)
+        if data is None:
+            kind = f"--res {config.size * 8}" if config.space == "latent" else f"--res {config.size} --pixels"
+            raise UserError(f"no training data for {variant or 'xl2r'}: expected data/latents-{config.size * 8} or " * (config.space == "latent")
+                            + f"give --data FOLDER, or run dimr encode {kind} first")
+    given = {k: v for k, v in recipe.items() if v is not None}
+    network = {k: v for k, v in dict(layers=layers, dims=dims, heads=heads, norm=norm).items() if v is not None}
+    try:
+        result = training.train(out, data, variant, given, network, init, res, exif, device, workers, on_bad, sample_every, save_every,
+                                keep, max_time and max_time * 60)
+    finally:
+        parallel.stop()
+    report(result, as_json, f"{result['out']}: step {result['step']:,} of {result['steps']:,}, loss {result['loss']:.4f}, "
+           f"{result['seconds']:.0f} s" + (f"; stopped by {result['stopped']}, run the same command to go on" if result["stopped"] else
+                                           f"; now: dimr sample --weights {result['out']}"))
+    if result["stopped"]:
+        raise SystemExit(75)  # EX_TEMPFAIL: run me again
+
+
+sampling_options = shared(
+    click.option("--weights", help="A run, a weights file or a name [default: the newest run under runs/, else xl2r]."),
+    click.option("--ema/--raw", default=True, help="Averaged weights, or the raw ones  [default: ema]."),
+    click.option("--cfg", type=Guidance(), help="Guidance scale, 1 for none [default: 1.5 with a null class, else 1]."),
+    click.option("--cfg-power", type=click.FloatRange(min=0, min_open=True), help="Exponent of the power-cosine schedule [default: constant]."),
+    click.option("--cfg-interval", type=Numbers(float, "0.3,5", 2), help="Guide only at noise levels LOW < sigma/alpha <= HIGH."),
+    click.option("--preset", type=click.Choice(["everyday", "paper"]), default="everyday", show_default=True,
+                 help="everyday: 2m at 25 NFE. paper: fast, 250 NFE (latent) or dpm-fast, 50 NFE (pixel)."),
+    click.option("--steps", type=POSITIVE, help="Network evaluations (NFE)."),
+    click.option("--solver", type=click.Choice([p + n for p in ("", "dpm-") for n in ("1s", "2s", "3s", "fast", "2m", "3m")]),
+                 help="Order and kind; plain predicts data (DPM-Solver++), dpm- noise (DPM-Solver)."),
+    click.option("--grid", type=click.Choice(["time", "quadratic", "logsnr"]), help="Spacing of the solver's times."),
+    click.option("--vae", help="The VAE of latent models: a name or a file [default: the run's, else sd-vae-ft-ema]."),
+    click.option("--batch-size", type=POSITIVE, help="Images at once, per process."),
+    precision_option,
+    device_option,
+)
+
+
+@main.command()
+@click.option("--class", "classes", multiple=True, help="Class index or name; repeat for several, taken in turn [default: all].")
+@click.option("-n", "count", type=POSITIVE, help="Images in all [default: 16].")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Image k has seed SEED + k.")
+@click.option("--seeds", type=Seeds(), help="These seeds instead: 0-63 or 3,7.")
+@click.option("--balanced", is_flag=True, help="Image i has class i mod K: a fair set for dimr eval. Implies --npz.")
+@click.option("--npz", is_flag=True, help="Write one .npz (arr_0, arr_1) instead of PNGs; an interrupted call goes on.")
+@click.option("--out", help="Folder, or with --npz a file [default: samples/WEIGHTS-cfgSCALE].")
+@sampling_options
+@json_option
+def sample(classes, count, seed, seeds, balanced, npz, out, weights, ema, vae, batch_size, precision, device, as_json, **settings):
+    """Draw images of given classes.
+
+    Each image has a seed of its own: asking for that class and seed alone gives it back.
+
+    \b
+    Examples:
+      dimr sample --class 388 --cfg 1.5
+      dimr sample --class "giant panda" --class 207 -n 8 --seed 100
+      torchrun --nproc-per-node 8 -m cli sample --balanced -n 50000 --preset paper
+    """
+    import parallel
+    import sampling
+
+    if balanced and classes:
+        raise click.UsageError("--balanced takes every class in turn; leave out --class")
+    if seeds and count and len(seeds) != count:
+        raise click.UsageError(f"--seeds names {len(seeds)} seeds and -n says {count}; give one of the two")
+    generator = sampling.load(weights, ema, device, precision, vae)
+    known = [sampling.class_index(name, generator) for name in classes] or list(range(generator.config.num_classes))
+    seeds = seeds or list(range(seed, seed + (count or 16)))
+    parallel.start(generator.device)
+    try:
+        result = sampling.sample(generator, [known[i % len(known)] for i in range(len(seeds))], seeds, sampling.Settings(**settings), out,
+                                 batch_size, npz or balanced, balanced)
+    finally:
+        parallel.stop()
+    report(result, as_json, f"{result['n']:,} images from {result['source']} (cfg {result['cfg']:g}, {result['solver']}, {result['steps']} NFE) in "
+           f"{result['seconds']:.1f} s -> {result['out']}, to look at: {result['picture']}")
+
+
+@main.command()
+@click.argument("run", required=False)
+def curves(run):
+    """Draw loss.png of a run from its metrics, finished or not [default: the newest run].
+
+    Example: dimr curves runs/xl2r
+    """
+    import runs
+    import training
+
+    run = run or runs.newest()
+    if run is None:
+        raise UserError("no run under runs/; give a run folder that train wrote")
+    click.echo(training.plot(run))
+
+
+@main.command()
+@click.option("--out", default="demo", show_default=True, help="Folder for digits, run and samples; must be new or empty.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@json_option
+def demo(out, seed, as_json):
+    """The whole tool on real handwritten digits, offline, in about three minutes on two cores.
+
+    Writes scikit-learn's digits as PNGs, trains a two-branch DiMR on half of them, draws a guided grid and judges it with
+    a classifier that saw only the other half. Needs the extra `demo` (scikit-learn).
+
+    Example: dimr demo
+    """
+    import digits_demo
+
+    result = digits_demo.run(Path(out), seed)
+    report(result, as_json, f"accuracy: real digits {result['accuracy_real']:.3f}, generated {result['accuracy_generated']:.3f}; coverage "
+           f"{result['coverage']:.3f}; distance to training digits relative to real ones {result['nearest_train']:.2f}; "
+           f"{result['seconds']:.0f} s\nlook at {result['picture']} and {result['run']}")
 
 
 if __name__ == "__main__":

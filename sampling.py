@@ -182,6 +182,24 @@ def check_classes(classes, config):
         raise UserError(f"class {wrong[0]} is out of range; this network knows classes 0 to {config.num_classes - 1}")
 
 
+def class_index(name, generator):
+    """The class that `name` means: an index, a name the weights carry, or an ImageNet name where they know 1000 classes
+    without names. Raises UserError."""
+    if name.isdecimal():
+        check_classes([int(name)], generator.config)
+        return int(name)
+    lowered = [known.lower() for known in generator.classes]
+    if name.lower() in lowered:
+        return lowered.index(name.lower())
+    if generator.config.num_classes == 1000:
+        import imagenet_names
+
+        return imagenet_names.find(name)
+    some = ", ".join(generator.classes[:10])
+    raise UserError(f"class {name!r} is not known to {generator.source}; use an index from 0 to {generator.config.num_classes - 1}"
+                    + (f" or a name such as {some}" if some else ""))
+
+
 def find_weights(source=None, ema=True):
     """Path of the weights file for a run folder, a file, a name, or (None) the newest run, else the released xl2r."""
     if source is None:
@@ -281,7 +299,7 @@ def _write_pngs(generator, classes, seeds, settings, out, batch_size, about, pro
         shown = range(min(len(seeds), 64))
         images = [np.atleast_3d(np.asarray(Image.open(path(i)))) for i in shown]
         save_grid(out / "grid.png", images, [caption(_class_name(generator, classes[i]), classes[i], seeds[i]) for i in shown])
-    return {"out": str(out), "files": [str(path(i)) for i in range(len(seeds))], "grid": str(out / "grid.png")}
+    return {"out": str(out), "files": [str(path(i)) for i in range(len(seeds))], "picture": str(out / "grid.png")}
 
 
 def _write_npz(generator, classes, seeds, settings, out, batch_size, about, progress, balanced):
@@ -335,4 +353,4 @@ def _write_npz(generator, classes, seeds, settings, out, batch_size, about, prog
                   [caption(_class_name(generator, classes[i]), classes[i], seeds[i]) for i in shown])
         shutil.rmtree(work)
     parallel.barrier()
-    return {"out": str(target), "npz": str(target), "grid": str(target.with_suffix(".png")), "balanced": balanced}
+    return {"out": str(target), "npz": str(target), "picture": str(target.with_suffix(".png")), "balanced": balanced}

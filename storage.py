@@ -7,9 +7,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 
 class UserError(Exception):
     """Something the user can put right. Its text is one line: what is wrong (with the value), what
@@ -77,6 +74,9 @@ def load_tensors(path):
     """Tensors and metadata of a `.safetensors` file, or of a PyTorch file read with weights only.
 
     Returns (dict of name → CPU tensor, dict of str → str). Raises UserError for anything else."""
+    import torch  # here, so that the command line answers --help at once
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not a file; expected weights (.safetensors, .pth, .pt, .ckpt)")

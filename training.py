@@ -50,6 +50,7 @@ class Recipe:
     betas: tuple[float, float] = (0.99, 0.99)
     ema: float = 0.9999
     label_dropout: float = 0.1  # above 0 the network gets a null class
+    flip: bool = True  # random horizontal flips
     grad_clip: float | None = None
     target_scale: str = "unit"
     precision: str | None = None  # None: bf16 on CUDA, else fp32
@@ -67,7 +68,8 @@ RECIPES = {
     "xl2r": Recipe(),
     "xl3r": Recipe(),
     "g2r": Recipe(),
-    "demo": Recipe(lr=1e-3, steps=1000, batch_size=128, warmup=50, betas=(0.9, 0.99), ema=0.99, weight_decay=0.01),
+    "demo": Recipe(lr=1e-3, steps=1000, batch_size=128, warmup=50, betas=(0.9, 0.99), ema=0.99, weight_decay=0.01,
+                   flip=False),
 }
 
 
@@ -312,7 +314,8 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
         order, offset, first_step = dataset.Order(len(data), recipe.seed), parallel.rank() * share, state.step
         passes = share // micro
         starts = (step * recipe.batch_size + offset + k * micro for step in range(first_step, recipe.steps) for k in range(passes))
-        batches = dataset.loader(data, (order(first, first + micro) for first in starts), workers, on_bad, device.type == "cuda")
+        reads = ((indices, flips & recipe.flip) for indices, flips in (order(first, first + micro) for first in starts))
+        batches = dataset.loader(data, reads, workers, on_bad, pin=device.type == "cuda")
         log, stopped, skipped = Log(out, state), None, []
         bar = stack.enter_context(tqdm(total=recipe.steps, initial=state.step, unit="step", desc=out.name, disable=quiet or not main,
                                        mininterval=0.5 if sys.stderr.isatty() else 30))

@@ -1,0 +1,61 @@
+"""The main job on embedded data: real handwritten digits (8 × 8, 1,797 of them, scikit-learn's), half to train on, half
+kept to judge by. Everything goes through the functions and files that `train` and `sample` use."""
+
+import time
+
+import numpy as np
+from PIL import Image
+
+import pictures
+import sampling
+import training
+from storage import UserError
+
+SAMPLES = 500
+NEIGHBOUR = 3  # coverage counts a kept digit within the radius to its third real neighbour (Naeem et al., 2020)
+
+
+def run(out, seed=0, steps=None, quiet=False):
+    """Write digits, train, sample, judge, all under folder `out`. Returns the figures as a dict. Raises UserError."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+    except ImportError:
+        raise UserError("the demo needs scikit-learn for its digits; pip install 'dimr[demo]'") from None
+    begun = time.monotonic()
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; delete it or choose another --out")
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
+    order = np.random.default_rng(0).permutation(len(pixels))
+    halves = {"train": order[::2], "kept": order[1::2]}
+    for half, indices in halves.items():
+        for i in indices:
+            pictures.save(Image.fromarray(pixels[i]), out / "digits" / half / str(digits.target[i]) / f"{i:04d}.png")
+
+    changes = {"seed": seed, **({"steps": steps} if steps else {})}
+    training.train(out / "run", out / "digits" / "train", "demo", changes, device="cpu", workers=0, quiet=quiet)
+
+    generator = sampling.load(out / "run", device="cpu")
+    classes, seeds = [i % 10 for i in range(SAMPLES)], range(SAMPLES)
+    drawn = sampling.sample(generator, classes, list(seeds), sampling.Settings(), out / "samples", batch_size=100, quiet=quiet)
+    generated = np.stack([np.asarray(Image.open(path)) for path in drawn["files"]])
+
+    def flat(images):
+        return images.reshape(len(images), -1).astype(np.float64)
+
+    # half of the kept digits teach the classifier, the other half say how good it is; it never sees a training digit
+    kept, kept_labels = flat(pixels[halves["kept"]]), digits.target[halves["kept"]]
+    judge = KNeighborsClassifier(NEIGHBOUR).fit(kept[::2], kept_labels[::2])
+    real, made, trained = kept, flat(generated), flat(pixels[halves["train"]])
+    radius = NearestNeighbors(n_neighbors=NEIGHBOUR + 1).fit(real).kneighbors(real)[0][:, -1]
+    nearest_made = NearestNeighbors(n_neighbors=1).fit(made).kneighbors(real)[0][:, 0]
+    to_train = NearestNeighbors(n_neighbors=1).fit(trained)
+    return {
+        "accuracy_real": float(judge.score(kept[1::2], kept_labels[1::2])),
+        "accuracy_generated": float(judge.score(made, classes)),
+        "coverage": float((nearest_made <= radius).mean()),
+        "nearest_train": float(np.median(to_train.kneighbors(made)[0]) / np.median(to_train.kneighbors(real)[0])),
+        "seconds": round(time.monotonic() - begun, 1),
+        "seed": seed, "picture": drawn["picture"], "run": str(out / "run"),
+    }  # fmt: skip
