@@ -320,5 +320,44 @@ def demo(out, seed, as_json):
            f"{result['seconds']:.0f} s\nlook at {result['picture']} and {result['run']}")
 
 
+@main.group("weights", invoke_without_command=True)
+@json_option
+@click.pass_context
+def weights_group(context, as_json):
+    """What can be fetched by name: released weights, the VAE, Inception, ADM's references.
+
+    Wherever a command takes weights, a VAE or a reference, these names work, and are fetched when first used. DIMR_HOME
+    moves the cache; DIMR_OFFLINE=1 forbids downloads; HF_ENDPOINT and http(s)_proxy are honoured.
+
+    \b
+    Examples:
+      dimr weights
+      dimr weights get sd-vae-ft-ema
+    """
+    import weights
+
+    if context.invoked_subcommand is None:
+        table = weights.listing()
+        lines = [f"{item['name']:14} {item['size'] or 0:15,} bytes  {'cached' if item['cached'] else '-':7} {item['what']}\n"
+                 f"{'':14} {item['licence']}".replace(" 0 bytes", " ? bytes") for item in table]
+        report(table, as_json, "\n".join([*lines, f"cache: {weights.cache()}"]))
+
+
+@weights_group.command("get")
+@click.argument("name")
+@json_option
+def weights_get(name, as_json):
+    """Fetch NAME into the cache, if it isn't there, and print where it is.
+
+    Example: dimr weights get xl2r
+    """
+    import weights
+
+    if name not in weights.ASSETS:
+        raise click.BadParameter(f"{name!r} is not one of {', '.join(weights.ASSETS)}", param_hint="NAME")
+    path = weights.fetch(name)
+    report({"name": name, "path": str(path)}, as_json, path)
+
+
 if __name__ == "__main__":
     main(prog_name="dimr")

@@ -24,7 +24,7 @@ from storage import UserError, sha256, sync_folder
 
 BLOCK = 2**20  # bytes read at once
 HUB = "https://huggingface.co"
-PASSING = {408, 425, 429}  # HTTP statuses that another try may cure, beside all of 500 and above
+PASSING = {408, 416, 425, 429}  # HTTP statuses that another try may cure, beside all of 500 and above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +53,18 @@ _REFERENCES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref
 _IMAGENET = "photographs of ImageNet, non-commercial research only; see image-net.org"
 
 ASSETS = {
-    "xl2r": Asset(_RELEASE + "DiMR-XL_2R_800epochs.pth", "DiMR-XL/2R, ImageNet 256×256, 800 epochs (2.0 GB)", _RESEARCH),
-    "g2r": Asset(_RELEASE + "DiMR-G_2R_800epochs.pth", "DiMR-G/2R, ImageNet 256×256, 800 epochs (4.2 GB)", _RESEARCH),
+    "xl2r": Asset(_RELEASE + "DiMR-XL_2R_800epochs.pth", "DiMR-XL/2R for 256×256, 800 epochs, about 2.0 GB", _RESEARCH),
+    "g2r": Asset(_RELEASE + "DiMR-G_2R_800epochs.pth", "DiMR-G/2R for 256×256, 800 epochs, about 4.2 GB", _RESEARCH),
     "sd-vae-ft-ema": Asset(
         "{hub}/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.safetensors",
         "the VAE of the latent models", "MIT; see huggingface.co/stabilityai/sd-vae-ft-ema",
         334_643_276, "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46"),
     "inception": Asset(
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        "Inception of 2015, for FID", "Apache-2.0 (pytorch-fid); Google's network, trained on ImageNet",
+        "the Inception network of 2015, for FID", "Google's, ported by pytorch-fid (Apache-2.0); trained on ImageNet",
         95_628_359, "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
-    "imagenet64": Asset(_REFERENCES + "64/VIRTUAL_imagenet64_labeled.npz", "ADM's reference for FID at 64×64", _IMAGENET),
+    "imagenet64": Asset(
+        _REFERENCES + "64/VIRTUAL_imagenet64_labeled.npz", "ADM's reference for FID at 64×64", _IMAGENET),
     "imagenet256": Asset(
         _REFERENCES + "256/VIRTUAL_imagenet256_labeled.npz", "ADM's reference for FID at 256×256", _IMAGENET,
         2_037_122_530, "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"),
@@ -75,7 +76,7 @@ def cache():
     """The folder downloads are kept in: DIMR_HOME, else `dimr` in the platform's cache folder."""
     if home := os.environ.get("DIMR_HOME"):
         return Path(home).expanduser()
-    default = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
+    default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or default).expanduser() / "dimr"
 
 
@@ -86,8 +87,9 @@ def place(name):
 
 def listing():
     """The table as dicts: name, file, url, size, licence, what, and `cached` (path or None)."""
-    return [{"name": name, "what": asset.what, "file": asset.file, "url": asset.url, "size": asset.size, "licence": asset.licence,
-             "cached": str(place(name)) if place(name).is_file() else None} for name, asset in ASSETS.items()]
+    return [{"name": name, "what": asset.what, "licence": asset.licence, "file": asset.file, "url": asset.url,
+             "size": asset.size, "cached": str(place(name)) if place(name).is_file() else None}
+            for name, asset in ASSETS.items()]
 
 
 def find(name_or_path):
@@ -98,7 +100,7 @@ def find(name_or_path):
         return fetch(name_or_path)
     if Path(name_or_path).exists():
         return Path(name_or_path)
-    raise UserError(f"{str(name_or_path)!r} is no file here, nor known by name; expected a path or one of {', '.join(ASSETS)}")
+    raise UserError(f"{name_or_path} is no file, nor known by name; expected a path or one of {', '.join(ASSETS)}")
 
 
 def fetch(name, timeout=30, tries=4, wait=1, patience=300):
@@ -118,7 +120,7 @@ def fetch(name, timeout=30, tries=4, wait=1, patience=300):
                 except Failed as error:
                     raise UserError(f"{name} could not be fetched: {error}; try again later{by_hand}") from None
     if asset.size and path.stat().st_size != asset.size:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, expected {asset.size:,}; delete it to have it fetched again")
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, expected {asset.size:,}; delete it and try again")
     return path
 
 
@@ -155,7 +157,8 @@ def _locked(path, patience):
             if size != seen:
                 seen, since = size, time.monotonic()
             if time.monotonic() - since > patience:
-                raise UserError(f"{path} is being fetched by {owner}, which has not moved for {patience:g} s; end it and try again")
+                raise UserError(f"{path} is being fetched by {owner}, which has not moved for {patience:g} s; "
+                                "end that process and try again")
             time.sleep(0.1)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -197,6 +200,7 @@ def _download(name, asset, path, timeout, tries, wait):
                 break
             except Failed as error:
                 part.unlink()
+                _tag(path).unlink()
                 if mixed or not resumed:
                     raise
                 mixed, best = True, 0  # the pieces may be of different files: once more, from the start
@@ -210,10 +214,10 @@ def _download(name, asset, path, timeout, tries, wait):
 
 
 def _attempt(asset, path, timeout, bar):
-    """Append to the partial file what one request brings. Once it is whole, returns (whether it was begun by an earlier
-    attempt, the digits its SHA-256 must begin with or None). Raises Interrupted, or Failed if trying again won't help."""
+    """Append to the partial file what one request brings. Once it is whole, returns (whether an earlier attempt began
+    it, the digits its SHA-256 must begin with or None). Raises Interrupted, or Failed if trying again won't help."""
     part, tag = _part(path), _tag(path)
-    start = _size(part) if tag.exists() else 0
+    start = max(0, _size(part) - 1) if tag.exists() else 0  # the last byte once more: no range is empty then
     with _open(asset.url, start, timeout, part) as (response, linked):
         first, total = _extent(response)
         known = asset.size or int(linked.get("X-Linked-Size") or 0) or None
@@ -227,10 +231,12 @@ def _attempt(asset, path, timeout, bar):
         total = total or known
         room = shutil.disk_usage(path.parent).free
         if total and total - first > room:
-            raise Failed(f"it takes {total - first:,} bytes and {path.parent} has room for {room:,}; free space, or set DIMR_HOME")
+            raise Failed(f"it takes {total - first:,} bytes and {path.parent} has room for {room:,}; "
+                         "free space or set DIMR_HOME")
         bar.total, bar.n, bar.initial = total, first, first
-        with open(part, "ab" if first else "wb") as file:
+        with open(part, "rb+" if first else "wb") as file:
             tag.write_text(identity)
+            file.seek(first)
             while block := _read(response):
                 file.write(block)
                 bar.update(len(block))
@@ -246,8 +252,8 @@ def _attempt(asset, path, timeout, bar):
 
 @contextlib.contextmanager
 def _open(url, start, timeout, part):
-    """The response to a request for the bytes of `url` from `start`, and the hub's X-Linked-… headers, which come with
-    its redirect."""
+    """The response to a request for the bytes of `url` from `start` on, and the hub's X-Linked headers, which come with
+    its redirect. Raises as `_attempt` does."""
     linked = {}
 
     def note(headers):
@@ -260,11 +266,12 @@ def _open(url, start, timeout, part):
 
     headers = {"User-Agent": "dimr"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
-        response = urllib.request.build_opener(Redirects).open(urllib.request.Request(url, headers=headers), timeout=timeout)
+        request = urllib.request.Request(url, headers=headers)
+        response = urllib.request.build_opener(Redirects).open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # there is no such range: the part is not of this file
-            part.unlink(missing_ok=True)
-        passing = error.code == 416 or error.code in PASSING or error.code >= 500
+        passing = error.code in PASSING or error.code >= 500
+        if error.code == 416:  # no such range: the part is of another, longer file
+            part.unlink()
         raise (Interrupted if passing else Failed)(f"the server answers {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:
         raise Interrupted(f"no connection ({_reason(error)})") from None
@@ -277,7 +284,7 @@ def _read(response):
     try:
         return response.read1(BLOCK)
     except (OSError, http.client.HTTPException) as error:
-        raise Interrupted(f"the connection broke ({_reason(error)})") from None
+        raise Interrupted(f"the connection broke off ({_reason(error)})") from None
 
 
 def _reason(error):
@@ -291,7 +298,7 @@ def _extent(response):
         span, _, total = span.partition("/")
         first = span.partition("-")[0]
         if unit != "bytes" or not first.isdecimal():
-            raise Interrupted(f"the server sent a part without saying which ({response.headers['Content-Range']})")
+            raise Interrupted("the server sent a part without saying which")
         return int(first), int(total) if total.isdecimal() else None
     length = response.headers["Content-Length"] or ""
     return 0, int(length) if length.isdecimal() else None

@@ -1,0 +1,364 @@
+"""Downloads from a real server on 127.0.0.1 that behaves as badly as servers do."""
+
+import contextlib
+import fcntl
+import hashlib
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import weights
+from storage import UserError
+
+BODY = bytes(range(256)) * 1200  # the file
+OTHER = bytes(reversed(BODY))  # another of the same length
+QUICK = dict(timeout=0.5, tries=3, wait=0.01)
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Like the Hugging Face hub: /NAME/resolve/main/FILE redirects, with the hash, to /store/NAME, where the bytes are.
+    `faults` are what befalls the requests for bytes, one after another; then all goes well."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.body, self.faults, self.asked, self.linked, self.delay = BODY, [], [], True, 0
+        self.etag = lambda: hashlib.sha256(self.body).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        hub = self.server
+        if "/resolve/" in self.path:
+            headers = {"X-Linked-ETag": f'"{hub.etag()}"', "X-Linked-Size": len(hub.body)} if hub.linked else {}
+            return self.answer(302, b"", {"Location": "/store/" + self.path.rpartition("/")[2], **headers})
+        hub.asked.append(self.headers["Range"])
+        fault = hub.faults.pop(0) if hub.faults else None
+        asked = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-")) if self.headers["Range"] else 0
+        body, status = hub.body, 200
+        headers = {"ETag": f'"store-{hashlib.md5(body).hexdigest()}"'}
+        if isinstance(fault, int):
+            return self.answer(fault, b"no", {})
+        if fault == "page":
+            return self.answer(200, b"<html>please log in</html>", {})
+        if asked >= len(body):
+            return self.answer(416, b"", {"Content-Range": f"bytes */{len(body)}"})
+        if asked and fault != "whole":
+            first = asked - 100 if fault == "elsewhere" else asked
+            status, body = 206, body[first:]
+            if fault != "unlabelled":
+                headers["Content-Range"] = f"bytes {first}-{len(hub.body) - 1}/{len(hub.body)}"
+        length = len(body) + {"long": 100, "short": -100, "huge": 10**18}.get(fault, 0)
+        if fault == "endless":
+            length, self.close_connection = None, True
+        if fault in ("cut", "stall"):
+            self.answer(status, body[: len(body) // 2], headers, length)
+            time.sleep(1.5 if fault == "stall" else 0)
+            self.close_connection = True
+        else:
+            self.answer(status, body, headers, length)
+            self.close_connection |= fault == "long"
+
+    def answer(self, status, body, headers, length=False):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        if length is not None:
+            self.send_header("Content-Length", str(len(body) if length is False else length))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            for i in range(0, len(body), 2**16):
+                self.wfile.write(body[i : i + 2**16])
+                time.sleep(self.server.delay)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server, an empty cache, and two names: `model` on the hub, `plain` a file elsewhere with no hash to check."""
+    with Hub() as hub:
+        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        for name in list(os.environ):
+            if name.lower().endswith("_proxy"):
+                monkeypatch.delenv(name)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
+        monkeypatch.setenv("DIMR_HOME", str(tmp_path / "cache"))
+        monkeypatch.delenv("DIMR_OFFLINE", raising=False)
+        address = "{hub}/someone/resolve/main/model.bin"
+        monkeypatch.setitem(weights.ASSETS, "model", weights.Asset(address, "a model", "none"))
+        monkeypatch.setitem(weights.ASSETS, "plain", weights.Asset(hub.url + "/store/plain.bin", "a file", "none"))
+        yield hub
+        hub.shutdown()
+        thread.join()
+
+
+def known(monkeypatch, name, **facts):
+    monkeypatch.setitem(weights.ASSETS, name, weights.Asset(weights.ASSETS[name].address, "a model", "none", **facts))
+
+
+def left(name):
+    """What lies beside the finished file in the cache."""
+    return {path.name for path in weights.place(name).parent.iterdir()} - {f".{weights.ASSETS[name].file}.lock"}
+
+
+def test_a_name_is_fetched_once_through_the_redirect_and_then_found(hub, tmp_path, capfd):
+    path = weights.find("model")
+    assert path == tmp_path / "cache" / "model" / "model.bin" and path.read_bytes() == BODY
+    assert left("model") == {"model.bin"}
+    assert f"SHA-256 {hashlib.sha256(BODY).hexdigest()} as expected" in capfd.readouterr().err
+    assert weights.find("model") == path and hub.asked == [None]
+
+
+def test_a_path_is_returned_as_it_is_and_anything_else_lists_the_names(tmp_path, monkeypatch):
+    file = tmp_path / "my.safetensors"
+    file.touch()
+    assert weights.find(str(file)) == weights.find(file) == file and weights.find(tmp_path) == tmp_path
+    with pytest.raises(UserError, match="xl9r is no file, nor known by name.*xl2r, g2r, sd-vae-ft-ema, inception"):
+        weights.find("xl9r")
+
+
+def test_without_a_hash_the_length_is_checked_and_that_is_said(hub, capfd):
+    assert weights.fetch("plain", **QUICK).read_bytes() == BODY
+    assert "length as announced; no hash is published" in capfd.readouterr().err
+    hub.faults = ["endless"]
+    weights.place("plain").unlink()
+    with pytest.raises(UserError, match="neither length nor hash"):
+        weights.fetch("plain", **QUICK)
+    assert not weights.place("plain").exists()
+
+
+def test_with_a_hash_the_length_may_be_missing(hub):
+    hub.faults = ["endless"]
+    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("fault", ["cut", "stall"])
+@pytest.mark.parametrize("name", ["model", "plain"])
+def test_an_interrupted_download_goes_on_where_it_stopped(hub, name, fault):
+    hub.faults = [fault, fault]
+    assert weights.fetch(name, **QUICK).read_bytes() == BODY
+    half = len(BODY) // 2 - 1
+    assert hub.asked == [None, f"bytes={half}-", f"bytes={half + (len(BODY) - half) // 2 - 1}-"]
+
+
+def test_a_later_process_goes_on_too_even_from_a_part_that_was_whole(hub):
+    hub.faults = ["cut", 404]
+    with pytest.raises(UserError):
+        weights.fetch("model", **QUICK)
+    assert left("model") == {".model.bin.part", ".model.bin.tag"}
+    (weights.place("model").parent / ".model.bin.part").write_bytes(BODY)
+    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+    assert hub.asked[2:] == [f"bytes={len(BODY) - 1}-"] and left("model") == {"model.bin"}
+
+
+@pytest.mark.parametrize("fault", ["whole", "elsewhere", "unlabelled"])
+def test_a_range_that_was_not_asked_for_is_not_taken_for_the_one_that_was(hub, fault):
+    hub.faults = ["cut", fault]
+    assert weights.fetch("plain", **QUICK).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("shorter", [0, len(BODY) // 4, len(BODY) // 2 + 1])
+@pytest.mark.parametrize("name", ["model", "plain"])
+def test_pieces_of_two_versions_of_a_file_are_never_joined(hub, name, shorter):
+    hub.faults = ["cut", 404]
+    with pytest.raises(UserError):
+        weights.fetch(name, **QUICK)
+    hub.body = OTHER[shorter:]
+    assert weights.fetch(name, **QUICK).read_bytes() == OTHER[shorter:]
+
+
+def test_a_damaged_part_is_found_by_the_hash_and_fetched_anew_once(hub):
+    hub.faults = ["cut", 404]
+    with pytest.raises(UserError):
+        weights.fetch("model", **QUICK)
+    part = weights.place("model").with_name(".model.bin.part")
+    part.write_bytes(b"x" + part.read_bytes()[1:])
+    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+    assert hub.asked[-1] is None
+
+
+def test_a_wrong_hash_is_refused_at_once_and_nothing_kept(hub, monkeypatch):
+    hub.etag = lambda: hashlib.sha256(OTHER).hexdigest()
+    with pytest.raises(UserError, match=f"SHA-256 is {hashlib.sha256(BODY).hexdigest()}, expected {hub.etag()}"):
+        weights.fetch("model", **QUICK)
+    assert hub.asked == [None] and not left("model")
+
+
+@pytest.mark.parametrize("digits", [8, 64])
+def test_a_known_hash_or_its_beginning_overrules_the_server(hub, monkeypatch, digits):
+    known(monkeypatch, "model", sha256=hashlib.sha256(BODY).hexdigest()[:digits])
+    hub.etag = lambda: hashlib.sha256(OTHER).hexdigest()
+    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+    known(monkeypatch, "plain", sha256=hashlib.sha256(OTHER).hexdigest()[:digits])
+    with pytest.raises(UserError, match="SHA-256"):
+        weights.fetch("plain", **QUICK)
+    assert not weights.place("plain").exists()
+
+
+def test_a_server_that_promises_more_than_it_sends_is_given_up(hub):
+    hub.faults = ["long"] + [416, "long"] * 9
+    with pytest.raises(UserError, match=f"ended after {len(BODY):,} of {len(BODY) + 100:,} bytes|answers 416"):
+        weights.fetch("plain", **QUICK)
+    assert len(hub.asked) < 9 and not weights.place("plain").exists()
+
+
+@pytest.mark.parametrize("fault", ["short", "page"])
+def test_a_length_that_is_not_the_known_one_is_refused_before_anything_is_kept(hub, monkeypatch, fault):
+    hub.faults = [fault] * 3
+    with pytest.raises(UserError, match=f"the server offers [0-9,]+ bytes, expected {len(BODY):,}"):
+        weights.fetch("model", **QUICK)
+    assert len(hub.asked) == 3 and not left("model")
+    known(monkeypatch, "plain", size=len(BODY))
+    hub.faults = [fault] * 2
+    assert weights.fetch("plain", **QUICK).read_bytes() == BODY
+
+
+def test_refusals_end_at_once_and_passing_faults_are_tried_again(hub):
+    hub.faults = [404]
+    with pytest.raises(UserError, match="answers 404 .* or put model.bin from http://127.0.0.1.* into "):
+        weights.fetch("model", **QUICK)
+    assert len(hub.asked) == 1
+    hub.faults = [500, 503, 500]
+    with pytest.raises(UserError, match="answers 500"):
+        weights.fetch("model", **QUICK)
+    assert len(hub.asked) == 4
+    hub.faults = [500, 429]
+    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+
+
+def test_offline_one_line_says_which_file_to_put_where(hub, monkeypatch):
+    monkeypatch.setenv("DIMR_OFFLINE", "1")
+    with pytest.raises(UserError) as caught:
+        weights.find("model")
+    place = weights.place("model")
+    assert str(caught.value) == ("model is not in the cache and DIMR_OFFLINE is set: unset it; or put model.bin from "
+                                 f"{hub.url}/someone/resolve/main/model.bin into {place.parent}")
+    place.parent.mkdir(parents=True)
+    place.write_bytes(BODY)
+    assert weights.find("model") == place and hub.asked == []
+
+
+def test_without_a_network_the_same_line_follows(monkeypatch, tmp_path, hub):
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+    with pytest.raises(UserError, match="no connection .*refused.*; or put model.bin from http://127.0.0.1"):
+        weights.fetch("model", **QUICK)
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example")
+    with pytest.raises(UserError, match="HF_ENDPOINT is 'hub.example'; expected a URL"):
+        weights.fetch("model", **QUICK)
+
+
+def test_proxies_are_honoured(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("http_proxy", hub.url)
+    hub.linked = False
+    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+
+
+def test_a_cached_file_of_the_wrong_length_is_named(hub, monkeypatch):
+    weights.fetch("model", **QUICK).write_bytes(b"short")
+    known(monkeypatch, "model", size=len(BODY))
+    with pytest.raises(UserError, match="model.bin has 5 bytes, expected 307,200; delete it"):
+        weights.find("model")
+
+
+def test_a_full_disk_is_reported_before_the_download(hub):
+    hub.faults = ["huge"]
+    with pytest.raises(UserError, match="it takes 1,000,000,000,000,307,200 bytes and .* free space or set DIMR_HOME"):
+        weights.fetch("plain", **QUICK)
+    assert not left("plain")
+
+
+FETCH = """
+import weights
+weights.ASSETS["model"] = weights.Asset("{hub}/someone/resolve/main/model.bin", "a model", "none")
+print(weights.fetch("model"))
+"""
+
+
+def fetching():
+    return subprocess.Popen([sys.executable, "-c", FETCH], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_at_once_end_with_one_good_file(hub):
+    hub.delay = 0.5
+    both = [fetching(), fetching()]
+    for process in both:
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out.strip()) == (0, str(weights.place("model"))), err
+    assert hub.asked == [None] and weights.place("model").read_bytes() == BODY and left("model") == {"model.bin"}
+
+
+def test_the_lock_of_a_killed_process_is_free_and_its_part_goes_on(hub):
+    hub.delay = 1
+    first = fetching()
+    part = weights.place("model").with_name(".model.bin.part")
+    until = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < until:
+        time.sleep(0.02)
+    first.kill()
+    first.communicate()
+    hub.delay = 0
+    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+    assert hub.asked[0] is None and hub.asked[1] is not None
+
+
+def test_a_living_owner_that_does_not_move_is_named_after_a_while(hub):
+    lock = weights.place("model").with_name(".model.bin.lock")
+    lock.parent.mkdir(parents=True)
+    with open(lock, "w") as file:
+        file.write("process 7 on elsewhere")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="fetched by process 7 on elsewhere, which has not moved for 0.3 s"):
+            weights.fetch("model", patience=0.3, **QUICK)
+
+
+def test_the_cache_is_dimr_home_or_the_platforms(monkeypatch, tmp_path):
+    monkeypatch.delenv("DIMR_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert weights.cache() == tmp_path / "dimr"
+    monkeypatch.setenv("DIMR_HOME", str(tmp_path / "mine"))
+    assert weights.cache() == tmp_path / "mine"
+
+
+def test_the_table_names_what_the_release_page_and_adm_offer(monkeypatch):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    urls = {item["name"]: item["url"] for item in weights.listing()}
+    assert urls["xl2r"] == "https://huggingface.co/QHL067/DiMR/resolve/main/DiMR-XL_2R_800epochs.pth"
+    assert urls["imagenet512"].endswith("/ref_batches/imagenet/512/VIRTUAL_imagenet512.npz")
+    for item, asset in zip(weights.listing(), weights.ASSETS.values()):
+        assert item["licence"] and item["what"] and asset.file == item["url"].split("/")[-1]
+        assert asset.sha256 is None or len(bytes.fromhex(asset.sha256)) == 32
+    assert weights.ASSETS["inception"].sha256.startswith("6726825d")
+
+
+def dimr(*arguments):
+    return subprocess.run([sys.executable, "-m", "cli", *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_lists_gets_and_lists_again(hub, monkeypatch, tmp_path):
+    before = dimr("weights")
+    assert before.returncode == 0 and all(name in before.stdout for name in weights.ASSETS.keys() - {"model", "plain"})
+    got = dimr("weights", "get", "xl2r", "--json")  # a small file, from the hub that HF_ENDPOINT names
+    assert got.returncode == 0, got.stderr
+    path = tmp_path / "cache" / "xl2r" / "DiMR-XL_2R_800epochs.pth"
+    assert json.loads(got.stdout) == {"name": "xl2r", "path": str(path)} and path.read_bytes() == BODY
+    listed = {item["name"]: item for item in json.loads(dimr("weights", "--json").stdout)}
+    assert listed["xl2r"]["cached"] == str(path) and listed["g2r"]["cached"] is None
+    assert dimr("weights", "get", "xl9r").returncode == 2
