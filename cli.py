@@ -3,6 +3,7 @@
 `dimr COMMAND` and `python -m cli COMMAND` are the same; `torchrun --nproc-per-node N -m cli COMMAND`
 spreads train, encode, sample and eval over processes."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -357,6 +358,33 @@ def weights_get(name, as_json):
         raise click.BadParameter(f"{name!r} is not one of {', '.join(weights.ASSETS)}", param_hint="NAME")
     path = weights.fetch(name)
     report({"name": name, "path": str(path)}, as_json, path)
+
+
+@main.command()
+@click.argument("source", metavar="IN")
+@click.argument("target", metavar="OUT")
+@click.option("--heads", type=POSITIVE, default=16, show_default=True,
+              help="Attention heads of the network in IN; only for the authors' .pth, which doesn't say.")
+@json_option
+def convert(source, target, heads, as_json):
+    """Turn released weights into ours, or ours into released ones.
+
+    IN is a name (see dimr weights) or a file. OUT ends in .safetensors for our names, in .pth for the authors', which their
+    code loads. The configuration goes with the weights either way.
+
+    \b
+    Examples:
+      dimr convert xl2r xl2r.safetensors
+      dimr convert runs/mine/checkpoints/step-0100000/ema.safetensors mine.pth
+    """
+    import runs
+    import weights
+
+    model, facts = runs.read_weights(weights.find(source), heads)
+    runs.write_weights(target, model, facts)
+    count = sum(p.numel() for p in model.parameters())
+    report({"out": target, "params": count, "config": dataclasses.asdict(model.config)}, as_json,
+           f"{count:,} parameters -> {target}")
 
 
 if __name__ == "__main__":

@@ -422,12 +422,14 @@ def check_names(expected, tensors):
         raise ValueError(f"{len(faults)} of {len(expected)} tensors don't fit: " + "; ".join(faults))
 
 
-def from_released(state_dict, heads=16, space=None, null_class=None):
+def from_released(state_dict, heads=16, space=None, null_class=None, config=None):
     """A network in eval mode from a state dict under the authors' released names; its shape is read off the tensors.
 
     Not in the tensors: `heads`; `space` ("latent" by default for 4 channels, else "pixel"); and whether the last
-    class embedding is the null class (by default in latent space). Raises ValueError naming every tensor at fault."""
-    config = _released_config({name: tuple(t.shape) for name, t in state_dict.items()}, heads, space, null_class)
+    class embedding is the null class (by default in latent space). `config`, where it is known, overrules all three.
+    Raises ValueError naming every tensor at fault."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    config = config or _released_config(shapes, heads, space, null_class)
     with torch.device("meta"):
         model = DiMR(config)
     names, ours = _released_names(model), model.state_dict()

@@ -15,10 +15,13 @@ import os
 import shutil
 import socket
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
+import torch
+
 import dimr
-from storage import UserError, load_tensors, read_json, save_tensors, sha256, sweep, sync_folder, write_json
+from storage import UserError, load_tensors, read_json, save_tensors, sha256, sweep, sync_folder, write_json, writing
 
 ROOT = Path("runs")
 
@@ -115,19 +118,36 @@ def metadata(config, **facts):
 
 
 def read_weights(path, heads=16):
-    """(network in eval mode, facts) from a weights file: ours, or the authors' released state dict.
+    """(network in eval mode, facts) from a weights file: ours, or a state dict under the authors' released names, whose
+    `heads` have to be told unless `write_weights` wrote it.
 
     Raises UserError when it is neither, doesn't fit, or holds values that are not finite."""
     tensors, about = load_tensors(path)
     try:
-        if "config" in about:
-            facts = {name: json.loads(value) for name, value in about.items() if name != "format"}
-            model = dimr.from_config(dimr.Config(**facts.pop("config")), tensors)
+        facts = {k: json.loads(v) for k, v in about.items() if k != "format"} if "config" in about else {}
+        config = dimr.Config(**facts.pop("config")) if "config" in facts else None
+        if config and not any(name.startswith("stages.") for name in tensors):
+            model = dimr.from_config(config, tensors)
         else:
-            model, facts = dimr.from_released(tensors, heads), {}
+            model = dimr.from_released(tensors, heads, config=config)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} does not fit: {error}") from None
     bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if bad:
         raise UserError(f"{path} holds values that are not finite, first in {bad[0]} ({len(bad)} tensors); use another checkpoint")
     return model, facts
+
+
+def write_weights(path, model, facts):
+    """Write what `read_weights` reads: `.safetensors` under our names, `.pth` under the authors' released ones, so that
+    their code loads it too. Both carry the configuration and `facts`. Raises UserError for another extension."""
+    path, about = Path(path), metadata(model.config, **facts)
+    if path.suffix == ".safetensors":
+        save_tensors(path, model.state_dict(), about)
+    elif path.suffix == ".pth":
+        state = OrderedDict(dimr.to_released(model))
+        state.metadata = about
+        with writing(path) as file:
+            torch.save(state, file)
+    else:
+        raise UserError(f"{path} ends neither in .safetensors (our names) nor in .pth (the released ones); choose one")

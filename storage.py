@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 
@@ -73,7 +74,8 @@ def sha256(path):
 def load_tensors(path):
     """Tensors and metadata of a `.safetensors` file, or of a PyTorch file read with weights only.
 
-    Returns (dict of name → CPU tensor, dict of str → str). Raises UserError for anything else."""
+    Returns (dict of name → CPU tensor, dict of str → str); a PyTorch file may carry metadata as an attribute of that
+    name on its OrderedDict. Raises UserError for anything else."""
     import torch  # here, so that the command line answers --help at once
     from safetensors import SafetensorError, safe_open
 
@@ -87,7 +89,7 @@ def load_tensors(path):
         except SafetensorError as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever an untrusted file makes the parser raise, the file is at fault
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} can't be read as plain weights ({reason}); nothing in it was run") from None
@@ -96,7 +98,8 @@ def load_tensors(path):
     tensors = {k: v for k, v in value.items() if isinstance(v, torch.Tensor)} if isinstance(value, dict) else {}
     if not tensors:
         raise UserError(f"{path} holds no state dict: expected names mapped to tensors")
-    return tensors, {}
+    about = getattr(value, "metadata", None)
+    return tensors, {k: v for k, v in about.items() if isinstance(v, str)} if isinstance(about, dict) else {}
 
 
 def save_tensors(path, tensors, metadata=None):

@@ -1,6 +1,8 @@
 """Downloads from a real server on 127.0.0.1 that behaves as badly as servers do."""
 
+import collections
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import http.server
@@ -13,8 +15,15 @@ import threading
 import time
 
 import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
 
+import cli
+import dimr as network
+import runs
 import weights
+from conftest import DATA
 from storage import UserError
 
 BODY = bytes(range(256)) * 1200  # the file
@@ -349,16 +358,94 @@ def test_the_table_names_what_the_release_page_and_adm_offer(monkeypatch):
 
 
 def dimr(*arguments):
-    return subprocess.run([sys.executable, "-m", "cli", *arguments], capture_output=True, text=True, timeout=120)
+    return CliRunner().invoke(cli.main, arguments)
 
 
 def test_the_command_lists_gets_and_lists_again(hub, monkeypatch, tmp_path):
     before = dimr("weights")
-    assert before.returncode == 0 and all(name in before.stdout for name in weights.ASSETS.keys() - {"model", "plain"})
+    assert before.exit_code == 0 and all(name in before.stdout for name in weights.ASSETS.keys() - {"model", "plain"})
     got = dimr("weights", "get", "xl2r", "--json")  # a small file, from the hub that HF_ENDPOINT names
-    assert got.returncode == 0, got.stderr
+    assert got.exit_code == 0, got.output
     path = tmp_path / "cache" / "xl2r" / "DiMR-XL_2R_800epochs.pth"
-    assert json.loads(got.stdout) == {"name": "xl2r", "path": str(path)} and path.read_bytes() == BODY
+    assert json.loads(got.stdout.splitlines()[-1]) == {"name": "xl2r", "path": str(path)} and path.read_bytes() == BODY
     listed = {item["name"]: item for item in json.loads(dimr("weights", "--json").stdout)}
     assert listed["xl2r"]["cached"] == str(path) and listed["g2r"]["cached"] is None
-    assert dimr("weights", "get", "xl9r").returncode == 2
+    assert dimr("weights", "get", "xl9r").exit_code == 2
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A small network as its authors would publish it: plain tensors under their names, and its number of heads."""
+    with safe_open(DATA / "network_2r.safetensors", "pt") as file:
+        tensors = {n.removeprefix("weight."): file.get_tensor(n) for n in file.keys() if n.startswith("weight.")}
+        heads = int(file.metadata()["heads"])
+    torch.save(tensors, tmp_path / "released.pth")
+    return tmp_path / "released.pth", tensors, heads
+
+
+def test_convert_goes_to_safetensors_and_back_with_the_configuration(released, tmp_path):
+    path, tensors, heads = released
+    ours, theirs, again = (str(tmp_path / name) for name in ("ours.safetensors", "theirs.pth", "again.safetensors"))
+    done = dimr("convert", str(path), ours, "--heads", str(heads), "--json")
+    assert done.exit_code == 0, done.output
+    config = json.loads(done.stdout)["config"]
+    assert config["heads"] == heads and config["norm"] == "tdrms" and config["space"] == "latent"
+    model, _ = runs.read_weights(ours)
+    assert dataclasses.asdict(model.config) == config | {k: tuple(config[k]) for k in ("layers", "dims")}
+
+    assert dimr("convert", ours, theirs).exit_code == 0
+    back = torch.load(theirs, weights_only=True)  # as the authors' code would read it
+    assert list(back) and back.keys() == tensors.keys() and all(torch.equal(back[n], t) for n, t in tensors.items())
+
+    assert dimr("convert", theirs, again).exit_code == 0  # without --heads: the file knows
+    with safe_open(ours, "pt") as one, safe_open(again, "pt") as two:
+        assert one.metadata() == two.metadata() and set(one.keys()) == set(two.keys())
+        assert all(torch.equal(one.get_tensor(name), two.get_tensor(name)) for name in one.keys())
+
+
+def test_convert_keeps_what_a_run_knows_of_itself(released, tmp_path):
+    path, _, heads = released
+    model, _ = runs.read_weights(path, heads)
+    facts = {"step": 7, "classes": ["cat", "dog"], "vae": None}
+    runs.write_weights(tmp_path / "run.safetensors", model, facts)
+    runs.write_weights(tmp_path / "run.pth", runs.read_weights(tmp_path / "run.safetensors")[0], facts)
+    assert runs.read_weights(tmp_path / "run.pth")[1] == facts
+
+
+def test_convert_refuses_what_it_cannot_do_in_one_line(released, tmp_path):
+    path, tensors, heads = released
+    wrong = dimr("convert", str(path), str(tmp_path / "ours.bin"), "--heads", str(heads))
+    assert wrong.exit_code == 1 and "ends neither in .safetensors" in wrong.output
+    torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    wrong = dimr("convert", str(tmp_path / "other.pth"), str(tmp_path / "ours.safetensors"))
+    assert wrong.exit_code == 1 and "no released DiMR state dict" in wrong.output
+    assert not (tmp_path / "ours.safetensors").exists()
+
+
+def test_metadata_of_strangers_is_not_trusted(released, tmp_path):
+    path, tensors, heads = released
+    for metadata in (["a", "list"], {"config": "no json"}, {"config": "[]"}, {"author": "someone"}):
+        state = collections.OrderedDict(tensors)
+        state.metadata = metadata
+        torch.save(state, path)
+        with contextlib.suppress(UserError):
+            assert runs.read_weights(path, heads)[1] == {}
+            assert "config" not in metadata
+
+
+LOAD = """
+import resource, sys
+import runs
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+runs.read_weights(sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def test_loading_released_weights_takes_little_more_memory_than_the_file(tmp_path):
+    config = network.Config(size=32, channels=4, layers=(9, 5), dims=(640, 320), heads=16, num_classes=1000,
+                            null_class=True, space="latent", norm="tdrms")
+    path = tmp_path / "large.pth"
+    torch.save(network.to_released(network.DiMR(config)), path)
+    loading = subprocess.run([sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True)
+    assert path.stat().st_size > 150e6 and int(loading.stdout) < 1.2 * path.stat().st_size
