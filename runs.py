@@ -132,7 +132,8 @@ def read_weights(path, heads=16):
             model = dimr.from_released(tensors, heads, config=config)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} does not fit: {error}") from None
-    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    # aminmax makes no copy, and either end is not finite where any value is not
+    bad = [name for name, tensor in model.state_dict().items() if not all(end.isfinite() for end in tensor.aminmax())]
     if bad:
         raise UserError(f"{path} holds values that are not finite, first in {bad[0]} ({len(bad)} tensors); use another checkpoint")
     return model, facts
