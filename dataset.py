@@ -7,7 +7,6 @@ A shard set is a folder of `shard-00000.safetensors`, … and `index.json`, whic
 `labels` (n,) int64 and `data`: for pixels uint8 (n, H, W, C), for latents float16 (n, 2, 2, C, h, w), whose second
 axis is the image and its horizontal flip, the third mean and log-variance in the VAE's own units."""
 
-import bisect
 import functools
 import hashlib
 import json
@@ -26,6 +25,7 @@ from storage import UserError, read_json, sha256
 
 FORMAT = 1  # of the shard set
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+KNOWN = ", ".join(EXTENSIONS)
 FORMATS = ("JPEG", "PNG", "WEBP")  # told by content, not by extension
 GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}  # Pillow's modes without colour
 PROBED = 64  # images whose headers tell size and channels of a folder
@@ -50,7 +50,7 @@ class BadImage(UserError):
 
 def center_crop(image, size):
     """ADM's crop of a PIL image to (size, size): halved with a box filter while the short side is at least twice
-    `size`, then bicubic to `size`, then the centre (SPEC: paper, Sec. 4.1 follows ADM's data)."""
+    `size`, then bicubic to `size`, then the centre. Halving floors both sides, the offset floors."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -147,11 +147,10 @@ class ImageFolder:
         self.root, self.exif = Path(root), exif
         folders, images = _list(self.root)
         if folders and images:
-            raise UserError(
-                f"{root} mixes images ({images[0]}) and folders ({folders[0]}); expected one folder per class, or images alone"
-            )
+            mixed = f"images ({images[0]}) and folders ({folders[0]})"
+            raise UserError(f"{root} mixes {mixed}; expected one folder of images per class, or images alone")
         if not folders and not images:
-            raise UserError(f"{root} holds no images; expected {', '.join(EXTENSIONS)}, in one folder per class or alone")
+            raise UserError(f"{root} holds no images ({KNOWN}); expected one folder of them per class, or images alone")
         self.classes = folders or [self.root.resolve().name]
         groups = [_list_class(self.root, folder) for folder in folders] or [images]
         self.labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
@@ -188,7 +187,7 @@ class ImageFolder:
             (width, height), *others = sizes
             if others or width != height:
                 found = ", ".join(f"{path} is {w}×{h}" for (w, h), path in list(sizes.items())[:2])
-                raise UserError(f"{self.root}: the images do not share one square size ({found}); say which to crop to with --res")
+                raise UserError(f"{self.root}: images of more than one square size ({found}); say with --res what to crop to")
             self.size = width
 
     def batch(self, indices, flips, bad=None):
@@ -230,7 +229,7 @@ def _list_class(root, name):
     folders, images = _list(root / name)
     if not images:
         advice = f"choose one of the folders in {root}" if folders else "fill or remove it"
-        raise UserError(f"{root / name} holds no images ({', '.join(EXTENSIONS)}) though its place makes it a class; {advice}")
+        raise UserError(f"{root / name} holds no images ({KNOWN}) though its place makes it a class; {advice}")
     return [os.path.join(name, image) for image in images]
 
 
@@ -252,7 +251,7 @@ class Shards:
         self.root = Path(root)
         self.index = index = read_json(self.root / "index.json")
         if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("kind") not in DATA_DTYPE:
-            raise UserError(f"{root}/index.json is not of shard format {FORMAT}; encode again, or use the dimr that wrote it")
+            raise UserError(f"{root}/index.json is not of shard format {FORMAT}; encode again, or use another dimr")
         self.kind, self.size, self.channels, self.classes = (index[k] for k in ("kind", "size", "channels", "classes"))
         square = self.size, self.size
         item = (*square, self.channels) if self.kind == "pixels" else (2, 2, self.channels, *square)
@@ -289,7 +288,9 @@ class Shards:
         for shard in np.unique(shards):
             rows = np.flatnonzero(shards == shard)
             where = indices[rows] - self.starts[shard]
-            found[rows] = self.data[shard][where] if self.kind == "pixels" else self.data[shard][where, flips[rows].astype(int)]
+            if self.kind == "latents":
+                where = where, flips[rows].astype(int)
+            found[rows] = self.data[shard][where]
         labels = torch.from_numpy(self.labels[indices])
         return (_pixels(found, flips) if self.kind == "pixels" else torch.from_numpy(found)), labels
 
@@ -342,7 +343,8 @@ def open_data(path, size=None, channels=None, exif=False):
         shards = Shards(path)
         sizes = {shards.size, shards.index["options"]["res"]}
         if size not in {None, *sizes} or channels not in {None, shards.channels}:
-            raise UserError(f"{path} holds {shards.kind} of size {shards.size} with {shards.channels} channels; encode others with dimr encode")
+            held = f"{shards.kind} of size {shards.size} with {shards.channels} channels"
+            raise UserError(f"{path} holds {held}, not size {size}, channels {channels}; encode those to another folder")
         return shards
     if (path / "plan.json").is_file():
         raise UserError(f"{path} is an unfinished encode; run the same dimr encode again, and it goes on where it was")
@@ -370,8 +372,9 @@ class Order:
 
     def __call__(self, first, last):
         """Items int64 (last - first,) and flips bool of positions first..last-1."""
-        epochs, offsets = np.divmod(np.arange(first, last), self.n)
-        indices = np.concatenate([self.permutation(int(e))[offsets[epochs == e]] for e in np.unique(epochs)])
+        epochs, indices = np.divmod(np.arange(first, last), self.n)
+        for epoch in np.unique(epochs):
+            indices[epochs == epoch] = self.permutation(int(epoch))[indices[epochs == epoch]]
         return indices, self._bits(0, first, last) >> np.uint64(63) == 1
 
 
@@ -420,4 +423,5 @@ def loader(data, steps, workers=None, on_bad="error", pin=False):
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise UserError(f"{str(error).splitlines()[0]} (killed, out of memory?); run again, perhaps with fewer --workers") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{reason} Out of memory, perhaps; run again with fewer --workers") from None
