@@ -308,6 +308,9 @@ def _psi2(kappa):
 def _multistep(noise, x, schedule, method, ts, callback=None, history=()):
     """One evaluation per update, with differences of earlier ones (DPM-Solver++, algorithm 2, and its third order).
 
+    The third order integrates the parabola through three predictions exactly; the DPM-Solver authors' code and those that
+    follow it halve its curvature term, which makes theirs of order 2.
+
     The first updates have the order their `history` allows (predictions before ts[0], as (λ, m) pairs, newest last),
     and below 15 steps the last ones fall back to lower orders too, for stability."""
     n, steps, known = _Nodes(noise, schedule, method, ts), len(ts) - 1, list(history)
@@ -329,7 +332,7 @@ def _multistep(noise, x, schedule, method, ts, callback=None, history=()):
             d1 = (m1 - m2) / r1
             bend = (d0 - d1) / (r0 + r1)
             psi2 = _psi2(kappa)
-            correction = correction + psi2 * (d0 + r0 * bend) + (psi2 / kappa - 0.5) * bend
+            correction = correction + psi2 * (d0 + r0 * bend) + (2 * psi2 / kappa - 1) * bend
         x = n.update(x, i, i + 1, correction)
         known = [*known, (n.lam[i], m0)][-2:]
         if callback:
