@@ -144,7 +144,11 @@ class Generator:
         if self.vae is None:
             import weights
 
-            self.vae = vae.load(weights.find(self.vae_source or "sd-vae-ft-ema")).to(self.device)
+            path = weights.find(self.vae_source or "sd-vae-ft-ema")
+            try:
+                self.vae = vae.load(path, self.device)
+            except ValueError as error:
+                raise UserError(str(error)) from None
         with torch.inference_mode(), autocast(self.device, self.precision):
             return to_uint8(self.vae.decode(x / vae.SCALE))
 

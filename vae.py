@@ -132,8 +132,9 @@ class Decoder(nn.Module):
 
 class VAE(nn.Module):
     """`source` says whose names the weights came under. Images are (B, 3, H, W) in [-1, 1], H and W multiples
-    of 8; latents are (B, 4, H/8, W/8) in the VAE's own units, not multiplied by SCALE. Both directions
-    take any float type and return float32; `chunk`, the images at once, bounds the memory (about 2 GB by default)."""
+    of 8; latents are (B, 4, H/8, W/8) in the VAE's own units, not multiplied by SCALE. Both directions take any
+    float type, compute in that of the weights whatever autocast says, and return float32; `chunk`, the images at
+    once, bounds the memory (about 2 GB by default)."""
 
     def __init__(self, widths=WIDTHS):
         super().__init__()
@@ -155,10 +156,11 @@ class VAE(nn.Module):
         return self._chunked(lambda z: self.decoder(self.post_quant(z)), z, chunk, DOWN**2)
 
     def _chunked(self, function, x, chunk, pixels):
-        at_once = PIXELS_AT_ONCE[self.quant.weight.device.type]
-        chunk = chunk or max(1, at_once // (x.shape[2] * x.shape[3] * pixels))
-        x = x.to(self.quant.weight, memory_format=torch.channels_last)
-        return torch.cat([function(part).float() for part in x.split(chunk)])
+        weight = self.quant.weight
+        chunk = chunk or max(1, PIXELS_AT_ONCE[weight.device.type] // (x.shape[2] * x.shape[3] * pixels))
+        x = x.to(weight, memory_format=torch.channels_last)
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.cat([function(part).float() for part in x.split(chunk)])
 
 
 # How others spell our tensors' names: rewritings applied in order. diffusers numbers the decoder's levels as they run.
