@@ -313,10 +313,11 @@ def _write_npz(generator, classes, seeds, settings, out, batch_size, about, prog
     drawn = hashlib.sha256(np.asarray([classes, seeds]).tobytes()).hexdigest()  # which images
     plan = {"drawn": drawn, "batch_size": batch_size, **{k: about[k] for k in about if k not in ("source", "torch")}}
     plan = json.loads(json.dumps(plan))  # as it reads back: tuples become lists
+    result = {"out": str(target), "npz": str(target), "picture": str(target.with_suffix(".png")), "balanced": balanced}
     if target.exists():
         if read_json(target.with_suffix(".json")).get("plan") == plan:
             progress.update(len(seeds))
-            return {"out": str(target), "npz": str(target), "balanced": balanced, "reused": True}
+            return result
         raise UserError(f"{target} exists and was drawn otherwise; delete it or choose another --out")
     work = target.with_name(target.name + ".partial")
     size = generator.config.size * (1 if generator.config.space == "pixel" else 8)
@@ -353,8 +354,8 @@ def _write_npz(generator, classes, seeds, settings, out, batch_size, about, prog
         write_json(target.with_suffix(".json"), {"balanced": balanced, "n": len(seeds), "plan": plan, **about,
                                                  "note": GENERATED})
         shown = range(min(len(seeds), 64))
-        save_grid(target.with_suffix(".png"), images_on_disk[: len(shown)],
+        save_grid(result["picture"], images_on_disk[: len(shown)],
                   [caption(_class_name(generator, classes[i]), classes[i], seeds[i]) for i in shown])
         shutil.rmtree(work)
     parallel.barrier()
-    return {"out": str(target), "npz": str(target), "picture": str(target.with_suffix(".png")), "balanced": balanced}
+    return result

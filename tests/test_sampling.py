@@ -1,0 +1,217 @@
+"""Sampling: one seed one image, what files carry, sets for evaluation."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import dimr_command
+from PIL import Image
+
+import sampling
+from storage import UserError
+
+
+@pytest.fixture(scope="module")
+def generator(trained):
+    return sampling.load(trained, device="cpu")
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+# one seed, one image
+
+
+def test_start_noise_depends_on_the_seed_alone(generator):
+    config = generator.config
+    expected = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(7))
+    torch.randn(5)  # what was drawn before is of no matter
+    assert torch.equal(sampling.start_noise(config, 7), expected)
+
+
+def test_images_are_byte_equal_at_one_batch_size_for_any_number(generator):
+    classes, seeds = [i % 10 for i in range(11)], list(range(50, 61))
+    all_of_them = generator.images(classes, seeds, batch_size=4)
+    for count in (1, 3, 6):
+        assert np.array_equal(generator.images(classes[:count], seeds[:count], batch_size=4), all_of_them[:count])
+    assert np.array_equal(generator.images(classes[5:6], seeds[5:6], batch_size=4), all_of_them[5:6])
+
+
+def test_images_agree_within_one_level_across_batch_sizes(generator):
+    classes, seeds = [i % 10 for i in range(12)], list(range(12))
+    images = [generator.images(classes, seeds, batch_size=size).astype(int) for size in (1, 5, 12)]
+    assert max(np.abs(images[0] - other).max() for other in images[1:]) <= 1
+    assert len({image.tobytes() for image in images[0]}) == 12
+
+
+def test_asking_for_a_seed_alone_gives_the_image_back(trained, tmp_path):
+    dimr_command("sample", "--weights", trained, "--class", "3", "-n", "4", "--seed", "10", "--out", tmp_path / "four", "--device", "cpu")
+    dimr_command("sample", "--weights", trained, "--class", "3", "--seeds", "12", "--out", tmp_path / "one", "--device", "cpu")
+    names = [f"class0003-seed{seed:06d}.png" for seed in range(10, 14)] + ["grid.png"]
+    assert sorted(p.name for p in (tmp_path / "four").iterdir()) == names
+    one, four = (pixels(tmp_path / folder / names[2]) for folder in ("one", "four"))
+    assert np.abs(one - four).max() <= 1
+
+
+def test_guidance_solver_and_steps_change_the_image(generator):
+    draw = lambda **settings: generator.images([3], [0], **settings)
+    plain = draw(cfg=1, steps=10)
+    for other in (draw(cfg=4, steps=10), draw(cfg=1, steps=5), draw(cfg=1, steps=10, solver="dpm-1s")):
+        assert not np.array_equal(other, plain)
+    np.testing.assert_array_equal(draw(cfg=4, steps=10, cfg_interval=(1e6, 2e6)), plain)
+
+
+def test_raw_and_averaged_weights_differ(trained, generator):
+    raw = sampling.load(trained, ema=False, device="cpu")
+    assert raw.hash != generator.hash and raw.source.endswith("weights.safetensors")
+    assert not np.array_equal(raw.images([3], [0]), generator.images([3], [0]))
+
+
+def test_decoded_values_are_rounded_and_clamped():
+    x = torch.tensor([-2.0, -1.0, 0.0, 1 / 255, 0.9999, 3.0]).reshape(1, 1, 2, 3)
+    assert sampling.to_uint8(x).flatten().tolist() == [0, 0, 128, 128, 255, 255]
+
+
+# files
+
+
+def test_each_png_says_what_it_is_and_how_it_was_made(trained, generator, tmp_path):
+    done = dimr_command("sample", "--weights", trained, "--class", "3", "--class", "5", "-n", "3", "--cfg", "2", "--out", tmp_path, "--device", "cpu", "--json")
+    result = json.loads(done.stdout)
+    assert result["n"] == 3 and [os.path.basename(f) for f in result["files"]] == [
+        "class0003-seed000000.png", "class0005-seed000001.png", "class0003-seed000002.png"]  # fmt: skip
+    with Image.open(result["files"][1]) as image:
+        assert image.size == (8, 8) and image.mode == "L"
+        facts = json.loads(image.text["dimr"])
+        assert "not a photograph" in image.text["Description"] and "--class 3 --class 5" in image.text["Command"]
+    assert facts["class"] == 5 and facts["seed"] == 1 and facts["cfg"] == 2 and facts["solver"] == "2m" and facts["steps"] == 25
+    assert facts["weights"] == generator.hash and facts["step"] == 12
+    with Image.open(result["picture"]) as grid:
+        assert "not a photograph" in grid.text["Description"]
+
+
+def test_classes_go_by_name_where_the_weights_know_them(generator):
+    named = sampling.load(generator.source, device="cpu")
+    named.classes = ["zero", "Ankle boot"] + [str(i) for i in range(2, 10)]
+    assert sampling.class_index("ankle BOOT", named) == 1 and sampling.class_index("7", named) == 7
+    with pytest.raises(UserError, match="0 to 9"):
+        sampling.class_index("10", named)
+    with pytest.raises(UserError, match="Ankle boot"):
+        sampling.class_index("shoe", named)
+
+
+def test_a_balanced_set_is_what_an_evaluator_reads(trained, generator, tmp_path):
+    out = tmp_path / "set.npz"
+    result = json.loads(dimr_command("sample", "--weights", trained, "--balanced", "-n", "25", "--batch-size", "8", "--out", out, "--device", "cpu",
+                                     "--json").stdout)  # fmt: skip
+    with np.load(out, allow_pickle=False) as arrays:
+        images, classes = arrays["arr_0"], arrays["arr_1"]
+    assert result["balanced"] and images.shape == (25, 8, 8, 3) and images.dtype == np.uint8
+    assert classes.tolist() == [i % 10 for i in range(25)]
+    expected = generator.images([i % 10 for i in range(25)], range(25), batch_size=8)
+    assert np.array_equal(images, np.repeat(expected, 3, -1))
+    assert json.loads(out.with_suffix(".json").read_text())["balanced"] and not list(tmp_path.glob("*.partial"))
+
+
+def test_processes_share_the_work_and_write_the_same_set(trained, tmp_path):
+    for processes in (None, 2):
+        dimr_command("sample", "--weights", trained, "--balanced", "-n", "20", "--batch-size", "4", "--out", tmp_path / f"{processes}.npz",
+                     "--device", "cpu", torchrun=processes)  # fmt: skip
+    one, two = (zipfile.ZipFile(tmp_path / f"{p}.npz").read("arr_0.npy") for p in (None, 2))
+    assert one == two
+
+
+def test_an_interrupted_set_goes_on_where_it_stopped(trained, tmp_path):
+    command = ["sample", "--weights", str(trained), "--balanced", "-n", "400", "--batch-size", "2", "--steps", "20", "--device", "cpu", "--out"]
+    victim = subprocess.Popen([sys.executable, "-m", "cli", *command, str(tmp_path / "cut.npz")], cwd=tmp_path, stderr=subprocess.DEVNULL,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    log = tmp_path / "cut.npz.partial" / "done-0"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    before = log.read_text().split("\n")[:-1]
+    assert 5 <= len(before) < 200 and not (tmp_path / "cut.npz").exists()
+    stopped = (tmp_path / "cut.npz.partial" / "images.npy").stat().st_mtime_ns
+    dimr_command(*command, tmp_path / "cut.npz")
+    dimr_command(*command, tmp_path / "whole.npz")
+    cut, whole = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("cut", "whole"))
+    assert np.array_equal(cut, whole) and stopped
+
+
+def test_a_set_drawn_otherwise_is_not_mixed_in(trained, tmp_path):
+    out = tmp_path / "set.npz"
+    base = ["sample", "--weights", trained, "--balanced", "-n", "4", "--steps", "2", "--device", "cpu", "--out", out]
+    dimr_command(*base)
+    assert "set.npz" in dimr_command(*base).stdout  # the same again is there already
+    done = dimr_command(*base, "--cfg", "3", check=False)
+    assert done.returncode == 1 and "drawn otherwise" in done.stderr
+
+
+def test_the_newest_run_is_the_default(trained, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "small").symlink_to(trained)
+    done = dimr_command("sample", "--class", "1", "-n", "1", "--device", "cpu", cwd=tmp_path)
+    assert "runs/small" in done.stdout and (tmp_path / "samples" / "small-cfg1.5" / "grid.png").exists()
+
+
+def test_the_readmes_five_lines(trained, tmp_path):
+    generator = sampling.load(trained)
+    images = generator.images(classes=[3] * 4, seeds=range(4), cfg=1.5)
+    sampling.save_grid(tmp_path / "threes.png", images)
+    assert images.shape == (4, 8, 8, 1) and images.dtype == np.uint8 and Image.open(tmp_path / "threes.png").width > 100
+
+
+# what can't be drawn
+
+
+@pytest.mark.parametrize("arguments, status, words", [
+    (["--cfg", "0.4"], 2, "1.4 here"), (["--class", "10"], 1, "0 to 9"), (["--class", "panda"], 1, "panda"), (["--steps", "0"], 2, "--steps"),
+    (["--steps", "25", "--solver", "3s"], 1, "24 or 27"), (["--seeds", "1-x"], 2, "0-63"), (["--seeds", "1,2", "-n", "3"], 2, "one of the two"),
+    (["--balanced", "--class", "1"], 2, "leave out --class"), (["--device", "cuda"], 1, "--device auto"), (["--weights", "nowhere"], 1, "nowhere"),
+    (["--cfg-interval", "3,1"], 1, "interval"), (["--cfg-interval", "3"], 2, "2 comma-separated"),
+])  # fmt: skip
+def test_bad_requests_are_one_clear_line(trained, tmp_path, arguments, status, words):
+    from click.testing import CliRunner
+
+    import cli
+
+    result = CliRunner().invoke(cli.main, ["sample", "--weights", str(trained), "--out", str(tmp_path / "out"), *arguments])
+    assert result.exit_code == status and words in result.output and "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_guidance_without_a_null_class_is_refused(generator):
+    import dataclasses
+
+    with pytest.raises(UserError, match="null class"):
+        sampling.Settings(cfg=2.0).resolved(dataclasses.replace(generator.config, null_class=False))
+    assert sampling.Settings().resolved(dataclasses.replace(generator.config, null_class=False)).cfg == 1
+
+
+def test_the_papers_preset_is_the_papers(generator):
+    import dataclasses
+
+    latent = dataclasses.replace(generator.config, space="latent")
+    paper = sampling.Settings(preset="paper")
+    assert dataclasses.astuple(paper.resolved(latent))[-3:] == ("fast", "time", 250)
+    assert dataclasses.astuple(paper.resolved(generator.config))[-3:] == ("dpm-fast", "logsnr", 50)
+
+
+def test_weights_that_hold_nan_are_refused(trained, tmp_path):
+    from storage import load_tensors, save_tensors
+
+    tensors, about = load_tensors(trained / "checkpoints" / "step-0000012" / "ema.safetensors")
+    tensors["branches.0.position"][0, 0] = float("nan")
+    save_tensors(tmp_path / "nan.safetensors", tensors, about)
+    with pytest.raises(UserError, match="branches.0.position"):
+        sampling.load(tmp_path / "nan.safetensors", device="cpu")
