@@ -187,30 +187,37 @@ class ImageFolder:
             (width, height), *others = sizes
             if others or width != height:
                 found = ", ".join(f"{path} is {w}×{h}" for (w, h), path in list(sizes.items())[:2])
-                raise UserError(f"{self.root}: images of more than one square size ({found}); say with --res what to crop to")
+                raise UserError(f"{self.root}: images not all of one square size ({found}); say with --res what to crop to")
             self.size = width
 
-    def batch(self, indices, flips, bad=None):
+    def read(self, index):
+        """Image `index`, uint8 (size, size, channels). Raises as read_image."""
+        return read_image(self.paths[index], self.size, self.channels, self.exif)
+
+    def batch(self, indices, flips, bad=None, drop=False):
         """Images uint8 (B, C, H, W), mirrored where `flips` (B,) says so, and labels int64 (B,).
 
-        An unreadable image raises BadImage; with a list `bad` its message is appended there and the next readable
-        item takes its place."""
+        An unreadable image raises BadImage; with a list `bad` its message is appended there, and the next readable
+        item takes its place, or with `drop` none does: B is then smaller."""
         images = np.empty((len(indices), self.size, self.size, self.channels), np.uint8)
-        labels = np.empty(len(indices), np.int64)
+        items, rows = [], []
         for row, index in enumerate(indices):
-            images[row], labels[row] = self._read(int(index), bad)
-        return _pixels(images, flips), torch.from_numpy(labels)
-
-    def _read(self, index, bad):
-        for step in range(len(self)):
-            try:
-                found = (index + step) % len(self)
-                return read_image(self.paths[found], self.size, self.channels, self.exif), self.labels[found]
-            except BadImage as error:
-                if bad is None:
-                    raise
-                bad.append(str(error))
-        raise UserError(f"{self.root}: none of the {len(self):,} images can be read; the last: {bad[-1]}")
+            for step in range(1 if drop else len(self)):
+                item = (int(index) + step) % len(self)
+                try:
+                    images[len(items)] = self.read(item)
+                except BadImage as error:
+                    if bad is None:
+                        raise
+                    bad.append(str(error))
+                else:
+                    items.append(item)
+                    rows.append(row)
+                    break
+            else:
+                if not drop:
+                    raise UserError(f"{self.root}: none of the {len(self):,} images can be read; the last: {bad[-1]}")
+        return _pixels(images[: len(items)], np.asarray(flips, bool)[rows]), torch.from_numpy(self.labels[items])
 
 
 def _list(folder):
@@ -235,7 +242,8 @@ def _list_class(root, name):
 
 def _pixels(images, flips):
     """uint8 array (B, H, W, C) → tensor (B, C, H, W), mirrored where `flips`."""
-    images, flips = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(flips)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    flips = torch.from_numpy(flips)
     images[flips] = images[flips].flip(-1)
     return images
 
@@ -278,9 +286,9 @@ class Shards:
         """Hex SHA-256 of index.json, which holds every shard's."""
         return sha256(self.root / "index.json")
 
-    def batch(self, indices, flips, bad=None):
+    def batch(self, indices, flips, bad=None, drop=False):
         """Pixels uint8 (B, C, H, W), or latents float16 (B, 2, C, h, w): mean and log-variance of the image, or of
-        its flip where `flips` (B,) says so; and labels int64 (B,). `bad` is for ImageFolder's sake."""
+        its flip where `flips` (B,) says so; and labels int64 (B,). No item is bad here."""
         indices, flips = np.asarray(indices), np.asarray(flips, bool)
         item = self.data[0].shape[1 if self.kind == "pixels" else 2 :]
         found = np.empty((len(indices), *item), self.data[0].dtype)
@@ -344,7 +352,7 @@ def open_data(path, size=None, channels=None, exif=False):
         sizes = {shards.size, shards.index["options"]["res"]}
         if size not in {None, *sizes} or channels not in {None, shards.channels}:
             held = f"{shards.kind} of size {shards.size} with {shards.channels} channels"
-            raise UserError(f"{path} holds {held}, not size {size}, channels {channels}; encode those to another folder")
+            raise UserError(f"{path} holds {held}, not size {size}, channels {channels}; encode those elsewhere")
         return shards
     if (path / "plan.json").is_file():
         raise UserError(f"{path} is an unfinished encode; run the same dimr encode again, and it goes on where it was")
@@ -388,7 +396,7 @@ class _Steps(torch.utils.data.Dataset):
     def __getitem__(self, step):
         bad = []
         try:
-            return (*self.data.batch(*step, None if self.on_bad == "error" else bad), bad)
+            return (*self.data.batch(*step, None if self.on_bad == "error" else bad, self.on_bad == "drop"), bad)
         except UserError as error:
             return error
 
@@ -402,7 +410,8 @@ def loader(data, steps, workers=None, on_bad="error", pin=False):
     ahead by `workers` processes (None: this machine's share of cores, at most 8; for shards 0).
 
     `on_bad`: "error" raises an unreadable image's BadImage here; "skip" puts the next readable item in its place and
-    its message in the list `bad`. A worker that dies is a UserError. `pin`: page-locked memory, for copies to CUDA."""
+    its message in the list `bad`, "drop" only the latter. A worker that dies is a UserError. `pin`: page-locked
+    memory, for copies to CUDA."""
     if workers is None:
         share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = 0 if isinstance(data, Shards) else min(8, max(1, share // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -424,4 +433,4 @@ def loader(data, steps, workers=None, on_bad="error", pin=False):
         if not str(error).startswith("DataLoader worker"):
             raise
         reason = str(error).splitlines()[0]
-        raise UserError(f"{reason} Out of memory, perhaps; run again with fewer --workers") from None
+        raise UserError(f"{reason.rstrip('. ')}; out of memory, perhaps: run again with fewer --workers") from None
