@@ -138,12 +138,12 @@ class Paths(Sequence):
 class ImageFolder:
     """One folder of images per class, numbered by sorted name, or images alone: one class.
 
-    `size` None takes the images' own where a sample shares one square size; `channels` None is 1 where the
+    `size` None takes the images' own where a sample shares one square size, else `default_size`; `channels` None is 1 where the
     sample is all grey, else 3. Raises UserError for a folder that is neither of the two kinds, or holds nothing."""
 
     kind = "pixels"
 
-    def __init__(self, root, size=None, channels=None, exif=False):
+    def __init__(self, root, size=None, channels=None, exif=False, default_size=None):
         self.root, self.exif = Path(root), exif
         folders, images = _list(self.root)
         if folders and images:
@@ -157,7 +157,7 @@ class ImageFolder:
         self.paths = Paths(self.root, [name for group in groups for name in group])
         self.size, self.channels = size, channels
         if size is None or channels is None:
-            self._probe()
+            self._probe(default_size)
 
     def __len__(self):
         return len(self.paths)
@@ -170,7 +170,7 @@ class ImageFolder:
             digest.update(f"{self.paths.name(index)}\0{os.stat(path).st_size}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
-    def _probe(self):
+    def _probe(self, default_size):
         """Set `size` and `channels` from the headers of up to PROBED images, evenly spaced."""
         sizes, grey, failure = {}, True, None
         for index in np.linspace(0, len(self) - 1, min(PROBED, len(self))).astype(int):
@@ -185,7 +185,9 @@ class ImageFolder:
         self.channels = self.channels or (1 if grey else 3)
         if self.size is None:
             (width, height), *others = sizes
-            if others or width != height:
+            if (others or width != height) and default_size:
+                width = default_size
+            elif others or width != height:
                 found = ", ".join(f"{path} is {w}×{h}" for (w, h), path in list(sizes.items())[:2])
                 raise UserError(f"{self.root}: images not all of one square size ({found}); say with --res what to crop to")
             self.size = width
@@ -344,7 +346,7 @@ def damaged(path, reason):
     return UserError(f"{path} {reason}; run the dimr encode that wrote it again, which redoes damaged shards")
 
 
-def open_data(path, size=None, channels=None, exif=False):
+def open_data(path, size=None, channels=None, exif=False, default_size=None):
     """The shard set or image folder at `path`, the latter read at `size`. Raises UserError for anything else."""
     path = Path(path)
     if (path / "index.json").is_file():
@@ -356,7 +358,7 @@ def open_data(path, size=None, channels=None, exif=False):
         return shards
     if (path / "plan.json").is_file():
         raise UserError(f"{path} is an unfinished encode; run the same dimr encode again, and it goes on where it was")
-    return ImageFolder(path, size, channels, exif)
+    return ImageFolder(path, size, channels, exif, default_size)
 
 
 # Order and reading ahead
@@ -402,7 +404,8 @@ class _Steps(torch.utils.data.Dataset):
 
 
 def _quiet(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle, and it ends the workers
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process's to handle, and it ends the workers
+        signal.signal(number, signal.SIG_IGN)
 
 
 def loader(data, steps, workers=None, on_bad="error", pin=False):

@@ -250,7 +250,8 @@ def plan(out, data=None, variant=None, recipe=None, network=None, init=None, res
     source = data or known.get("path")
     if source is None:
         raise UserError("no training data: give --data FOLDER, or run dimr encode first")
-    data = dataset.open_data(source, res or known.get("res"), exif=exif or known.get("exif", False))
+    wanted = dimr.VARIANTS[variant].size if variant and dimr.VARIANTS[variant].space == "pixel" else None
+    data = dataset.open_data(source, res or known.get("res"), exif=exif or known.get("exif", False), default_size=wanted)
     variant, init = variant or before.get("variant") or nearest_variant(data), init or before.get("init")
     weights = runs.read_weights(sampling.find_weights(init))[0] if init and not runs.checkpoints(out) else None
     recipe = Recipe(**{**(before.get("recipe") or dataclasses.asdict(RECIPES[variant])), **(recipe or {})})
@@ -260,9 +261,9 @@ def plan(out, data=None, variant=None, recipe=None, network=None, init=None, res
     config = configure(base, data, recipe.label_dropout > 0, **(network or {}))
     record = {"variant": variant, "config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe), "init": init and str(init),
               "data": {"path": str(Path(source).resolve()), "kind": data.kind, "items": len(data), "res": res or known.get("res"),
-                       "exif": exif or known.get("exif", False), "fingerprint": data.fingerprint}}
+                       "exif": exif or known.get("exif", False), "fingerprint": data.fingerprint if parallel.is_main() else None}}
     record = json.loads(json.dumps(record))  # as it reads back
-    if before:
+    if before and parallel.is_main():
         fixed = {"variant": None, "config": None, "fingerprint": "data", **{k: "recipe" for k in record["recipe"] if k not in MAY_CHANGE}}
         for name, part in fixed.items():
             old, new = (r[part][name] if part else r[name] for r in (before, record))
