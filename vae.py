@@ -181,7 +181,7 @@ NAMINGS = {
         (r"middle\.1\.out", "middle.1.proj_out"), (r"middle\.1", "mid.attn_1"),
         (r"middle\.0", "mid.block_1"), (r"middle\.2", "mid.block_2")]}
 _AROUND = "first_stage_model."  # before the VAE's names in the checkpoint of a whole latent diffusion model
-_LOSS = "loss."  # the discriminator and perceptual loss in a VAE's own training checkpoint
+_BESIDE = ("loss.", "model_ema.")  # discriminator, perceptual loss and average in a VAE's own training checkpoint
 
 
 def _spell(name, naming):
@@ -194,9 +194,10 @@ def from_state_dict(state_dict):
     """A VAE in eval mode holding `state_dict`'s tensors, under any of NAMINGS; its widths are read off them.
 
     What else a full checkpoint holds (a diffusion model around the VAE, the loss it was trained with) is left
-    out, and `source` counts it. Raises ValueError naming every unknown, missing or misshapen tensor."""
+    out, and `source` counts it. Raises ValueError naming every tensor that is unknown, missing, misshapen or not
+    finite."""
     given = {name.removeprefix(_AROUND): tensor for name, tensor in state_dict.items() if name.startswith(_AROUND)}
-    given = {name: tensor for name, tensor in (given or state_dict).items() if not name.startswith(_LOSS)}
+    given = {name: tensor for name, tensor in (given or state_dict).items() if not name.startswith(_BESIDE)}
     probe = "encoder.middle.1.q.weight"
     source = next((naming for naming in NAMINGS if _spell(probe, naming) in given), None)
     if source is None:
@@ -221,6 +222,8 @@ def from_state_dict(state_dict):
             faults.append(f"missing {theirs}")
         elif tensor.squeeze().shape != expected.squeeze().shape or not tensor.is_floating_point():
             faults.append(f"{theirs} is {tensor.dtype} {tuple(tensor.shape)}, expected floats {tuple(expected.shape)}")
+        elif not all(end.isfinite() for end in tensor.aminmax()):
+            faults.append(f"{theirs} holds values that are not finite")
         else:  # CompVis spells the attention's linear layers as 1 × 1 convolutions
             weights[name] = tensor.reshape(expected.shape).float()
     if faults:
@@ -242,7 +245,7 @@ def load(path, device="cpu"):
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
             tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
-            tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+            tensors = {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
     except OSError:
         raise
     except Exception as error:  # whatever an untrusted file makes the parsers raise, the file is at fault

@@ -104,8 +104,9 @@ def test_a_whole_diffusion_checkpoint_gives_up_its_vae_and_the_rest_is_counted(s
     others = {"model.diffusion_model.out.0.weight": torch.zeros(3), "betas": torch.zeros(1000)}
     ours = vae.from_state_dict(inside | others | {"first_stage_model.loss.logvar": torch.zeros(())})
     assert ours.source == "CompVis; 3 other tensors left out"
-    ours = vae.from_state_dict(compvis_names(small.state_dict()) | {"loss.discriminator.main.0.weight": torch.zeros(2)})
-    assert ours.source == "CompVis; 1 other tensors left out"
+    training = {"loss.discriminator.main.0.weight": torch.zeros(2), "model_ema.decay": torch.zeros(())}
+    ours = vae.from_state_dict(compvis_names(small.state_dict()) | training)
+    assert ours.source == "CompVis; 2 other tensors left out"
 
 
 def test_every_tensor_at_fault_is_named(small):
@@ -114,10 +115,13 @@ def test_every_tensor_at_fault_is_named(small):
     weights["encoder.down_blocks.0.resnets.0.conv2.bias"] = torch.zeros(7)
     weights["quant_conv.weight"] = torch.zeros(8, 8, 1, 1, dtype=torch.int64)
     weights["decoder.extra"] = torch.zeros(1)
+    weights["decoder.conv_in.bias"] = weights["decoder.conv_in.bias"].clone()
+    weights["decoder.conv_in.bias"][3] = float("nan")
     with pytest.raises(ValueError) as caught:
         vae.from_state_dict(weights)
     assert set(str(caught.value).partition(": ")[2].split("; ")) == {
-        "missing decoder.conv_out.bias", "missing encoder.mid_block.resnets.1.norm1.weight", "unknown decoder.extra",
+        "decoder.conv_in.bias holds values that are not finite", "missing decoder.conv_out.bias",
+        "missing encoder.mid_block.resnets.1.norm1.weight", "unknown decoder.extra",
         "encoder.down_blocks.0.resnets.0.conv2.bias is torch.float32 (7,), expected floats (32,)",
         "quant_conv.weight is torch.int64 (8, 8, 1, 1), expected floats (8, 8, 1, 1)"}
 
