@@ -41,11 +41,11 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
-def start(device):
-    """Join the other processes (NCCL on GPUs, gloo on CPUs). A lost peer is an error after 30 minutes at most."""
+def start(device, minutes=30):
+    """Join the other processes (NCCL on GPUs, gloo on CPUs). A lost peer is an error after that many at most."""
     if world_size() > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
 
 
 def stop():
