@@ -189,7 +189,7 @@ class ImageFolder:
                 width = default_size
             elif others or width != height:
                 found = ", ".join(f"{path} is {w}×{h}" for (w, h), path in list(sizes.items())[:2])
-                raise UserError(f"{self.root}: images not all of one square size ({found}); say with --res what to crop to")
+                raise UserError(f"{self.root}: images not all of one square size ({found}); give --res, the size to crop to")
             self.size = width
 
     def read(self, index):
@@ -259,13 +259,9 @@ class Shards:
 
     def __init__(self, root):
         self.root = Path(root)
-        self.index = index = read_json(self.root / "index.json")
-        if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("kind") not in DATA_DTYPE:
-            raise UserError(f"{root}/index.json is not of shard format {FORMAT}; encode again, or use another dimr")
+        self.index = index = read_index(root)
         self.kind, self.size, self.channels, self.classes = (index[k] for k in ("kind", "size", "channels", "classes"))
-        square = self.size, self.size
-        item = (*square, self.channels) if self.kind == "pixels" else (2, 2, self.channels, *square)
-        self.data, labels = [], []
+        item, self.data, labels = item_shape(index), [], []
         for shard in index["shards"]:
             data, numbers = map_shard(self.root / shard["file"])
             if data.dtype != DTYPES[DATA_DTYPE[self.kind]] or data.shape != (shard["count"], *item):
@@ -303,6 +299,23 @@ class Shards:
             found[rows] = self.data[shard][where]
         labels = torch.from_numpy(self.labels[indices])
         return (_pixels(found, flips) if self.kind == "pixels" else torch.from_numpy(found)), labels
+
+
+def read_index(root):
+    """The parsed index.json of a finished shard set. Raises UserError where there is none, or of another format."""
+    path = Path(root) / "index.json"
+    if not path.is_file() and (path.parent / "plan.json").is_file():
+        raise UserError(f"{root} is an unfinished encode; run the same dimr encode again, and it goes on where it was")
+    index = read_json(path)
+    if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("kind") not in DATA_DTYPE:
+        raise UserError(f"{path} is not of shard format {FORMAT}; encode again, or use the dimr that wrote it")
+    return index
+
+
+def item_shape(index):
+    """Shape of one item's data in the set with this index."""
+    size, channels = index["size"], index["channels"]
+    return (size, size, channels) if index["kind"] == "pixels" else (2, 2, channels, size, size)
 
 
 def shard_header(kind, shape):
@@ -349,15 +362,13 @@ def damaged(path, reason):
 def open_data(path, size=None, channels=None, exif=False, default_size=None):
     """The shard set or image folder at `path`, the latter read at `size`. Raises UserError for anything else."""
     path = Path(path)
-    if (path / "index.json").is_file():
+    if (path / "index.json").is_file() or (path / "plan.json").is_file():
         shards = Shards(path)
         sizes = {shards.size, shards.index["options"]["res"]}
         if size not in {None, *sizes} or channels not in {None, shards.channels}:
             held = f"{shards.kind} of size {shards.size} with {shards.channels} channels"
             raise UserError(f"{path} holds {held}, not size {size}, channels {channels}; encode those elsewhere")
         return shards
-    if (path / "plan.json").is_file():
-        raise UserError(f"{path} is an unfinished encode; run the same dimr encode again, and it goes on where it was")
     return ImageFolder(path, size, channels, exif, default_size)
 
 
