@@ -19,7 +19,6 @@ def run(out, seed=0, steps=None, quiet=False):
     """Write digits, train, sample, judge, all under folder `out`. Returns the figures as a dict. Raises UserError."""
     try:
         from sklearn.datasets import load_digits
-        from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
     except ImportError:
         raise UserError("the demo needs scikit-learn for its digits; pip install 'dimr[demo]'") from None
     begun = time.monotonic()
@@ -41,21 +40,27 @@ def run(out, seed=0, steps=None, quiet=False):
     drawn = sampling.sample(generator, classes, list(seeds), sampling.Settings(), out / "samples", batch_size=100, quiet=quiet)
     generated = np.stack([np.asarray(Image.open(path)) for path in drawn["files"]])
 
-    def flat(images):
-        return images.reshape(len(images), -1).astype(np.float64)
-
-    # half of the kept digits teach the classifier, the other half say how good it is; it never sees a training digit
-    kept, kept_labels = flat(pixels[halves["kept"]]), digits.target[halves["kept"]]
-    judge = KNeighborsClassifier(NEIGHBOUR).fit(kept[::2], kept_labels[::2])
-    real, made, trained = kept, flat(generated), flat(pixels[halves["train"]])
-    radius = NearestNeighbors(n_neighbors=NEIGHBOUR + 1).fit(real).kneighbors(real)[0][:, -1]
-    nearest_made = NearestNeighbors(n_neighbors=1).fit(made).kneighbors(real)[0][:, 0]
-    to_train = NearestNeighbors(n_neighbors=1).fit(trained)
     return {
-        "accuracy_real": float(judge.score(kept[1::2], kept_labels[1::2])),
-        "accuracy_generated": float(judge.score(made, classes)),
-        "coverage": float((nearest_made <= radius).mean()),
-        "nearest_train": float(np.median(to_train.kneighbors(made)[0]) / np.median(to_train.kneighbors(real)[0])),
+        **judge(pixels[halves["kept"]], digits.target[halves["kept"]], generated, classes, pixels[halves["train"]]),
         "seconds": round(time.monotonic() - begun, 1),
         "seed": seed, "picture": drawn["picture"], "run": str(out / "run"),
     }  # fmt: skip
+
+
+def judge(kept, kept_labels, made, classes, trained):
+    """How good the images `made` of `classes` are, by real ones kept out of training: the shares that a nearest-neighbour
+    classifier recognises, of the samples and of real images (it learns from every other kept image, and is tested on
+    the rest); coverage; and how far samples are from the `trained` images, relative to kept ones (near 1: no copies)."""
+    from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+
+    kept, made, trained = (images.reshape(len(images), -1).astype(np.float64) for images in (kept, made, trained))
+    classifier = KNeighborsClassifier(NEIGHBOUR).fit(kept[::2], kept_labels[::2])
+    radius = NearestNeighbors(n_neighbors=NEIGHBOUR + 1).fit(kept).kneighbors(kept)[0][:, -1]  # the first is itself
+    nearest_made = NearestNeighbors(n_neighbors=1).fit(made).kneighbors(kept)[0][:, 0]
+    to_trained = NearestNeighbors(n_neighbors=1).fit(trained)
+    return {
+        "accuracy_real": float(classifier.score(kept[1::2], kept_labels[1::2])),
+        "accuracy_generated": float(classifier.score(made, classes)),
+        "coverage": float((nearest_made <= radius).mean()),
+        "nearest_train": float(np.median(to_trained.kneighbors(made)[0]) / np.median(to_trained.kneighbors(kept)[0])),
+    }

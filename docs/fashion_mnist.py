@@ -1,0 +1,49 @@
+"""Fashion-MNIST as image folders, and a judgement of what was drawn after training on them.
+
+    apt-get install dataset-fashion-mnist            (Debian: 60,000 + 10,000 real 28 × 28 images)
+    python docs/fashion_mnist.py write data/fashion  -> data/fashion/{train,test}/CLASS/*.png, padded to 32 × 32
+    dimr train --data data/fashion/train ...         (README.md has the command)
+    dimr sample --balanced -n 2000
+    python docs/fashion_mnist.py judge data/fashion samples/.../balanced-2000.npz
+"""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dataset
+import digits_demo
+
+SOURCE = Path("/usr/share/datasets/fashion-mnist")
+CLASSES = ["0 T-shirt", "1 Trouser", "2 Pullover", "3 Dress", "4 Coat", "5 Sandal", "6 Shirt", "7 Sneaker", "8 Bag", "9 Ankle boot"]
+
+
+def idx(name, header):
+    return np.frombuffer(gzip.decompress((SOURCE / name).read_bytes()), np.uint8, offset=header)
+
+
+def write(out):
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images = np.pad(idx(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
+        for i, (image, label) in enumerate(zip(images, idx(f"{prefix}-labels-idx1-ubyte.gz", 8))):
+            path = out / split / CLASSES[label] / f"{i:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+
+
+def judge(out, samples):
+    folders = [dataset.open_data(out / split) for split in ("train", "test")]
+    (train, _), (test, labels) = (folder.batch(range(len(folder)), np.zeros(len(folder), bool)) for folder in folders)
+    with np.load(samples) as arrays:
+        made, classes = arrays["arr_0"][..., 0], arrays["arr_1"]
+    order = np.random.default_rng(0).permutation(len(test))  # the folder is sorted by class
+    print(json.dumps(digits_demo.judge(test.numpy()[order], labels.numpy()[order], made, classes, train.numpy())))
+
+
+if __name__ == "__main__":
+    {"write": write, "judge": judge}[sys.argv[1]](*map(Path, sys.argv[2:]))
