@@ -286,6 +286,61 @@ def sample(classes, count, seed, seeds, balanced, npz, out, weights, ema, vae, b
 
 
 @main.command()
+@click.option("--data", help="Image folder, one folder per class or flat [default: $DIMR_DATA, data/imagenet/train, data/imagenet].")
+@click.option("--out", help="Folder to write; an unfinished one goes on [default: data/latents-RES or data/pixels-RES].")
+@click.option("--res", type=POSITIVE, required=True, help="Side of the square crop, in pixels: 64, 256, 512, ...")
+@click.option("--pixels", is_flag=True, help="Store the crops themselves, for pixel models, instead of latents.")
+@click.option("--vae", "vae_weights", default="sd-vae-ft-ema", show_default=True, help="The VAE's weights: a name or a file.")
+@click.option("--channels", type=click.Choice(["1", "3"]), help="Of pixels [default: 1 if a sample of the images is grey, else 3].")
+@click.option("--batch-size", type=POSITIVE, default=32, show_default=True, help="Images at once, per process.")
+@click.option("--shard-size", type=POSITIVE, help="Images per shard, what a kill can cost a process [default: for about 128 shards].")
+@click.option("--exif", is_flag=True, help="Honour EXIF rotation (ADM's preparation ignores it).")
+@click.option("--on-bad-image", "on_bad", type=click.Choice(["error", "skip"]), default="error", show_default=True,
+              help="Stop at an unreadable image, or leave it out and list it at the end.")
+@precision_option
+@device_option
+@click.option("--workers", type=click.IntRange(min=0), help="Reading processes [default: by cores].")
+@click.option("--verify", is_flag=True, help="Only compare the shards of a finished set with their hashes.")
+@json_option
+def encode(data, out, res, pixels, channels, verify, as_json, **options):
+    """Turn a folder of images into shards that train reads fast: latents, or pixels.
+
+    Crops as ADM does. Run the same command again to go on after an interruption, or to redo damaged shards; the bytes
+    written depend on neither, nor on the number of processes. Latents come with preview.png, to look at.
+
+    \b
+    Examples:
+      dimr encode --res 256                              ImageNet to latents, 42 GB
+      dimr encode --res 64 --pixels --data photos/       crops for a pixel model
+      torchrun --nproc-per-node 8 -m cli encode --res 256
+      dimr encode --res 256 --verify
+    """
+    import encoding
+    import parallel
+
+    out = out or f"data/{'pixels' if pixels else 'latents'}-{res}"
+    if verify:
+        result = encoding.verify(out)
+        if as_json or not result["damaged"]:
+            report(result, as_json, f"{result['shards']} shards of {result['items']:,} items in {out} are as they were written")
+        if result["damaged"]:
+            raise UserError(f"{'; '.join(result['damaged'])}. Run the encode that wrote {out} again: it redoes them")
+        return
+    data = data or os.environ.get("DIMR_DATA") or next((p for p in ("data/imagenet/train", "data/imagenet") if Path(p).is_dir()), None)
+    if data is None:
+        raise UserError("no images: expected ImageNet in data/imagenet/train; give --data FOLDER or set DIMR_DATA")
+    try:
+        result = encoding.encode(data, out, res, pixels, channels=channels and int(channels), **options)
+    finally:
+        parallel.stop()
+    skipped = "".join(f"\nskipped {s['image']}: {s['reason']}" for s in result["skipped"])
+    skipped += f"\n{len(result['skipped'])} unreadable images skipped" if skipped else ""
+    look = f", to look at: {Path(out) / 'preview.png'}" if result["kind"] == "latents" else ""
+    report(result, as_json, f"{result['items']:,} {result['kind']} of {result['classes']:,} classes in {result['shards']} shards, "
+           f"{result['bytes'] / 1e6:,.1f} MB, {result['encoded_images']:,} images encoded in {result['seconds']:.1f} s -> {out}{look}{skipped}")
+
+
+@main.command()
 @click.argument("run", required=False)
 def curves(run):
     """Draw loss.png of a run from its metrics, finished or not [default: the newest run].

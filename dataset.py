@@ -138,8 +138,8 @@ class Paths(Sequence):
 class ImageFolder:
     """One folder of images per class, numbered by sorted name, or images alone: one class.
 
-    `size` None takes the images' own where a sample shares one square size, else `default_size`; `channels` None is 1 where the
-    sample is all grey, else 3. Raises UserError for a folder that is neither of the two kinds, or holds nothing."""
+    `size` None takes the images' own where a sample shares one square size, else `default_size`; `channels` None is 1
+    where the sample is all grey, else 3. Raises UserError for a folder that is neither of the two kinds, or empty."""
 
     kind = "pixels"
 
@@ -189,7 +189,7 @@ class ImageFolder:
                 width = default_size
             elif others or width != height:
                 found = ", ".join(f"{path} is {w}×{h}" for (w, h), path in list(sizes.items())[:2])
-                raise UserError(f"{self.root}: images not all of one square size ({found}); give --res, the size to crop to")
+                raise UserError(f"{self.root}: not of one square size ({found}); give --res, the size to crop to")
             self.size = width
 
     def read(self, index):

@@ -1,0 +1,358 @@
+"""`dimr encode`: a folder of images becomes a shard set (dataset.py), of cropped pixels or of SD-VAE latents.
+
+    plan.json                  what is encoded, from the first moment on
+    shard-00000.safetensors    a shard, and after it
+    shard-00000.json           its row of the index, with its hash: a shard without is not finished
+    preview.png                of latents: images beside what the VAE makes of their latents
+    index.json                 all of it, last; plan and rows go then
+
+A shard is a stretch of the folder's images, made by one process, whole or not at all. Nothing else decides its bytes,
+so any number of processes, killed at any moment and started again, end with the same set."""
+
+import contextlib
+import functools
+import hashlib
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import dataset
+import parallel
+import pictures
+import vae
+import weights
+from storage import UserError, read_json, sha256, sweep, write_json, writing
+
+SHARDS = 128  # about as many as there are, unless told otherwise: a kill costs each process a part of one
+MOST_SHARDS = 512  # a reader holds one file descriptor for each
+PREVIEW = 4  # images in preview.png
+
+
+def encode(source, out, res, pixels=False, vae_weights="sd-vae-ft-ema", channels=None, exif=False, on_bad="error",
+           batch_size=32, shard_size=None, precision=None, device="auto", workers=None, quiet=False):  # fmt: skip
+    """Encode image folder `source`, cropped to `res`, into the shard set `out`, or go on with it.
+
+    `pixels`: store the crops (`channels` 1 or 3, None to look), else the latents of image and flip that the VAE gives
+    whose weights have that name or path. `on_bad` "skip" leaves unreadable images out. `shard_size` None makes about
+    SHARDS. Latents depend on `batch_size` (on CUDA), `precision` and the kind of device, pixels on none of them.
+    Returns a summary dict. Raises UserError; a disk too small or another set in `out` before anything is written."""
+    begun, out = time.monotonic(), Path(out)
+    device = torch.device("cpu") if pixels else parallel.pick_device(device)
+    parallel.start(torch.device("cpu"), minutes=60 * 24 * 30)  # they only meet here and at the end
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())  # which those of Latents change for all
+        folder = plan = None
+        if parallel.is_main():
+            _check_folders(Path(source), out)
+            folder = dataset.ImageFolder(source, res, channels if pixels else 3, exif)
+            plan = _plan(folder, res, exif, shard_size)
+            if not pixels:
+                _plan_latents(plan, vae_weights, batch_size, precision, device)
+            stack.enter_context(_alone(out))
+            _begin(out, plan)
+        folder, plan = parallel.broadcast((folder, plan))
+        rank, world, shards = parallel.rank(), parallel.world_size(), _shards(plan)
+
+        bar = functools.partial(tqdm, disable=quiet or rank > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
+        rows, stripe = _rows(out), range(rank, len(shards), world)
+        whole = {k for k in bar(stripe, desc="checking", leave=False) if _is_whole(out, rows.get(k))}
+        todo = sorted(set(range(len(shards))).difference(*_meet(whole)))
+        if parallel.is_main():
+            line = _check_space(out, plan, todo)
+            if not quiet:
+                tqdm.write(line, file=sys.stderr)
+        _meet(None)
+
+        mine = todo[rank::world]
+        model = None if pixels or not mine else _load_vae(plan, device)
+        about = f"{out.name}, process 1 of {world}" if world > 1 else out.name
+        with bar(total=sum(len(shards[k]) for k in mine), unit="img", desc=about) as progress:
+            encoder = model and Latents(model, batch_size)
+            _encode(out, folder, plan, mine, encoder, workers, on_bad, batch_size, progress)
+        _meet(None)
+        if parallel.is_main():
+            if todo or not (out / "index.json").is_file():
+                _finish(out, folder, plan, model, device)
+            _remove(out, "plan.json", "shard-*.json")
+        parallel.barrier()
+    index, done = read_json(out / "index.json"), sum(len(shards[k]) for k in todo)
+    seconds = time.monotonic() - begun
+    return {
+        "out": str(out), "kind": index["kind"], "size": index["size"], "channels": index["channels"],
+        "classes": len(index["classes"]), "items": index["items"], "shards": len(index["shards"]),
+        "bytes": sum((out / row["file"]).stat().st_size for row in index["shards"]), "skipped": index["skipped"],
+        "encoded_shards": len(todo), "encoded_images": done, "seconds": round(seconds, 2),
+        "images_per_second": round(done / seconds, 2), "processes": world,
+    }  # fmt: skip
+
+
+def _meet(value):
+    """Every process's `value`, once all are here."""
+    try:
+        return parallel.gather(value)
+    except RuntimeError:  # the connection to a process is gone
+        raise UserError("another process of this encode ended early, and says why; run it again to go on") from None
+
+
+def verify(out, quiet=False):
+    """Compare every shard of a finished set with its hash. Returns a dict whose `damaged` names what does not agree."""
+    out = Path(out)
+    index, damaged = dataset.read_index(out), []
+    for row in tqdm(index["shards"], desc="verifying", unit="shard", disable=quiet):
+        path = out / row["file"]
+        if not path.is_file():
+            damaged.append(f"{path} is missing")
+        elif sha256(path) != row["sha256"]:
+            damaged.append(f"{path} does not have the recorded hash")
+    return {"out": str(out), "items": index["items"], "shards": len(index["shards"]), "damaged": damaged}
+
+
+# The plan
+
+
+def _check_folders(source, out):
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"--out {out} lies in the images' folder {source}; choose a folder outside it")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; choose a new or empty folder")
+
+
+def _plan(folder, res, exif, shard_size):
+    """What index.json will say, as far as it is known before the start."""
+    items = len(folder)
+    shard_size = shard_size or 64 * -(-items // (64 * SHARDS))
+    if items > shard_size * MOST_SHARDS:
+        raise UserError(f"--shard-size {shard_size} makes more than {MOST_SHARDS} shards of {items:,} images; "
+                        f"use {-(-items // MOST_SHARDS):,} or more")
+    return {
+        "format": dataset.FORMAT, "kind": "pixels", "size": res, "channels": folder.channels, "classes": folder.classes,
+        "source": {"items": items, "fingerprint": folder.fingerprint}, "shard_size": shard_size,
+        "options": {"res": res, "exif": exif, "crop": "adm"},
+    }  # fmt: skip
+
+
+def _plan_latents(plan, name, batch_size, precision, device):
+    res = plan["size"]
+    if res % vae.DOWN:
+        raise UserError(f"--res {res}: the VAE takes multiples of {vae.DOWN}; use {max(1, res // vae.DOWN) * vae.DOWN}")
+    path = weights.find(name)
+    name = name if name in weights.ASSETS else str(path.resolve())
+    plan |= {"kind": "latents", "size": res // vae.DOWN, "channels": vae.CHANNELS}
+    plan |= {"vae": name, "vae_sha256": sha256(path), "scale": vae.SCALE}
+    precision = precision or ("bf16" if device.type == "cuda" else "fp32")
+    plan["options"] |= {"precision": precision, "batch_size": batch_size, "device": device.type}
+
+
+def _shards(plan):
+    """The stretch of the folder's images, as a range, that each shard holds."""
+    items, size = plan["source"]["items"], plan["shard_size"]
+    return [range(first, min(first + size, items)) for first in range(0, items, size)]
+
+
+@contextlib.contextmanager
+def _alone(out):
+    """Keep other encodes out of `out`. The lock is the process's own: it ends with it, though workers live on."""
+    import fcntl
+
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ".lock"
+    with open(path, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{out} is being written by another encode; wait for it, or choose another --out") from None
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+def _begin(out, plan):
+    """Note the plan in `out`, or find the same one there."""
+    sweep(out)
+    before = next((read_json(out / name) for name in ("index.json", "plan.json") if (out / name).is_file()), None)
+    others = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+    if before is None and others:
+        raise UserError(f"--out {out} holds other files ({sorted(others)[0]}); choose a new or empty folder")
+    flat = lambda plan: {k: v for part in (plan, plan["options"], plan["source"]) for k, v in part.items()}
+    if before and not _rows(out):  # nothing is lost by starting over
+        _remove(out, "plan.json", "shard-*", "preview.png")
+        before = None
+    if before:
+        old, new = flat(before), flat(plan)
+        for name in sorted(new.keys() - {"options", "source", "items", "classes", "vae"}):
+            if old.get(name) != new[name]:
+                what = "other images" if name == "fingerprint" else f"{name} {old.get(name)}, not {new[name]}"
+                raise UserError(f"{out} was begun with {what}; give what it had, choose another --out, or delete it")
+    else:
+        write_json(out / "plan.json", plan)
+
+
+def _check_space(out, plan, todo):
+    """Raise UserError if what is left to write does not fit, else say in a line what there is to do."""
+    per_item = plan["size"] ** 2 * plan["channels"] * (1 if plan["kind"] == "pixels" else 8) + 8
+    shards = _shards(plan)
+    need = sum(len(shards[k]) * per_item + dataset.HEADER for k in todo)
+    free = shutil.disk_usage(out).free
+    if need > free:
+        raise UserError(f"{out} needs {_size(need)}, its disk has {_size(free)} free; free space or choose another --out")
+    count = f"{len(todo)} of {len(shards)}" if len(todo) < len(shards) else len(shards)
+    return f"{plan['source']['items']:,} images; {count} shards to write, {_size(need)}, with {_size(free)} free"
+
+
+def _size(count):
+    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count:,} bytes"
+
+
+# Shards
+
+
+def _rows(out):
+    """Rows of the index by shard number: file, count, sha256, skipped."""
+    rows = {}
+    if (out / "index.json").is_file():
+        index = read_json(out / "index.json")
+        for k, row in enumerate(index["shards"]):
+            rows[k] = {**row, "skipped": [s for s in index["skipped"] if s["item"] // index["shard_size"] == k]}
+    for path in out.glob("shard-*.json"):
+        with contextlib.suppress(UserError):  # a damaged row is a shard to do again
+            rows[int(path.stem.removeprefix("shard-"))] = read_json(path)
+    return rows
+
+
+def _is_whole(out, row):
+    return row is not None and (out / row["file"]).is_file() and sha256(out / row["file"]) == row["sha256"]
+
+
+def _encode(out, folder, plan, numbers, encoder, workers, on_bad, batch_size, progress):
+    """Write the shards of these numbers and their rows."""
+    shards = _shards(plan)
+    chunks = lambda k: (shards[k][i : i + batch_size] for i in range(0, len(shards[k]), batch_size))
+    steps = ((np.asarray(items), np.zeros(len(items), bool)) for k in numbers for items in chunks(k))
+    pin = encoder is not None and encoder.device.type == "cuda"
+    batches = dataset.loader(folder, steps, workers, "drop" if on_bad == "skip" else "error", pin)
+
+    def contents(k):
+        for items in chunks(k):
+            images, labels, bad = next(batches)
+            for message in bad:
+                item = next(i for i in items if message.startswith(folder.paths[i]))
+                reason = message.removeprefix(folder.paths[item]).lstrip(": ")
+                skipped.append({"item": item, "image": folder.paths.name(item), "reason": reason})
+            progress.update(len(items))
+            if not len(images):
+                continue
+            data = encoder(images) if encoder else images.permute(0, 2, 3, 1).contiguous()
+            if encoder and not data.isfinite().all():
+                where = f"{folder.paths[items[0]]} … {folder.paths[items[-1]]}"
+                raise UserError(f"latents beyond half precision among {where}; are {plan['vae']} the right weights?")
+            yield data.numpy(), labels.numpy()
+
+    for k in numbers:
+        skipped, path = [], out / f"shard-{k:05}.safetensors"
+        count, digest = _write_shard(path, plan, contents(k))
+        write_json(path.with_suffix(".json"), {"file": path.name, "count": count, "sha256": digest, "skipped": skipped})
+
+
+def _write_shard(path, plan, batches):
+    """Write (data, labels) pairs as one shard. Returns its count of items and the file's hash."""
+    labels = [np.empty(0, np.int64)]
+    with writing(path, "w+b") as file:
+        file.write(bytes(dataset.HEADER))
+        for data, numbers in batches:
+            file.write(data)
+            labels.append(numbers)
+        file.write(np.concatenate(labels))
+        count = sum(map(len, labels))
+        file.seek(0)
+        file.write(dataset.shard_header(plan["kind"], (count, *dataset.item_shape(plan))))
+        file.seek(0)
+        return count, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Latents:
+    """Images uint8 (B, 3, H, W) → float16 (B, 2, 2, C, h, w): of image and flip, mean and log-variance.
+
+    The shape that is computed never changes, nor then which kernels are chosen and how they round: on a CPU every
+    image is one thread's, as many at once as PyTorch has threads; elsewhere a batch is filled up to `batch_size`."""
+
+    def __init__(self, model, batch_size):
+        self.model, self.batch_size = model, batch_size
+        self.device = next(model.parameters()).device
+        if self.device.type == "cpu":
+            self.pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+
+    def __call__(self, images):
+        if self.device.type == "cpu":
+            return torch.cat(list(self.pool.map(self._encode, images.split(1))))
+        full = F.pad(images, (0,) * 7 + (self.batch_size - len(images),)).to(self.device, non_blocking=True)
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            return self._encode(full)[: len(images)].cpu()
+
+    def _encode(self, images):
+        x = images.float() / 127.5 - 1
+        both = torch.stack([x, x.flip(-1)], 1).flatten(0, 1)
+        with torch.inference_mode():
+            return torch.stack(self.model.encode(both), 1).unflatten(0, (-1, 2)).half()
+
+
+# The end
+
+
+def _load_vae(plan, device):
+    path = weights.find(plan["vae"])
+    if sha256(path) != plan["vae_sha256"]:
+        raise UserError(f"{path} is not the VAE that {plan['vae']} was at the start; use one file for all processes")
+    try:
+        model = vae.load(path, device)
+    except ValueError as error:
+        raise UserError(f"{error}; choose another --vae") from None
+    return model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[plan["options"]["precision"]])
+
+
+def _finish(out, folder, plan, model, device):
+    """Write the preview, then the index."""
+    rows = [row for _, row in sorted(_rows(out).items())]
+    skipped = [entry for row in rows for entry in row.pop("skipped")]
+    items = sum(row["count"] for row in rows)
+    if not items:
+        first = f"{skipped[0]['image']}: {skipped[0]['reason']}"
+        raise UserError(f"{folder.root} holds no readable image; the first: {first}")
+    labels = np.concatenate([dataset.map_shard(out / row["file"])[1] for row in rows])
+    index = {
+        **plan, "items": items, "counts": np.bincount(labels, minlength=len(plan["classes"])).tolist(),
+        "skipped": skipped, "shards": rows,
+    }  # fmt: skip
+    if plan["kind"] == "latents":
+        picture = _preview(out, folder, index, model or _load_vae(plan, device))
+        pictures.save(picture, out / "preview.png")
+    write_json(out / "index.json", index)
+
+
+def _preview(out, folder, index, model):
+    """A PIL image: PREVIEW images, evenly spaced over the set, each followed by its decoded latent mean."""
+    stored = np.delete(np.arange(len(folder)), [entry["item"] for entry in index["skipped"]])
+    starts = np.cumsum([0] + [row["count"] for row in index["shards"]])
+    pairs = []
+    for position in np.linspace(0, len(stored) - 1, min(PREVIEW, len(stored))).astype(int):
+        shard = np.searchsorted(starts, position, "right") - 1
+        data, _ = dataset.map_shard(out / index["shards"][shard]["file"])
+        mean = torch.from_numpy(data[position - starts[shard], 0, 0].astype(np.float32))
+        with torch.inference_mode():
+            decoded = model.decode(mean[None].to(next(model.parameters()).device))[0].cpu()
+        decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        pairs += [folder.read(stored[position]), decoded]
+    return pictures.grid(pairs, columns=4)
+
+
+def _remove(out, *patterns):
+    for pattern in patterns:
+        for path in out.glob(pattern):
+            path.unlink()
