@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from storage import UserError
+from storage import VERSION, UserError
 
 # What the machine refuses (full, read-only or forbidden storage) is foreseen; any other OSError is a bug of ours.
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
@@ -107,7 +107,7 @@ def default_data(space, size):
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="dimr")
+@click.version_option(VERSION)
 def main():
     """DiMR: multi-resolution diffusion for class-conditional images (arXiv:2406.09416).
 

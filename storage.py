@@ -8,6 +8,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
+VERSION = "0.1.0"
+
 
 class UserError(Exception):
     """Something the user can put right. Its text is one line: what is wrong (with the value), what

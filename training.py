@@ -27,7 +27,7 @@ import pictures
 import runs
 import sampling
 import solver
-from storage import UserError, load_tensors, read_json, write_json, writing
+from storage import VERSION, UserError, load_tensors, read_json, write_json, writing
 
 LOG_EVERY = 10  # steps between reads of the losses from the device
 BLOCK = 16  # positions that share one random generator
@@ -282,12 +282,12 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
     Returns a summary dict; `stopped` names the reason if the run is not at its end. Raises UserError."""
     begun, device, out, main = time.monotonic(), parallel.pick_device(device), Path(out), parallel.is_main()
     say = (lambda line: tqdm.write(line, file=sys.stderr)) if main and not quiet else (lambda line: None)
+    record, config, recipe, data, weights = plan(out, data, variant, recipe, network, init, res, exif, device)
+    share, micro = split(recipe.batch_size, recipe.micro_batch)
     parallel.start(device)
     with contextlib.ExitStack() as stack:
         if main:
             stack.enter_context(runs.locked(out))
-        record, config, recipe, data, weights = plan(out, data, variant, recipe, network, init, res, exif, device)
-        share, micro = split(recipe.batch_size, recipe.micro_batch)
         save_every = save_every or max(1, min(5000, recipe.steps // 4))
         sample_every = save_every if sample_every is None else sample_every
 
@@ -490,5 +490,5 @@ def peak_memory(device):
 
 
 def versions():
-    return {"dimr": sampling.version(), "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+    return {"dimr": VERSION, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
             "platform": platform.platform()}
