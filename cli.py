@@ -14,21 +14,25 @@ import click
 from storage import VERSION, UserError
 
 # What the machine refuses (full, read-only or forbidden storage) is foreseen; any other OSError is a bug of ours.
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
+            errno.EEXIST}  # fmt: skip
 
 
 class Group(click.Group):
-    """Turns foreseen errors into one line on stderr and an exit status: 2 for bad usage, 1 for a failed job."""
+    """Turns foreseen errors into one line on stderr, naming the rank if there are several, and an exit status: 2 for bad
+    usage, 1 for a failed job."""
 
     def invoke(self, context):
+        rank = f"rank {os.environ.get('RANK')}: " * (int(os.environ.get("WORLD_SIZE", 1)) > 1)
         try:
             return super().invoke(context)
         except UserError as error:
-            raise click.ClickException(" ".join(str(error).split())) from None
+            raise click.ClickException(rank + " ".join(str(error).split())) from None
         except OSError as error:
             if error.errno not in REFUSALS:
                 raise
-            raise click.ClickException(f"{error.filename or 'output'}: {error.strerror}; free space or choose another place") from None
+            what = f"{error.filename or 'output'}: {error.strerror}; free space or choose another place"
+            raise click.ClickException(rank + what) from None
 
 
 class Numbers(click.ParamType):
