@@ -57,31 +57,36 @@ def encode(source, out, res, pixels=False, vae_weights="sd-vae-ft-ema", channels
                 _plan_latents(plan, vae_weights, batch_size, precision, device)
             stack.enter_context(_alone(out))
             _begin(out, plan)
-        folder, plan = parallel.broadcast((folder, plan))
+        with _together():
+            folder, plan = parallel.broadcast((folder, plan))
         rank, world, shards = parallel.rank(), parallel.world_size(), _shards(plan)
 
         bar = functools.partial(tqdm, disable=quiet or rank > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
-        rows, stripe = _rows(out), range(rank, len(shards), world)
-        whole = {k for k in bar(stripe, desc="checking", leave=False) if _is_whole(out, rows.get(k))}
-        todo = sorted(set(range(len(shards))).difference(*_meet(whole)))
+        rows = sorted(_rows(out).items())[rank::world]
+        whole = {k for k, row in bar(rows, desc="checking", unit="shard", leave=False) if _is_whole(out, row)}
+        with _together():
+            whole = set().union(*parallel.gather(whole))
+        todo = [k for k in range(len(shards)) if k not in whole]
         if parallel.is_main():
             line = _check_space(out, plan, todo)
             if not quiet:
                 tqdm.write(line, file=sys.stderr)
-        _meet(None)
+        with _together():
+            parallel.barrier()
 
         mine = todo[rank::world]
-        model = None if pixels or not mine else _load_vae(plan, device)
+        coder = None if pixels or not todo else Coder(_load_vae(plan, device), batch_size)
         about = f"{out.name}, process 1 of {world}" if world > 1 else out.name
         with bar(total=sum(len(shards[k]) for k in mine), unit="img", desc=about) as progress:
-            encoder = model and Latents(model, batch_size)
-            _encode(out, folder, plan, mine, encoder, workers, on_bad, batch_size, progress)
-        _meet(None)
+            _encode(out, folder, plan, mine, coder, workers, on_bad, batch_size, progress)
+        with _together():
+            parallel.barrier()
         if parallel.is_main():
             if todo or not (out / "index.json").is_file():
-                _finish(out, folder, plan, model, device)
+                _finish(out, folder, plan, coder or pixels or Coder(_load_vae(plan, device), batch_size))
             _remove(out, "plan.json", "shard-*.json")
-        parallel.barrier()
+        with _together():
+            parallel.barrier()
     index, done = read_json(out / "index.json"), sum(len(shards[k]) for k in todo)
     seconds = time.monotonic() - begun
     return {
@@ -93,11 +98,12 @@ def encode(source, out, res, pixels=False, vae_weights="sd-vae-ft-ema", channels
     }  # fmt: skip
 
 
-def _meet(value):
-    """Every process's `value`, once all are here."""
+@contextlib.contextmanager
+def _together():
+    """For an exchange between processes: that one of them is gone is a UserError."""
     try:
-        return parallel.gather(value)
-    except RuntimeError:  # the connection to a process is gone
+        yield
+    except RuntimeError:
         raise UserError("another process of this encode ended early, and says why; run it again to go on") from None
 
 
@@ -202,7 +208,7 @@ def _check_space(out, plan, todo):
     need = sum(len(shards[k]) * per_item + dataset.HEADER for k in todo)
     free = shutil.disk_usage(out).free
     if need > free:
-        raise UserError(f"{out} needs {_size(need)}, its disk has {_size(free)} free; free space or choose another --out")
+        raise UserError(f"{out} needs {_size(need)}, its disk has {_size(free)} free; free some or give another --out")
     count = f"{len(todo)} of {len(shards)}" if len(todo) < len(shards) else len(shards)
     return f"{plan['source']['items']:,} images; {count} shards to write, {_size(need)}, with {_size(free)} free"
 
@@ -228,15 +234,15 @@ def _rows(out):
 
 
 def _is_whole(out, row):
-    return row is not None and (out / row["file"]).is_file() and sha256(out / row["file"]) == row["sha256"]
+    return (out / row["file"]).is_file() and sha256(out / row["file"]) == row["sha256"]
 
 
-def _encode(out, folder, plan, numbers, encoder, workers, on_bad, batch_size, progress):
+def _encode(out, folder, plan, numbers, coder, workers, on_bad, batch_size, progress):
     """Write the shards of these numbers and their rows."""
     shards = _shards(plan)
     chunks = lambda k: (shards[k][i : i + batch_size] for i in range(0, len(shards[k]), batch_size))
     steps = ((np.asarray(items), np.zeros(len(items), bool)) for k in numbers for items in chunks(k))
-    pin = encoder is not None and encoder.device.type == "cuda"
+    pin = coder is not None and coder.device.type == "cuda"
     batches = dataset.loader(folder, steps, workers, "drop" if on_bad == "skip" else "error", pin)
 
     def contents(k):
@@ -249,8 +255,8 @@ def _encode(out, folder, plan, numbers, encoder, workers, on_bad, batch_size, pr
             progress.update(len(items))
             if not len(images):
                 continue
-            data = encoder(images) if encoder else images.permute(0, 2, 3, 1).contiguous()
-            if encoder and not data.isfinite().all():
+            data = coder.encode(images) if coder else images.permute(0, 2, 3, 1).contiguous()
+            if coder and not data.isfinite().all():
                 where = f"{folder.paths[items[0]]} … {folder.paths[items[-1]]}"
                 raise UserError(f"latents beyond half precision among {where}; are {plan['vae']} the right weights?")
             yield data.numpy(), labels.numpy()
@@ -277,11 +283,10 @@ def _write_shard(path, plan, batches):
         return count, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Latents:
-    """Images uint8 (B, 3, H, W) → float16 (B, 2, 2, C, h, w): of image and flip, mean and log-variance.
-
-    The shape that is computed never changes, nor then which kernels are chosen and how they round: on a CPU every
-    image is one thread's, as many at once as PyTorch has threads; elsewhere a batch is filled up to `batch_size`."""
+class Coder:
+    """The VAE on uint8 images (B, 3, H, W). The shape that is computed never changes, nor then which kernels are chosen
+    and how they round: on a CPU every image is one thread's, as many at once as PyTorch has threads; elsewhere a batch
+    is filled up to `batch_size`."""
 
     def __init__(self, model, batch_size):
         self.model, self.batch_size = model, batch_size
@@ -289,18 +294,28 @@ class Latents:
         if self.device.type == "cpu":
             self.pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
 
-    def __call__(self, images):
+    def encode(self, images):
+        """Latents float16 (B, 2, 2, 4, h, w): of image and flip, mean and log-variance."""
+        return self._run(self._encode, images)
+
+    def decode(self, mean):
+        """Images of latent means (B, 4, h, w)."""
+        return self._run(self._decode, mean)
+
+    def _run(self, function, batch):
         if self.device.type == "cpu":
-            return torch.cat(list(self.pool.map(self._encode, images.split(1))))
-        full = F.pad(images, (0,) * 7 + (self.batch_size - len(images),)).to(self.device, non_blocking=True)
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            return self._encode(full)[: len(images)].cpu()
+            return torch.cat(list(self.pool.map(torch.inference_mode(function), batch.split(1))))
+        full = F.pad(batch, (0,) * 7 + (self.batch_size - len(batch),)).to(self.device, non_blocking=True)
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            return function(full)[: len(batch)].cpu()
 
     def _encode(self, images):
         x = images.float() / 127.5 - 1
         both = torch.stack([x, x.flip(-1)], 1).flatten(0, 1)
-        with torch.inference_mode():
-            return torch.stack(self.model.encode(both), 1).unflatten(0, (-1, 2)).half()
+        return torch.stack(self.model.encode(both), 1).unflatten(0, (-1, 2)).half()
+
+    def _decode(self, mean):
+        return ((self.model.decode(mean).clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 # The end
@@ -317,7 +332,7 @@ def _load_vae(plan, device):
     return model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[plan["options"]["precision"]])
 
 
-def _finish(out, folder, plan, model, device):
+def _finish(out, folder, plan, coder):
     """Write the preview, then the index."""
     rows = [row for _, row in sorted(_rows(out).items())]
     skipped = [entry for row in rows for entry in row.pop("skipped")]
@@ -331,12 +346,11 @@ def _finish(out, folder, plan, model, device):
         "skipped": skipped, "shards": rows,
     }  # fmt: skip
     if plan["kind"] == "latents":
-        picture = _preview(out, folder, index, model or _load_vae(plan, device))
-        pictures.save(picture, out / "preview.png")
+        pictures.save(_preview(out, folder, index, coder), out / "preview.png")
     write_json(out / "index.json", index)
 
 
-def _preview(out, folder, index, model):
+def _preview(out, folder, index, coder):
     """A PIL image: PREVIEW images, evenly spaced over the set, each followed by its decoded latent mean."""
     stored = np.delete(np.arange(len(folder)), [entry["item"] for entry in index["skipped"]])
     starts = np.cumsum([0] + [row["count"] for row in index["shards"]])
@@ -345,10 +359,7 @@ def _preview(out, folder, index, model):
         shard = np.searchsorted(starts, position, "right") - 1
         data, _ = dataset.map_shard(out / index["shards"][shard]["file"])
         mean = torch.from_numpy(data[position - starts[shard], 0, 0].astype(np.float32))
-        with torch.inference_mode():
-            decoded = model.decode(mean[None].to(next(model.parameters()).device))[0].cpu()
-        decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        pairs += [folder.read(stored[position]), decoded]
+        pairs += [folder.read(stored[position]), coder.decode(mean[None])[0].permute(1, 2, 0).numpy()]
     return pictures.grid(pairs, columns=4)
 
 
