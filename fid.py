@@ -1,0 +1,438 @@
+"""FID and its relatives, as ADM's TensorFlow suite computes them (paper, Sec. 5.1). It stands alone.
+
+    inception = load("pt_inception-2015-12-05-6726825d.pth")
+    pool, spatial, logits = inception(images)                   # images: (N, H, W, 3) uint8
+    statistics = Statistics(POOL)
+    statistics.add(pool)                                        # batch by batch; merge() joins processes
+    frechet_distance(statistics.mean, statistics.covariance, mu, sigma)
+
+FID: Heusel et al., arXiv:1706.08500; sFID: Nash et al., arXiv:2103.03841; Inception Score: Salimans et al.,
+arXiv:1606.03498; KID: Bińkowski et al., arXiv:1801.01401; precision and recall: Kynkäänniemi et al., arXiv:1904.06991;
+density and coverage: Naeem et al., arXiv:2002.09797."""
+
+from zipfile import is_zipfile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.linalg.lapack import dpstrf
+from torch import nn
+
+# ------------------------------------------------------------------------------------------- Inception
+
+SIDE = 299  # pixels
+POOL, SPATIAL, LOGITS = 2048, 17 * 17 * 7, 1008  # features per image
+EPS = 1e-3  # of batch norm
+
+# The mixed blocks: a row is (name in the pytorch-fid file, what it reads, channels out, kernel). "x" is the block's
+# input and "pool" a 3×3 pooling of it. A block's output joins, in this order, all that no row reads.
+
+
+def _mixed_5(pool):
+    return "avg", [
+        ("branch1x1", "x", 64, (1, 1)),
+        ("branch5x5_1", "x", 48, (1, 1)),
+        ("branch5x5_2", "branch5x5_1", 64, (5, 5)),
+        ("branch3x3dbl_1", "x", 64, (1, 1)),
+        ("branch3x3dbl_2", "branch3x3dbl_1", 96, (3, 3)),
+        ("branch3x3dbl_3", "branch3x3dbl_2", 96, (3, 3)),
+        ("branch_pool", "pool", pool, (1, 1)),
+    ]
+
+
+def _mixed_6(width):
+    return "avg", [
+        ("branch1x1", "x", 192, (1, 1)),
+        ("branch7x7_1", "x", width, (1, 1)),
+        ("branch7x7_2", "branch7x7_1", width, (1, 7)),
+        ("branch7x7_3", "branch7x7_2", 192, (7, 1)),
+        ("branch7x7dbl_1", "x", width, (1, 1)),
+        ("branch7x7dbl_2", "branch7x7dbl_1", width, (7, 1)),
+        ("branch7x7dbl_3", "branch7x7dbl_2", width, (1, 7)),
+        ("branch7x7dbl_4", "branch7x7dbl_3", width, (7, 1)),
+        ("branch7x7dbl_5", "branch7x7dbl_4", 192, (1, 7)),
+        ("branch_pool", "pool", 192, (1, 1)),
+    ]
+
+
+def _mixed_7(pool):
+    return pool, [
+        ("branch1x1", "x", 320, (1, 1)),
+        ("branch3x3_1", "x", 384, (1, 1)),
+        ("branch3x3_2a", "branch3x3_1", 384, (1, 3)),
+        ("branch3x3_2b", "branch3x3_1", 384, (3, 1)),
+        ("branch3x3dbl_1", "x", 448, (1, 1)),
+        ("branch3x3dbl_2", "branch3x3dbl_1", 384, (3, 3)),
+        ("branch3x3dbl_3a", "branch3x3dbl_2", 384, (1, 3)),
+        ("branch3x3dbl_3b", "branch3x3dbl_2", 384, (3, 1)),
+        ("branch_pool", "pool", 192, (1, 1)),
+    ]
+
+
+MIXED = {
+    "Mixed_5b": _mixed_5(32),
+    "Mixed_5c": _mixed_5(64),
+    "Mixed_5d": _mixed_5(64),
+    "Mixed_6a": ("down", [
+        ("branch3x3", "x", 384, (3, 3)),
+        ("branch3x3dbl_1", "x", 64, (1, 1)),
+        ("branch3x3dbl_2", "branch3x3dbl_1", 96, (3, 3)),
+        ("branch3x3dbl_3", "branch3x3dbl_2", 96, (3, 3)),
+    ]),
+    "Mixed_6b": _mixed_6(128),
+    "Mixed_6c": _mixed_6(160),
+    "Mixed_6d": _mixed_6(160),
+    "Mixed_6e": _mixed_6(192),
+    "Mixed_7a": ("down", [
+        ("branch3x3_1", "x", 192, (1, 1)),
+        ("branch3x3_2", "branch3x3_1", 320, (3, 3)),
+        ("branch7x7x3_1", "x", 192, (1, 1)),
+        ("branch7x7x3_2", "branch7x7x3_1", 192, (1, 7)),
+        ("branch7x7x3_3", "branch7x7x3_2", 192, (7, 1)),
+        ("branch7x7x3_4", "branch7x7x3_3", 192, (3, 3)),
+    ]),
+    "Mixed_7b": _mixed_7("avg"),
+    "Mixed_7c": _mixed_7("max"),  # a peculiarity of the 2015 graph
+}  # fmt: skip
+
+POOLS = {
+    "avg": lambda: nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+    "max": lambda: nn.MaxPool2d(3, 1, 1),
+    "down": lambda: nn.MaxPool2d(3, 2),  # halves the grid, as do the last convolutions of its block
+}
+
+
+class Conv(nn.Conv2d):
+    """A convolution with its batch norm folded in, and ReLU."""
+
+    def forward(self, x):
+        return F.relu_(super().forward(x))
+
+
+class Mixed(nn.Module):
+    """Several small stacks of convolutions side by side, their outputs joined along the channels."""
+
+    def __init__(self, channels, pool, rows):
+        super().__init__()
+        self.pool = POOLS[pool]()
+        self.reads = {name: source for name, source, _, _ in rows}
+        self.leaves = [name for name in [*self.reads, "pool"] if name not in self.reads.values()]
+        widths = {"x": channels, "pool": channels}
+        for name, source, width, kernel in rows:
+            halves = pool == "down" and name in self.leaves
+            padding = 0 if halves else tuple(side // 2 for side in kernel)
+            self.add_module(name, Conv(widths[source], width, kernel, 2 if halves else 1, padding))
+            widths[name] = width
+        self.width = sum(widths[name] for name in self.leaves)
+
+    def forward(self, x):
+        values = {"x": x, "pool": self.pool(x)}
+        for name, source in self.reads.items():
+            values[name] = self.get_submodule(name)(values[source])
+        return torch.cat([values[name] for name in self.leaves], 1)
+
+
+class Inception(nn.Module):
+    """The Inception network of 2015 that FID is defined by, with the TensorFlow graph's resize and pools.
+
+    `inception(images)`: images (N, H, W, 3) uint8 → pool features (N, 2048); spatial ones (N, 2023), the first 7
+    channels of Mixed_6d, channel last; and logits (N, 1008) without their bias, as the Inception Score takes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3)
+        channels = 192
+        for name, (pool, rows) in MIXED.items():
+            self.add_module(name, Mixed(channels, pool, rows))
+            channels = self.get_submodule(name).width
+        self.fc = nn.Linear(POOL, LOGITS, bias=False)
+
+    def forward(self, images):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, H, W, 3), values 0 to 255")
+        x = (resize(images, SIDE) - 128) / 128
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
+        x = F.max_pool2d(x, 3, 2)
+        for name in MIXED:
+            x = self.get_submodule(name)(x)
+            if name == "Mixed_6d":
+                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
+        pool = x.mean((2, 3))
+        return pool, spatial, self.fc(pool)
+
+
+def resize(images, side):
+    """TensorFlow 1's bilinear resize of images (N, H, W, C) to float32 (N, C, side, side), channels last in memory: output
+    pixel i lies at i · H / side of the input, without half-pixel centres and without antialiasing."""
+    for axis in (2, 1):
+        size = images.shape[axis]
+        at = torch.arange(side, dtype=torch.float32, device=images.device) * (size / side)
+        low = at.long()
+        first, second = (images.index_select(axis, i).float() for i in (low, (low + 1).clamp(max=size - 1)))
+        images = first + (second - first) * (at - low).view(-1, *[1] * (3 - axis))
+    return images.permute(0, 3, 1, 2)
+
+
+def from_state_dict(state_dict):
+    """The Inception network of a state dict under pytorch-fid's names, batch norms folded into convolutions.
+
+    Raises ValueError naming tensors that are missing, unknown or of another shape."""
+    inception = Inception()
+    convolutions = {name: module for name, module in inception.named_modules() if isinstance(module, Conv)}
+    shapes = {"fc.weight": (LOGITS, POOL), "fc.bias": (LOGITS,)}
+    for name, module in convolutions.items():
+        shapes[f"{name}.conv.weight"] = tuple(module.weight.shape)
+        shapes |= {f"{name}.bn.{part}": (module.out_channels,) for part in ("weight", "bias", "running_mean", "running_var")}
+    found = {k: v for k, v in state_dict.items() if not k.endswith(".num_batches_tracked")}
+    wrong = {
+        "missing": sorted(shapes.keys() - found.keys()),
+        "unknown": sorted(found.keys() - shapes.keys()),
+        "of another shape": [k for k in shapes if k in found and tuple(found[k].shape) != shapes[k]],
+        "not finite": [k for k, v in found.items() if not v.isfinite().all()],
+    }
+    if any(wrong.values()):
+        faults = "; ".join(f"{len(names)} {fault}: {', '.join(names[:3])}" for fault, names in wrong.items() if names)
+        raise ValueError(f"not the Inception weights of pytorch-fid ({faults})")
+    with torch.no_grad():
+        for name, module in convolutions.items():
+            weight, gain, bias, mean, variance = (
+                found[f"{name}.{part}"].double() for part in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+            )
+            gain = gain / (variance + EPS).sqrt()
+            module.weight.copy_(weight * gain.view(-1, 1, 1, 1))
+            module.bias.copy_(bias - mean * gain)
+        inception.fc.weight.copy_(found["fc.weight"])
+    return inception.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def load(path, device="cpu"):
+    """The Inception network in pytorch-fid's weights file; nothing in it is run. Raises ValueError for another file."""
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # whatever an untrusted file makes the parser raise, the file is at fault
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} can't be read as plain weights ({reason})") from None
+    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        raise ValueError(f"{path} holds no state dict: expected names mapped to tensors")
+    try:
+        return from_state_dict(state_dict).to(device)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# --------------------------------------------------------------------------------------------- FID, sFID
+
+
+class Statistics:
+    """Mean and covariance of feature vectors, float64, in one pass and with flat memory.
+
+    Rows are folded in blocks of BLOCK, so the result doesn't depend on how they were batched; `merge` takes in what
+    another process saw. `count` rows so far; `mean` (D,) and `covariance` (D, D, divided by count − 1) are tensors."""
+
+    BLOCK = 1024
+
+    def __init__(self, dim, device="cpu"):
+        self._count, self._pending = 0, []
+        self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    @property
+    def count(self):
+        return self._count + sum(map(len, self._pending))
+
+    @property
+    def mean(self):
+        self._flush(1)
+        return self._mean
+
+    @property
+    def covariance(self):
+        if self.count < 2:
+            raise ValueError(f"{self.count} images have no covariance; expected at least 2")
+        self._flush(1)
+        return self._scatter / (self._count - 1)
+
+    def add(self, features):
+        """Take in rows (N, D). Raises ValueError where one is not finite."""
+        if not features.isfinite().all():
+            raise ValueError("features hold NaN or infinity: the images, the extractor's weights or the device are at fault")
+        self._pending.append(features.to(self._mean.device, copy=True))
+        self._flush(self.BLOCK)
+
+    def merge(self, other):
+        self._flush(1)
+        other._flush(1)
+        self._join(other._count, other._mean.to(self._mean), other._scatter.to(self._mean))
+
+    def _flush(self, least):
+        """Fold pending rows, BLOCK at a time, while there are at least `least` of them."""
+        while sum(map(len, self._pending)) >= least:
+            rows = torch.cat(self._pending)
+            self._pending = [rows[self.BLOCK :]] if len(rows) > self.BLOCK else []
+            rows = rows[: self.BLOCK].double()
+            mean = rows.mean(0)
+            rows -= mean
+            self._join(len(rows), mean, rows.T @ rows)
+
+    def _join(self, count, mean, scatter):
+        """Combine with the moments of other rows (Chan, Golub, LeVeque 1983)."""
+        total = self._count + count
+        if count:
+            step = mean - self._mean
+            self._scatter += scatter
+            self._scatter.addr_(step, step, alpha=self._count * count / total)
+            self._mean += step * (count / total)
+            self._count = total
+
+
+def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of arrays or tensors (D,), (D, D), as a float.
+
+    With Σ₁ = A Aᵀ, Σ₁ Σ₂ has the eigenvalues of the symmetric Aᵀ Σ₂ A besides zeros. A is Cholesky's factor with pivoting: as many
+    columns as Σ₁ has rank, so fewer images than features cost no accuracy, and less time. Raises ValueError."""
+    (mean_1, covariance_1), (mean_2, covariance_2) = _moments(mean_1, covariance_1), _moments(mean_2, covariance_2)
+    if mean_1.shape != mean_2.shape:
+        raise ValueError(f"statistics of {len(mean_1)} features can't be compared with {len(mean_2)}; use one extractor for both")
+    factor, other = _cholesky(covariance_1), covariance_2
+    if (second := _cholesky(covariance_2)).shape[1] < factor.shape[1]:
+        factor, other = second, covariance_1
+    eigenvalues = np.linalg.eigvalsh(factor.T @ other @ factor)
+    root = np.sqrt(eigenvalues.clip(min=0)).sum()
+    distance = ((mean_1 - mean_2) ** 2).sum() + covariance_1.trace() + covariance_2.trace() - 2 * root
+    return max(float(distance), 0.0)
+
+
+def _moments(mean, covariance):
+    mean, covariance = (np.asarray(torch.as_tensor(a).cpu(), np.float64) for a in (mean, covariance))
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+        raise ValueError(f"statistics of shape {mean.shape} and {covariance.shape}; expected (D,) and (D, D)")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError("statistics hold NaN or infinity; make them anew")
+    return mean, covariance
+
+
+def _cholesky(covariance):
+    """A (D, rank) with A Aᵀ = covariance, which is positive semidefinite."""
+    lower, pivots, rank, _ = dpstrf(covariance, lower=1)
+    factor = np.empty((len(covariance), rank))
+    factor[pivots - 1] = np.tril(lower)[:, :rank]
+    return factor
+
+
+# --------------------------------------------------------------------------------------- Inception Score
+
+
+class InceptionScore:
+    """exp of the mean divergence of p(class | image) from its mean over a split, averaged over splits.
+
+    Image number i belongs to split i // `split` whenever it is added, so any batching and any number of processes
+    (`merge`) give one score. A split that is sorted by class can't score above its number of classes."""
+
+    def __init__(self, split=5000):
+        self.split, self.splits = split, {}  # split → (images, sum of p (C,), sum of p log p)
+
+    def add(self, logits, first=0, numbers=None):
+        """Take in logits (N, C) of the images `numbers`, or first, first + 1, …"""
+        numbers = torch.arange(first, first + len(logits)) if numbers is None else torch.as_tensor(numbers)
+        log_p = logits.double().cpu().log_softmax(1)
+        p = log_p.exp()
+        entropy = (p * log_p).sum(1)
+        owners = numbers // self.split
+        for k in owners.unique().tolist():
+            mine = owners == k
+            self._join(k, int(mine.sum()), p[mine].sum(0), float(entropy[mine].sum()))
+
+    def merge(self, other):
+        for k, sums in other.splits.items():
+            self._join(k, *sums)
+
+    def _join(self, k, *sums):
+        self.splits[k] = tuple(a + b for a, b in zip(self.splits[k], sums)) if k in self.splits else sums
+
+    @property
+    def value(self):
+        scores = []
+        for count, p, entropy in self.splits.values():
+            q = p / count
+            scores.append(np.exp(entropy / count - torch.xlogy(q, q).sum().item()))
+        return float(np.mean(scores))
+
+
+# ------------------------------------------------------------- KID, precision, recall, density, coverage
+
+
+def kernel_distance(features_1, features_2, subsets=100, size=1000, seed=2020):
+    """KID: mean and standard deviation over random subsets of the unbiased squared MMD with kernel (x·y / D + 1)³.
+
+    The subsets are those that torch-fidelity draws from the same seed. Sets smaller than `size` are taken whole."""
+    size, draw = min(size, len(features_1), len(features_2)), np.random.RandomState(seed)
+    if size < 2:
+        raise ValueError("KID needs at least 2 images on either side")
+    values = []
+    for _ in range(subsets):
+        x, y = (f[torch.from_numpy(draw.choice(len(f), size, replace=False))] for f in (features_1, features_2))
+        same = sum(k.sum() - k.diagonal().sum() for k in (_kernel(x, x), _kernel(y, y)))
+        values.append(float(same / (size * (size - 1)) - 2 * _kernel(x, y).mean()))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def _kernel(x, y):
+    return (x @ y.T).double().div_(x.shape[1]).add_(1).pow_(3)
+
+
+def manifold_metrics(real, fake, k=3, k_density=5, chunk=2048, progress=iter):
+    """Precision, recall, density and coverage of `fake` against `real` features (N, D), (M, D), as a dict.
+
+    A ball reaches from each point to its k-th nearest other point of the same set (k_density for density and coverage, as
+    their papers have it). Distances are Euclidean, float32, by blocks of `chunk` × `chunk`. `progress` wraps the iterable
+    over blocks. Raises ValueError for sets of k points or fewer."""
+    most = max(k, k_density)
+    if min(len(real), len(fake)) <= most:
+        raise ValueError(f"precision and recall need more than {most} images on either side, not {len(real)} and {len(fake)}")
+    real_nearest, fake_nearest = _nearest(real, most, chunk, progress), _nearest(fake, k, chunk, progress)
+    real_radius, wide_radius, fake_radius = real_nearest[:, k - 1], real_nearest[:, k_density - 1], fake_nearest[:, k - 1]
+    precise, recalled, covered = (torch.zeros(len(points), dtype=torch.bool, device=real.device) for points in (fake, real, real))
+    balls = 0
+    for i, j in progress([(i, j) for i in range(0, len(real), chunk) for j in range(0, len(fake), chunk)]):
+        rows, columns = slice(i, i + chunk), slice(j, j + chunk)
+        distances = _squared_distances(real[rows], fake[columns])
+        within = distances <= wide_radius[rows, None]
+        balls += within.sum()
+        covered[rows] |= within.any(1)
+        precise[columns] |= (distances <= real_radius[rows, None]).any(0)
+        recalled[rows] |= (distances <= fake_radius[columns]).any(1)
+    return {"precision": float(precise.double().mean()), "recall": float(recalled.double().mean()),
+            "density": float(balls) / (k_density * len(fake)), "coverage": float(covered.double().mean())}
+
+
+def _nearest(points, k, chunk, progress):
+    """Squared distances (N, k), ascending, from each point to its k nearest others; each pair of blocks is seen once."""
+    nearest = points.new_full((len(points), k), torch.inf)
+
+    def update(rows, distances):
+        found = torch.cat([nearest[rows], distances], 1)
+        nearest[rows] = found.topk(min(k, found.shape[1]), largest=False).values
+
+    starts = range(0, len(points), chunk)
+    for i, j in progress([(i, j) for i in starts for j in starts if i <= j]):
+        rows, columns = slice(i, i + chunk), slice(j, j + chunk)
+        distances = _squared_distances(points[rows], points[columns])
+        if i == j:
+            distances.fill_diagonal_(torch.inf)
+        else:
+            update(columns, distances.T)
+        update(rows, distances)
+    return nearest
+
+
+def _squared_distances(x, y):
+    """(N, D), (M, D) → (N, M)."""
+    norms = (x * x).sum(1)[:, None] + (y * y).sum(1)
+    return torch.addmm(norms, x, y.T, alpha=-2).clamp_(min=0)

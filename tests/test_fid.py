@@ -1,0 +1,276 @@
+"""Inception against torch-fidelity's, distances against SciPy, torch-fidelity and plain brute force."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from inception_weights import extractor, photographs, weights
+from scipy.linalg import sqrtm
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+import fid
+from conftest import relative
+
+
+@pytest.fixture(scope="module")
+def inception():
+    return fid.from_state_dict(weights())
+
+
+def features(count, dim, seed=0, shift=0.1):
+    """Correlated positive rows, as Inception's are, of a decaying spectrum; another seed moves their mean by `shift`."""
+    mixing = np.random.default_rng(99).standard_normal((dim, dim)) / dim**0.5
+    rows = np.random.default_rng(seed).standard_normal((count, dim)) / np.arange(1, dim + 1) @ mixing
+    return torch.from_numpy(np.abs(rows + shift * (seed > 0))).float()
+
+
+# Inception
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (64, 48), (299, 299), (512, 400)])
+def test_resize_is_tensorflow_1s_to_the_bit(height, width):
+    images = photographs(1, 512)[:, :height, :width]
+    theirs = interpolate_bilinear_2d_like_tensorflow1x(images.permute(0, 3, 1, 2).float(), (299, 299), align_corners=False)
+    assert torch.equal(fid.resize(images, 299), theirs)
+
+
+@pytest.mark.parametrize("size", [32, 64, 256, 299, 512])
+def test_features_are_torch_fidelitys_on_the_same_weights(inception, size):
+    images, theirs, kept = photographs(2, size), extractor(), []
+    hook = theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: kept.append(output))
+    with torch.no_grad():
+        pool, logits = theirs(images.permute(0, 3, 1, 2))
+        ours = inception(images)
+    hook.remove()
+    spatial = kept[0][:, :7].permute(0, 2, 3, 1).reshape(2, -1)
+    assert [f.shape[1] for f in ours] == [2048, 2023, 1008]
+    for mine, oracle in zip(ours, (pool, spatial, logits)):
+        assert relative(mine, oracle) < 1e-4
+    assert relative(ours[0][0], ours[0][1]) > 1e-2  # two pictures do not look alike to these weights
+
+
+def test_average_pools_leave_out_padding_and_the_last_one_takes_the_maximum():
+    ones = torch.ones(1, 1, 4, 4)
+    assert torch.equal(fid.POOLS["avg"]()(ones), ones)
+    assert fid.MIXED["Mixed_7b"][0] == "avg" and fid.MIXED["Mixed_7c"][0] == "max"
+
+
+@pytest.mark.parametrize("images", [torch.rand(1, 64, 64, 3), torch.zeros(1, 64, 64, 1, dtype=torch.uint8),
+                                    torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.full((1, 64, 64, 3), 300)])
+def test_anything_but_uint8_rgb_is_refused(inception, images):
+    with pytest.raises(ValueError, match=r"expected uint8 \(N, H, W, 3\)"):
+        inception(images)
+
+
+def test_a_weights_file_of_another_network_names_what_is_wrong(tmp_path):
+    damaged = weights() | {"extra": torch.zeros(1), "fc.bias": torch.zeros(7), "Mixed_7c.branch1x1.bn.bias": torch.full((320,), torch.nan)}
+    del damaged["Mixed_5b.branch1x1.conv.weight"]
+    torch.save(damaged, tmp_path / "weights.pth")
+    with pytest.raises(ValueError) as error:
+        fid.load(tmp_path / "weights.pth")
+    for name in ("extra", "fc.bias", "Mixed_5b.branch1x1.conv.weight", "Mixed_7c.branch1x1.bn.bias"):
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", b"cos\nsystem\n(S'true'\ntR."])
+def test_a_file_that_holds_no_weights_is_an_error_in_one_line(tmp_path, content):
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="can't be read as plain weights") as error:
+        fid.load(tmp_path / "weights.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_load_from_the_file_as_from_the_dict(inception, tmp_path):
+    torch.save(weights(), tmp_path / "weights.pth")
+    loaded = fid.load(tmp_path / "weights.pth")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), inception.parameters()))
+
+
+# Statistics and FID
+
+
+def accumulated(rows, sizes):
+    statistics = fid.Statistics(rows.shape[1])
+    for part in rows.split(sizes):
+        statistics.add(part)
+    return statistics
+
+
+def test_statistics_are_numpys_for_any_batching():
+    rows = features(3000, 40, seed=1) + 100  # a mean far from zero, where sums of squares would cancel
+    mean, covariance = rows.double().mean(0), torch.from_numpy(np.cov(rows.numpy().astype(float), rowvar=False))
+    for sizes in (3000, 1, 7, 1024, [1500, 1, 1499]):
+        statistics = accumulated(rows, sizes)
+        assert statistics.count == 3000
+        assert relative(statistics.mean, mean) < 1e-12 and relative(statistics.covariance, covariance) < 1e-10
+
+
+def test_merged_statistics_are_those_of_all_rows():
+    rows = features(2600, 40)
+    whole, parts = accumulated(rows, 100), [accumulated(part, 64) for part in rows.split([1500, 0, 1, 1099])]
+    for part in parts[1:]:
+        parts[0].merge(part)
+    assert parts[0].count == 2600
+    assert relative(parts[0].mean, whole.mean) < 1e-12 and relative(parts[0].covariance, whole.covariance) < 1e-12
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_an_error(bad):
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        fid.Statistics(3).add(torch.tensor([[1.0, bad, 2.0]]))
+
+
+def test_one_image_has_no_covariance():
+    with pytest.raises(ValueError, match="at least 2"):
+        accumulated(torch.rand(1, 3), 1).covariance
+
+
+@pytest.mark.parametrize("n1, n2, seed", [(900, 800, 1), (100, 150, 1), (150, 900, 1), (400, 400, 0), (100, 100, 0)])
+def test_frechet_distance_is_that_of_scipys_square_root(n1, n2, seed):
+    """Full rank, both deficient, one deficient, and identical sets of either kind, at 256 dimensions."""
+    first, second = (accumulated(features(n, 256, s), 64) for n, s in ((n1, 0), (n2, seed)))
+    m1, s1, m2, s2 = (f(s).numpy() for s in (first, second) for f in (lambda s: s.mean, lambda s: s.covariance))
+    # SciPy's root of a singular product is unstable, so it gets a ridge too small to count
+    ridge = 1e-12 * np.eye(256)
+    expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * sqrtm((s1 + ridge) @ (s2 + ridge)).real)
+    found = fid.frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+    assert found == pytest.approx(expected, abs=1e-5 * np.trace(s1))
+    assert seed or found < 1e-9
+
+
+def test_frechet_distance_of_fewer_images_than_features_is_exact():
+    """At Inception's 2,048 dimensions: the trace of the root is the nuclear norm of the sets' cross products."""
+    first, second = features(120, 2048, 0), features(90, 2048, 1)
+    centred = [(f.double() - f.double().mean(0)) / (len(f) - 1) ** 0.5 for f in (first, second)]
+    step = first.double().mean(0) - second.double().mean(0)
+    expected = step @ step + sum((c * c).sum() for c in centred) - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    statistics = [accumulated(f, 50) for f in (first, second)]
+    found = fid.frechet_distance(*(m for s in statistics for m in (s.mean, s.covariance)))
+    assert found == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_frechet_distance_of_gaussians_in_one_dimension():
+    assert fid.frechet_distance([1.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx(4 + 4 + 9 - 2 * 6)
+
+
+def test_a_set_of_one_repeated_image_has_a_distance():
+    assert fid.frechet_distance(np.zeros(3), np.zeros((3, 3)), np.ones(3), np.eye(3)) == pytest.approx(6)
+
+
+@pytest.mark.parametrize("mean, covariance, message", [
+    (np.zeros(4), np.eye(4), "use one extractor"), (np.zeros(3), np.eye(4), "expected"), (np.zeros(3), np.full((3, 3), np.nan), "NaN")])  # fmt: skip
+def test_statistics_that_do_not_fit_are_an_error(mean, covariance, message):
+    with pytest.raises(ValueError, match=message):
+        fid.frechet_distance(np.zeros(3), np.eye(3), mean, covariance)
+
+
+# Inception Score
+
+
+def scored(logits, sizes, split=5000):
+    score, first = fid.InceptionScore(split), 0
+    for part in logits.split(sizes):
+        score.add(part, first)
+        first += len(part)
+    return score
+
+
+def test_inception_score_is_torch_fidelitys():
+    logits = torch.randn(600, 30, generator=torch.Generator().manual_seed(0)) * 3
+    expected = isc_features_to_metric(logits, splits=6, shuffle=False)["inception_score_mean"]
+    for sizes in (600, 64, [150, 450]):
+        assert scored(logits, sizes, split=100).value == pytest.approx(expected, rel=1e-9)
+
+
+def test_inception_score_of_processes_is_that_of_one():
+    logits = torch.randn(250, 30, generator=torch.Generator().manual_seed(1)) * 3
+    halves = fid.InceptionScore(100), fid.InceptionScore(100)
+    halves[0].add(logits[::2], numbers=range(0, 250, 2))
+    halves[1].add(logits[1::2], numbers=range(1, 250, 2))
+    halves[0].merge(halves[1])
+    assert halves[0].value == pytest.approx(scored(logits, 250, 100).value, rel=1e-12)
+
+
+def test_a_split_sorted_by_class_cannot_pass_its_number_of_classes():
+    certain = torch.full((100, 20), -50.0)
+    certain[range(100), torch.arange(100) // 5] = 50
+    assert scored(certain, 100, split=25).value == pytest.approx(5)
+    assert scored(certain, 100, split=100).value == pytest.approx(20)
+
+
+# KID, precision, recall, density, coverage
+
+
+def test_kid_is_torch_fidelitys_on_the_same_subsets():
+    first, second = features(300, 64, 0), features(260, 64, 1)
+    theirs = kid_features_to_metric(first, second, kid_subsets=20, kid_subset_size=200, rng_seed=7, verbose=False)
+    mean, deviation = fid.kernel_distance(first, second, subsets=20, size=200, seed=7)
+    assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
+    assert deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-3)
+
+
+def test_kid_of_sets_smaller_than_a_subset_is_the_plain_estimate():
+    x, y = features(40, 16, 0).double(), features(30, 16, 1).double()
+
+    def kernel(a, b):
+        return (a @ b.T / 16 + 1) ** 3
+
+    x30 = x[np.random.RandomState(2020).choice(40, 30, replace=False)]
+    same = [(kernel(a, a).sum() - kernel(a, a).trace()) / (30 * 29) for a in (x30, y)]
+    expected = (sum(same) - 2 * kernel(x30, y).mean()).item()
+    assert fid.kernel_distance(x.float(), y.float(), subsets=1)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def brute_force(real, fake, k=3, k_density=5):
+    real, fake = real.double().numpy(), fake.double().numpy()
+    distances = lambda a, b: np.sqrt(((a[:, None] - b[None]) ** 2).sum(2))
+    radius = lambda a, n: np.sort(distances(a, a), 1)[:, n]  # the zeroth is the point itself
+    between = distances(real, fake)
+    wide = between <= radius(real, k_density)[:, None]
+    return {"precision": (between <= radius(real, k)[:, None]).any(0).mean(), "recall": (between <= radius(fake, k)).any(1).mean(),
+            "density": wide.sum() / (k_density * len(fake)), "coverage": wide.any(1).mean()}  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [2048, 100, 37])
+def test_precision_recall_density_coverage_are_brute_forces(chunk):
+    real, fake = features(230, 48, 0), features(310, 48, 1, 0.05)
+    found, expected = fid.manifold_metrics(real, fake, chunk=chunk), brute_force(real, fake)
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert 0.05 < found["precision"] < 0.95 and 0.05 < found["recall"] < 0.95  # nothing saturates
+
+
+def test_precision_and_recall_are_torch_fidelitys():
+    real, fake = features(500, 32, 0), features(400, 32, 1, 0.05)
+    theirs = prc_features_to_metric(fake, real, prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=True, verbose=False)
+    found = fid.manifold_metrics(real, fake, chunk=128)
+    assert (found["precision"], found["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+
+
+def test_a_set_against_itself_is_precise_and_covered():
+    rows = features(100, 32)
+    found = fid.manifold_metrics(rows, rows)
+    assert found["precision"] == found["recall"] == found["coverage"] == 1 and found["density"] > 1
+
+
+def test_too_few_images_for_neighbours_are_an_error():
+    with pytest.raises(ValueError, match="more than 5 images on either side, not 5 and 9"):
+        fid.manifold_metrics(torch.rand(5, 4), torch.rand(9, 4))
+
+
+def test_precision_and_recall_never_hold_all_distances():
+    """16,000 samples have a gigabyte of distances among themselves."""
+    code = """if True:
+        import resource, sys, torch, fid
+        torch.set_num_threads(2)
+        real, fake = torch.rand(2000, 8), torch.rand(16000, 8)
+        fid.manifold_metrics(real[:100], fake[:100])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        fid.manifold_metrics(real, fake)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+    grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert grown < 300_000  # kilobytes
