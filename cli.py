@@ -33,6 +33,12 @@ class Group(click.Group):
                 raise
             what = f"{error.filename or 'output'}: {error.strerror}; free space or choose another place"
             raise click.ClickException(rank + what) from None
+        except RuntimeError as error:
+            import parallel
+
+            if not parallel.is_lost_peer(error):
+                raise
+            raise click.ClickException(f"{rank}another process ended or no longer answers; see its own message") from None
 
 
 class Numbers(click.ParamType):

@@ -48,6 +48,11 @@ def start(device, minutes=30):
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
 
 
+def is_lost_peer(error):
+    """Whether a RuntimeError says that another process can't be reached."""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error))
+
+
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()

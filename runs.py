@@ -24,6 +24,7 @@ import dimr
 from storage import UserError, load_tensors, read_json, save_tensors, sha256, sweep, sync_folder, write_json, writing
 
 ROOT = Path("runs")
+FILES = {"weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}  # of a checkpoint, at least
 
 
 def newest(root=ROOT):
@@ -56,48 +57,68 @@ def save_checkpoint(run, step, files, state, keep):
         write_json(temporary / "state.json", state)
         write_json(temporary / "manifest.json", {path.name: sha256(path) for path in sorted(temporary.iterdir())})
         sync_folder(temporary)
-        shutil.rmtree(final, ignore_errors=True)
+        discard(final)
         os.replace(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(folder)
     if keep:
-        for path in checkpoints(run)[:-keep]:
-            shutil.rmtree(path, ignore_errors=True)
+        for path in [path for path in checkpoints(run) if step_of(path) <= step][:-keep]:
+            discard(path)
     return final
+
+
+def discard(checkpoint):
+    """Delete a checkpoint if it is there: it is gone at once, not file by file."""
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def verify(checkpoint):
     """Raise UserError if a file of the checkpoint is missing or differs from its manifest."""
-    for name, expected in read_json(checkpoint / "manifest.json").items():
+    manifest = read_json(checkpoint / "manifest.json")
+    if not isinstance(manifest, dict) or not manifest.keys() >= FILES:
+        raise UserError(f"{checkpoint / 'manifest.json'} is damaged; it should name {', '.join(sorted(FILES))}")
+    for name, expected in manifest.items():
         path = checkpoint / name
-        if not path.is_file() or sha256(path) != expected:
-            raise UserError(f"{path} is {'damaged' if path.is_file() else 'missing'} (its SHA-256 is not the manifest's); "
-                            f"delete {checkpoint} to go on from the one before it")
+        try:
+            state = None if sha256(path) == expected else "damaged (its SHA-256 is not the manifest's)"
+        except OSError as error:
+            state = f"unreadable ({error.strerror})"
+        if state:
+            raise UserError(f"{path} is {state}")
 
 
 def newest_whole(run, say=lambda line: print(line, file=sys.stderr)):
-    """The newest checkpoint that agrees with its manifest, or None; damaged ones are named through `say`."""
-    for checkpoint in reversed(checkpoints(run)):
+    """The newest checkpoint that agrees with its manifest, or None if there are none at all; damaged ones are named through
+    `say`. Raises UserError if all are damaged."""
+    found = checkpoints(run)
+    for checkpoint in reversed(found):
         try:
             verify(checkpoint)
             return checkpoint
         except UserError as error:
-            say(f"WARNING: checkpoint refused: {error}")
+            say(f"WARNING: checkpoint refused, looking for one before it: {error}")
+    if found:
+        raise UserError(f"none of the {len(found)} checkpoints in {run} is whole; restore one, or choose another folder")
     return None
 
 
 @contextlib.contextmanager
 def locked(run):
-    """Hold a run folder for this process. A second one gets a UserError naming the owner; the lock ends with its owner."""
+    """Hold a run folder for this process. A second one gets a UserError naming the owner; the lock ends with its owner,
+    whose reading processes don't inherit it."""
     import fcntl
 
     Path(run).mkdir(parents=True, exist_ok=True)
     with open(Path(run) / ".lock", "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(f"{run} is in use by {file.read().strip() or 'another process'}; wait for it or choose another --out") from None
         file.truncate(0)

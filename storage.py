@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -106,13 +107,18 @@ def load_tensors(path):
 
 def save_tensors(path, tensors, metadata=None):
     """Write name → tensor as safetensors, whole or not at all. `metadata` maps str to str."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        try:
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:  # a full disk, said in safetensors' way
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else error from None
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

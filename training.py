@@ -6,9 +6,11 @@ steps computes the same, and a resumed run goes on as if it had never stopped.""
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
+import os
 import platform
 import resource
 import signal
@@ -312,12 +314,12 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
         model = parallel.wrap(model, device)
         schedule = solver.SCHEDULES[config.space]()
         facts = {"classes": list(data.classes), "vae": data.index.get("vae") if data.kind == "latents" else None}
-        order, offset, first_step = dataset.Order(len(data), recipe.seed), parallel.rank() * share, state.step
+        order, offset = dataset.Order(len(data), recipe.seed), parallel.rank() * share
         passes = share // micro
-        starts = (step * recipe.batch_size + offset + k * micro for step in range(first_step, recipe.steps) for k in range(passes))
+        starts = (step * recipe.batch_size + offset + k * micro for step in range(state.step, recipe.steps) for k in range(passes))
         reads = ((indices, flips & recipe.flip) for indices, flips in (order(first, first + micro) for first in starts))
         batches = dataset.loader(data, reads, workers, on_bad, pin=device.type == "cuda")
-        log, stopped, skipped = Log(out, state), None, []
+        log, stopped, skipped = Log(out, state, say), None, set()
         bar = stack.enter_context(tqdm(total=recipe.steps, initial=state.step, unit="step", desc=out.name, disable=quiet or not main,
                                        mininterval=0.5 if sys.stderr.isatty() else 30))
         stop = stack.enter_context(Stop())
@@ -325,36 +327,37 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
             first, total = state.step * recipe.batch_size + offset, 0
             for k in range(passes):
                 images, labels, bad_images = next(batches)
-                skipped += bad_images
+                skipped.update(bad_images)
                 images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                 with contextlib.nullcontext() if k == passes - 1 else parallel.no_sync(model):
                     sums, branches = losses(model, config, schedule, recipe, images, labels, first + k * micro)
-                    (sums.sum() / share).backward()
+                    loss = sums.sum() / share
+                    loss.backward(1 + 0 * loss.detach())  # a loss that is not finite makes every gradient NaN
                 total = total + torch.cat([sums.detach().sum()[None], branches.detach().sum(1)]) / share
             log.add(total, *state.update())
             bar.update()
             late = "max-time" if max_time and time.monotonic() - begun > max_time else None
-            stopped = parallel.first(stop.reason or late)
+            stopped = parallel.first(stop.reason or late) if state.step < recipe.steps else None
             at_end = state.step == recipe.steps or stopped
-            if at_end or state.step % LOG_EVERY == 0:
+            saving = at_end or state.step % save_every == 0
+            if saving or state.step % LOG_EVERY == 0:
                 bar.set_postfix(log.flush())
-            if at_end or state.step % save_every == 0:
+            if saving:
                 if main:
-                    save(out, state, facts, keep, say, must=at_end)
+                    save(out, state, log, facts, keep, say, must=at_end)
                 log.restart_clock()
             if sample_every and (state.step % sample_every == 0 or state.step == recipe.steps):
                 if main:
                     draw_samples(out, state, facts, say)
                 log.restart_clock()
-        parallel.barrier()
-        summary = {"out": str(out), "step": state.step, "steps": recipe.steps, "stopped": stopped, "loss": log.last.get("loss"),
-                   "params": sum(p.numel() for p in state.parameters.values()), "seconds": round(time.monotonic() - begun, 1),
-                   "skipped_images": len(set(skipped)), "peak_bytes": peak_memory(device)}
+        skipped = sorted(set().union(*parallel.gather(skipped)))
         if main:
             plot(out)
-            for message in sorted(set(skipped)):
+            for message in skipped:
                 say(f"skipped {message}")
-        return summary
+        return {"out": str(out), "step": state.step, "steps": recipe.steps, "stopped": stopped, "loss": log.last.get("loss"),
+                "params": sum(p.numel() for p in state.parameters.values()), "seconds": round(time.monotonic() - begun, 1),
+                "skipped_steps": log.bad, "skipped_images": len(skipped), "peak_bytes": peak_memory(device)}
 
 
 class Stop(contextlib.AbstractContextManager):
@@ -362,14 +365,15 @@ class Stop(contextlib.AbstractContextManager):
     SIGINT ends at once."""
 
     def __enter__(self):
-        self.reason = None
+        self.reason, self.interrupted = None, False
         self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
         return self
 
     def note(self, number, frame):
-        if self.reason and number == signal.SIGINT:
+        if self.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
+        self.interrupted |= number == signal.SIGINT
+        self.reason = self.reason or signal.Signals(number).name
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -379,8 +383,9 @@ class Stop(contextlib.AbstractContextManager):
 class Log:
     """Collects losses on the device and every few steps reads them at once into metrics.jsonl, a line per step."""
 
-    def __init__(self, out, state):
-        self.path, self.state, self.pending, self.last, self.bad_run = out / "metrics.jsonl", state, [], {}, 0
+    def __init__(self, out, state, say):
+        self.path, self.state, self.say, self.pending, self.lines = out / "metrics.jsonl", state, say, [], []
+        self.last, self.bad, self.bad_run = next(iter(read_metrics(out)[-1:]), {}), 0, 0
         self.restart_clock()
 
     def restart_clock(self):
@@ -398,35 +403,55 @@ class Log:
         speed = count * recipe.batch_size / (time.monotonic() - self.since)
         flops = speed * 6 * sum(state.model.config.macs) / parallel.world_size()
         peak = peak_flops(state.device)
-        lines = []
         for step, (loss, *branches, norm, bad) in enumerate(rows, state.step - count + 1):
-            self.bad_run = self.bad_run + 1 if bad else 0
+            self.bad, self.bad_run = self.bad + int(bad), self.bad_run + 1 if bad else 0
             self.last = {"step": step, "loss": loss, "loss_branches": branches, "lr": learning_rate(recipe, step - 1),
                          "gradient_norm": norm, "skipped": bool(bad), "images_per_second": round(speed, 2),
                          "share_of_peak": round(flops / peak, 4) if peak else None, "peak_bytes": peak_memory(state.device)}
-            lines.append(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.last.items()}))
+            self.lines.append(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.last.items()}))
             if self.bad_run >= BAD_STEPS:
                 break
-        if parallel.is_main():
-            with open(self.path, "a") as file:
-                file.write("\n".join(lines) + "\n")
+        self.pending = []
+        try:
+            self.write()
+        except OSError as error:
+            self.say(f"WARNING: metrics up to step {step} NOT written ({error.strerror or error}); kept for the next time")
         if self.bad_run >= BAD_STEPS:
             good = runs.checkpoints(self.path.parent)
             raise UserError(f"loss or gradient was not finite for {BAD_STEPS} steps up to step {self.last['step']} "
                             f"(learning rate {self.last['lr']:g}); the last good checkpoint is {good[-1] if good else 'none'}: "
                             "go on from it with a lower --lr or --grad-clip 1 under another --out (--init)")
-        self.pending = []
         self.restart_clock()
         return {"loss": f"{self.last['loss']:.4f}", "img/s": f"{speed:.1f}"} | (
-            {"peak": f"{flops / peak:.0%}"} if peak else {})
+            {"peak": f"{flops / peak:.0%}"} if peak else {}) | ({"skipped": self.bad} if self.bad else {})
+
+    def write(self, sync=False):
+        """Append the lines that metrics.jsonl lacks. Raises OSError, the file being as it was and the lines kept."""
+        if not parallel.is_main():
+            return
+        text = "".join(line + "\n" for line in self.lines).encode()
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                if sync:
+                    os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+        self.lines = []
 
 
 def truncate_metrics(out, step):
     """Keep the lines of steps up to `step`: those after it will be trained again."""
-    lines = read_metrics(out)
-    if lines:
-        with writing(out / "metrics.jsonl", "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
+    path = out / "metrics.jsonl"
+    if path.exists():
+        with open(path, "rb") as lines, writing(path) as file:
+            for line in lines:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+                file.write(line)
 
 
 def read_metrics(out):
@@ -450,9 +475,11 @@ def plot(out):
     return path
 
 
-def save(out, state, facts, keep, say, must):
-    """Write a checkpoint. One that fails is reported and training goes on, unless it `must` succeed: the last."""
+def save(out, state, log, facts, keep, say, must):
+    """Write a checkpoint, and before it the metrics up to it. One that fails is reported and training goes on, unless it
+    `must` succeed: the last."""
     try:
+        log.write(sync=True)
         runs.save_checkpoint(out, state.step, state.files(facts), {"step": state.step}, keep)
     except OSError as error:
         if must:
@@ -470,10 +497,10 @@ def draw_samples(out, state, facts, say):
                                    vae_source=facts["vae"])
     try:
         images = generator.images(classes, range(count))
-    except UserError as error:
-        return say(f"no sample grid: {error}")
-    captions = [sampling.caption(facts["classes"][c], c, seed) for seed, c in enumerate(classes)]
-    sampling.save_grid(out / "samples" / f"step-{state.step:07d}.png", images, captions)
+        captions = [sampling.caption(facts["classes"][c], c, seed) for seed, c in enumerate(classes)]
+        sampling.save_grid(out / "samples" / f"step-{state.step:07d}.png", images, captions)
+    except (UserError, OSError) as error:
+        say(f"WARNING: no sample grid at step {state.step}: {error}")
 
 
 def peak_flops(device):
