@@ -102,6 +102,15 @@ def broadcast(value):
     return box[0]
 
 
+def collect(value):
+    """Every process's picklable `value`, in order of rank, on rank 0; None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    box = [None] * world_size() if is_main() else None
+    dist.gather_object(value, box)
+    return box
+
+
 def gather(value):
     """Every process's picklable `value`, in order of rank, on every process."""
     if not dist.is_initialized():

@@ -38,6 +38,12 @@ def checkpoints(run):
     return sorted(path for path in (Path(run) / "checkpoints").glob("step-*") if (path / "manifest.json").is_file())
 
 
+def run_of(weights):
+    """The run folder whose checkpoint the weights file belongs to, or None."""
+    folder = Path(weights).resolve().parent.parent
+    return folder.parent if folder.name == "checkpoints" and (folder.parent / "config.json").is_file() else None
+
+
 def step_of(checkpoint):
     return int(checkpoint.name.removeprefix("step-"))
 

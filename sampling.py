@@ -41,6 +41,7 @@ PRESETS = {
     "everyday": {"latent": ("2m", "time", 25), "pixel": ("2m", "logsnr", 25)},
     "paper": {"latent": ("fast", "time", 250), "pixel": ("dpm-fast", "logsnr", 50)},
 }
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"  # also of parts of an image
 BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 16}
 
 
@@ -120,6 +121,11 @@ class Generator:
     @property
     def config(self):
         return self.model.config
+
+    @property
+    def pixels(self):
+        """Side of its images."""
+        return self.config.size * (1 if self.config.space == "pixel" else 8)
 
     @property
     def name(self):
@@ -246,6 +252,7 @@ def _png_info(texts):
 def describe(generator, settings):
     """What an image's metadata says of how it was made, besides its class and seed."""
     return {"weights": generator.hash, "source": generator.source, "step": generator.facts.get("step"),
+            "num_classes": generator.config.num_classes,
             **dataclasses.asdict(settings), "precision": generator.precision, "device": generator.device.type,
             "dimr": VERSION, "torch": torch.__version__}
 
@@ -261,7 +268,7 @@ def sample(generator, classes, seeds, settings, out=None, batch_size=None, npz=F
     out = Path(out or ROOT / f"{generator.name}-cfg{settings.cfg:g}")
     about, begun = describe(generator, settings), time.monotonic()
     progress = tqdm(total=len(seeds), desc="sampling", unit="img", disable=quiet or not parallel.is_main() or None,
-                    bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]")
+                    bar_format=BAR)
     with progress:
         write = _write_npz if npz else _write_pngs
         result = write(generator, classes, seeds, settings, out, batch_size, about, progress, balanced)
@@ -312,8 +319,7 @@ def _write_npz(generator, classes, seeds, settings, out, batch_size, about, prog
             return result
         raise UserError(f"{target} exists and was drawn otherwise; delete it or choose another --out")
     work = target.with_name(target.name + ".partial")
-    size = generator.config.size * (1 if generator.config.space == "pixel" else 8)
-    shape = (len(seeds), size, size, 3)
+    shape = (len(seeds), generator.pixels, generator.pixels, 3)
     if parallel.is_main():
         work.mkdir(parents=True, exist_ok=True)
         if (work / "plan.json").exists() and read_json(work / "plan.json") != plan:
