@@ -271,6 +271,10 @@ class Statistics:
         other._flush(1)
         self._join(other._count, other._mean.to(self._mean), other._scatter.to(self._mean))
 
+    def to(self, device):
+        self._flush(1)
+        self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
+
     def _flush(self, least):
         """Fold pending rows, BLOCK at a time, while there are at least `least` of them."""
         while sum(map(len, self._pending)) >= least:
@@ -338,13 +342,12 @@ class InceptionScore:
     def __init__(self, split=5000):
         self.split, self.splits = split, {}  # split → (images, sum of p (C,), sum of p log p)
 
-    def add(self, logits, first=0, numbers=None):
-        """Take in logits (N, C) of the images `numbers`, or first, first + 1, …"""
-        numbers = torch.arange(first, first + len(logits)) if numbers is None else torch.as_tensor(numbers)
+    def add(self, logits, numbers):
+        """Take in logits (N, C) of the images `numbers` (N,)."""
         log_p = logits.double().cpu().log_softmax(1)
         p = log_p.exp()
         entropy = (p * log_p).sum(1)
-        owners = numbers // self.split
+        owners = torch.as_tensor(numbers) // self.split
         for k in owners.unique().tolist():
             mine = owners == k
             self._join(k, int(mine.sum()), p[mine].sum(0), float(entropy[mine].sum()))
@@ -418,7 +421,7 @@ def _nearest(points, k, chunk, progress):
 
     def update(rows, distances):
         found = torch.cat([nearest[rows], distances], 1)
-        nearest[rows] = found.topk(min(k, found.shape[1]), largest=False).values
+        nearest[rows] = found.topk(k, largest=False).values
 
     starts = range(0, len(points), chunk)
     for i, j in progress([(i, j) for i in starts for j in starts if i <= j]):

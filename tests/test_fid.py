@@ -175,7 +175,7 @@ def test_statistics_that_do_not_fit_are_an_error(mean, covariance, message):
 def scored(logits, sizes, split=5000):
     score, first = fid.InceptionScore(split), 0
     for part in logits.split(sizes):
-        score.add(part, first)
+        score.add(part, range(first, first + len(part)))
         first += len(part)
     return score
 
@@ -190,8 +190,8 @@ def test_inception_score_is_torch_fidelitys():
 def test_inception_score_of_processes_is_that_of_one():
     logits = torch.randn(250, 30, generator=torch.Generator().manual_seed(1)) * 3
     halves = fid.InceptionScore(100), fid.InceptionScore(100)
-    halves[0].add(logits[::2], numbers=range(0, 250, 2))
-    halves[1].add(logits[1::2], numbers=range(1, 250, 2))
+    halves[0].add(logits[::2], range(0, 250, 2))
+    halves[1].add(logits[1::2], range(1, 250, 2))
     halves[0].merge(halves[1])
     assert halves[0].value == pytest.approx(scored(logits, 250, 100).value, rel=1e-12)
 
