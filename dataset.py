@@ -7,9 +7,11 @@ A shard set is a folder of `shard-00000.safetensors`, … and `index.json`, whic
 `labels` (n,) int64 and `data`: for pixels uint8 (n, H, W, C), for latents float16 (n, 2, 2, C, h, w), whose second
 axis is the image and its horizontal flip, the third mean and log-variance in the VAE's own units."""
 
+import atexit
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -415,8 +417,14 @@ class _Steps(torch.utils.data.Dataset):
 
 
 def _quiet(_):
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process's to handle, and it ends the workers
+    """A worker leaves signals to stop to the main process, which may have a batch to finish, and ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _kill(processes):
+    for process in processes:
+        process.kill()
 
 
 def loader(data, steps, workers=None, on_bad="error", pin=False):
@@ -435,10 +443,13 @@ def loader(data, steps, workers=None, on_bad="error", pin=False):
     )  # fmt: skip
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if main and workers else None
+    others = set(multiprocessing.active_children())
+    batches = iter(reader)
+    kill = functools.partial(_kill, set(multiprocessing.active_children()) - others)
+    atexit.register(kill)  # or Python would wait for ever, at its end, for workers that ignore its SIGTERM
+    if handler is not None:  # PyTorch's would raise for a dead worker wherever the main thread is, not only here
+        signal.signal(signal.SIGCHLD, handler)
     try:
-        batches = iter(reader)
-        if handler is not None:  # PyTorch's would raise for a dead worker wherever the main thread is, not only here
-            signal.signal(signal.SIGCHLD, handler)
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
@@ -448,3 +459,6 @@ def loader(data, steps, workers=None, on_bad="error", pin=False):
             raise
         reason = str(error).splitlines()[0]
         raise UserError(f"{reason.rstrip('. ')}; out of memory, perhaps: run again with fewer --workers") from None
+    finally:
+        batches = None  # ends the workers now, though a traceback may hold this frame
+        atexit.unregister(kill)
