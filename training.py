@@ -341,7 +341,7 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
             at_end = state.step == recipe.steps or stopped
             saving = at_end or state.step % save_every == 0
             if saving or state.step % LOG_EVERY == 0:
-                bar.set_postfix(log.flush())
+                bar.set_postfix(log.flush(), refresh=False)
             if saving:
                 if main:
                     save(out, state, log, facts, keep, say, must=at_end)
