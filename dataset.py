@@ -303,14 +303,15 @@ class Shards:
         return (_pixels(found, flips) if self.kind == "pixels" else torch.from_numpy(found)), labels
 
 
-def read_index(root):
-    """The parsed index.json of a finished shard set. Raises UserError where there is none, or of another format."""
-    path = Path(root) / "index.json"
+def read_index(root, name="index.json"):
+    """The parsed index.json of a finished shard set, or plan.json of an unfinished one. Raises UserError where it is
+    missing or of another format."""
+    path = Path(root) / name
     if not path.is_file() and (path.parent / "plan.json").is_file():
         raise UserError(f"{root} is an unfinished encode; run the same dimr encode again, and it goes on where it was")
     index = read_json(path)
     if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("kind") not in DATA_DTYPE:
-        raise UserError(f"{path} is not of shard format {FORMAT}; encode again, or use the dimr that wrote it")
+        raise UserError(f"{path} is not of shard format {FORMAT}; encode to another folder, or use the dimr that wrote it")
     return index
 
 

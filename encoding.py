@@ -26,9 +26,10 @@ from tqdm import tqdm
 import dataset
 import parallel
 import pictures
+import runs
 import vae
 import weights
-from storage import UserError, read_json, sha256, sweep, write_json, writing
+from storage import UserError, read_json, sha256, write_json, writing
 
 SHARDS = 128  # about as many as there are, unless told otherwise: a kill costs each process a part of one
 MOST_SHARDS = 512  # a reader holds one file descriptor for each
@@ -47,7 +48,7 @@ def encode(source, out, res, pixels=False, vae_weights="sd-vae-ft-ema", channels
     device = torch.device("cpu") if pixels else parallel.pick_device(device)
     parallel.start(torch.device("cpu"), minutes=60 * 24 * 30)  # they only meet here and at the end
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())  # which those of Latents change for all
+        stack.callback(torch.set_num_threads, torch.get_num_threads())  # which Coder's threads change for all
         folder = plan = None
         if parallel.is_main():
             _check_folders(Path(source), out)
@@ -55,38 +56,33 @@ def encode(source, out, res, pixels=False, vae_weights="sd-vae-ft-ema", channels
             plan = _plan(folder, res, exif, shard_size)
             if not pixels:
                 _plan_latents(plan, vae_weights, batch_size, precision, device)
-            stack.enter_context(_alone(out))
+            stack.enter_context(runs.locked(out))
             _begin(out, plan)
-        with _together():
-            folder, plan = parallel.broadcast((folder, plan))
+        folder, plan = parallel.broadcast((folder, plan))
         rank, world, shards = parallel.rank(), parallel.world_size(), _shards(plan)
 
         bar = functools.partial(tqdm, disable=quiet or rank > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
         rows = sorted(_rows(out).items())[rank::world]
         whole = {k for k, row in bar(rows, desc="checking", unit="shard", leave=False) if _is_whole(out, row)}
-        with _together():
-            whole = set().union(*parallel.gather(whole))
+        whole = set().union(*parallel.gather(whole))
         todo = [k for k in range(len(shards)) if k not in whole]
         if parallel.is_main():
             line = _check_space(out, plan, todo)
             if not quiet:
                 tqdm.write(line, file=sys.stderr)
-        with _together():
-            parallel.barrier()
+        parallel.barrier()
 
         mine = todo[rank::world]
         coder = None if pixels or not todo else Coder(_load_vae(plan, device), batch_size)
         about = f"{out.name}, process 1 of {world}" if world > 1 else out.name
         with bar(total=sum(len(shards[k]) for k in mine), unit="img", desc=about) as progress:
             _encode(out, folder, plan, mine, coder, workers, on_bad, batch_size, progress)
-        with _together():
-            parallel.barrier()
+        parallel.barrier()
         if parallel.is_main():
             if todo or not (out / "index.json").is_file():
                 _finish(out, folder, plan, coder or pixels or Coder(_load_vae(plan, device), batch_size))
-            _remove(out, "plan.json", "shard-*.json")
-        with _together():
-            parallel.barrier()
+            _remove(out, "plan.json", "shard-*.json", ".lock")
+        parallel.barrier()
     index, done = read_json(out / "index.json"), sum(len(shards[k]) for k in todo)
     seconds = time.monotonic() - begun
     return {
@@ -96,15 +92,6 @@ def encode(source, out, res, pixels=False, vae_weights="sd-vae-ft-ema", channels
         "encoded_shards": len(todo), "encoded_images": done, "seconds": round(seconds, 2),
         "images_per_second": round(done / seconds, 2), "processes": world,
     }  # fmt: skip
-
-
-@contextlib.contextmanager
-def _together():
-    """For an exchange between processes: that one of them is gone is a UserError."""
-    try:
-        yield
-    except RuntimeError:
-        raise UserError("another process of this encode ended early, and says why; run it again to go on") from None
 
 
 def verify(out, quiet=False):
@@ -128,6 +115,9 @@ def _check_folders(source, out):
         raise UserError(f"--out {out} lies in the images' folder {source}; choose a folder outside it")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a new or empty folder")
+    there = sorted(path.name for path in out.glob("[!.]*"))
+    if there and not {"plan.json", "index.json"} & set(there):
+        raise UserError(f"--out {out} holds other files ({there[0]}); choose a new or empty folder")
 
 
 def _plan(folder, res, exif, shard_size):
@@ -149,6 +139,8 @@ def _plan_latents(plan, name, batch_size, precision, device):
     if res % vae.DOWN:
         raise UserError(f"--res {res}: the VAE takes multiples of {vae.DOWN}; use {max(1, res // vae.DOWN) * vae.DOWN}")
     path = weights.find(name)
+    if not path.is_file():
+        raise UserError(f"--vae {name} is a folder; expected a file of SD-VAE weights (.safetensors, .ckpt, .pth)")
     name = name if name in weights.ASSETS else str(path.resolve())
     plan |= {"kind": "latents", "size": res // vae.DOWN, "channels": vae.CHANNELS}
     plan |= {"vae": name, "vae_sha256": sha256(path), "scale": vae.SCALE}
@@ -162,31 +154,9 @@ def _shards(plan):
     return [range(first, min(first + size, items)) for first in range(0, items, size)]
 
 
-@contextlib.contextmanager
-def _alone(out):
-    """Keep other encodes out of `out`. The lock is the process's own: it ends with it, though workers live on."""
-    import fcntl
-
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / ".lock"
-    with open(path, "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{out} is being written by another encode; wait for it, or choose another --out") from None
-        try:
-            yield
-        finally:
-            path.unlink()
-
-
 def _begin(out, plan):
     """Note the plan in `out`, or find the same one there."""
-    sweep(out)
-    before = next((read_json(out / name) for name in ("index.json", "plan.json") if (out / name).is_file()), None)
-    others = [path.name for path in out.iterdir() if not path.name.startswith(".")]
-    if before is None and others:
-        raise UserError(f"--out {out} holds other files ({sorted(others)[0]}); choose a new or empty folder")
+    before = next((dataset.read_index(out, name) for name in ("index.json", "plan.json") if (out / name).is_file()), None)
     flat = lambda plan: {k: v for part in (plan, plan["options"], plan["source"]) for k, v in part.items()}
     if before and not _rows(out):  # nothing is lost by starting over
         _remove(out, "plan.json", "shard-*", "preview.png")
@@ -291,8 +261,8 @@ class Coder:
     def __init__(self, model, batch_size):
         self.model, self.batch_size = model, batch_size
         self.device = next(model.parameters()).device
-        if self.device.type == "cpu":
-            self.pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 0
+        self.pool = threads and ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def encode(self, images):
         """Latents float16 (B, 2, 2, 4, h, w): of image and flip, mean and log-variance."""
@@ -303,7 +273,7 @@ class Coder:
         return self._run(self._decode, mean)
 
     def _run(self, function, batch):
-        if self.device.type == "cpu":
+        if self.pool:
             return torch.cat(list(self.pool.map(torch.inference_mode(function), batch.split(1))))
         full = F.pad(batch, (0,) * 7 + (self.batch_size - len(batch),)).to(self.device, non_blocking=True)
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
