@@ -452,5 +452,178 @@ def convert(source, target, heads, as_json):
            f"{count:,} parameters -> {target}")
 
 
+@main.group("eval")
+def eval_group():
+    """Measure samples: FID, sFID, Inception Score, precision and recall, KID, as ADM's suite does.
+
+    \b
+    Examples:
+      dimr eval fid                               the newest balanced samples, else what the newest run draws
+      dimr eval all samples.npz --ref imagenet256 --against xl2r
+    """
+
+
+extractor_options = shared(
+    click.option("--inception", default="inception", show_default=True, help="pytorch-fid's weights: a name or a file."),
+    click.option("--features", metavar="MODULE:FUNCTION", help="Another extractor instead: a function from uint8 images (N, H, W, 3) to "
+                 "features (N, D). The results are labelled with it."),
+    click.option("--res", type=POSITIVE, help="Crop the images of folders to this size, as ADM does."),
+)
+
+
+def extractor_of(inception, features, device):
+    """The evaluation.Extractor that the options name, once the other processes have been joined."""
+    import evaluation
+    import parallel
+
+    device = parallel.pick_device(device)
+    parallel.start(device, minutes=24 * 60)
+    return evaluation.custom(features, device) if features else evaluation.inception(inception, device)
+
+
+def metric_command(name, what):
+    """Make `dimr eval NAME`, which measures `what`."""
+
+    @eval_group.command(name, help=f"""{what}
+
+        SAMPLES is an .npz with arr_0 (uint8, N × H × W × 3) or a folder of images. Without it: the newest balanced set that
+        sample wrote, else --count images that the newest run draws, which are measured without being written. Published
+        numbers are of 50,000 samples.
+
+        \b
+        Examples:
+          dimr eval {name} samples.npz --ref imagenet256 --against xl2r
+          dimr eval {name} photos/ --ref reference.safetensors --json
+          torchrun --nproc-per-node 8 -m cli eval {name} --weights runs/xl2r -n 50000 --cfg 1.5 --preset paper
+        """)
+    @click.argument("samples", required=False, type=click.Path(path_type=Path))
+    @click.option("--ref", help="What to compare with: imagenet64, imagenet256, imagenet512, ADM's .npz, a file that dimr eval stats wrote, "
+                  "or images [default: the name that fits, else the images that the run was trained on].")
+    @click.option("--against", type=VARIANTS, help="Show the paper's results for this variant beside.")
+    @click.option("-n", "--count", type=click.IntRange(min=2), help="Images to draw [default: 50000].")
+    @click.option("--keep", is_flag=True, help="Write the images drawn, as sample --balanced does.")
+    @extractor_options
+    @sampling_options
+    @json_option
+    def command(samples, ref, against, count, keep, inception, features, res, weights, ema, vae, batch_size, precision, device, as_json, **settings):
+        import evaluation
+        import imagesets
+        import parallel
+        import sampling
+
+        if samples and (weights or count or keep):
+            raise click.UsageError("SAMPLES are measured as they are; leave out --weights, -n and --keep, or SAMPLES")
+        try:
+            extractor = extractor_of(inception, features, device)
+            if not (samples or weights or count or keep):
+                samples = evaluation.newest_balanced()
+            generator, count, settings = None, count or evaluation.COUNT, sampling.Settings(**settings)
+            if samples is None:
+                generator = sampling.load(weights, ema, device, precision, vae)
+            if keep:
+                classes = [i % generator.config.num_classes for i in range(count)]
+                samples = sampling.sample(generator, classes, range(count), settings, None, batch_size, npz=True, balanced=True)["npz"]
+            images = imagesets.open_set(samples, res) if samples else None
+            result = evaluation.evaluate(name, images, extractor, ref, res, batch_size, generator, count, settings)
+        finally:
+            parallel.stop()
+        if result:
+            report({**result, **({"paper": evaluation.PAPER.get(against, [])} if against else {})}, as_json, evaluation.table(result, against))
+
+    return command
+
+
+for _name, _what in {
+    "fid": "Fréchet Inception distance.",
+    "sfid": "Fréchet distance of spatial features, sensitive to structure.",
+    "is": "Inception Score: mean over splits of 5,000 in the order given (a folder's is permuted by a fixed seed). Needs no reference.",
+    "pr": "Precision and recall (3 neighbours), density and coverage (5).",
+    "kid": "Kernel Inception distance, mean over 100 subsets of 1,000.",
+    "all": "All metrics from one pass over the images.",
+}.items():
+    metric_command(_name, _what)
+
+
+@eval_group.command("stats")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@extractor_options
+@click.option("--batch-size", type=POSITIVE, help="Images at once, per process.")
+@device_option
+@json_option
+def eval_stats(folder, out, inception, features, res, batch_size, device, as_json):
+    """Measure reference images once, for --ref: moments of all, features of 10,000.
+
+    FOLDER holds images at any depth, or pixel shards; an .npz with arr_0 will do. OUT ends in .safetensors.
+
+    Example: dimr eval stats data/imagenet/train imagenet128.safetensors --res 128
+    """
+    import evaluation
+    import imagesets
+    import parallel
+
+    if out.suffix != ".safetensors":
+        raise click.BadParameter(f"{out} does not end in .safetensors", param_hint="OUT")
+    try:
+        extractor = extractor_of(inception, features, device)
+        found = evaluation.measure(imagesets.open_set(folder, res), extractor, evaluation.REFERENCE_IMAGES, batch_size)
+        if found:
+            found.save(out)
+            report({"out": str(out), **evaluation.describe(found), "features": found.extractor}, as_json,
+                   f"{found.count:,} images of {found.size}×{found.size} from {folder}, {found.extractor} -> {out}")
+    finally:
+        parallel.stop()
+
+
+@eval_group.command("fidelity")
+@click.argument("samples", type=click.Path(path_type=Path))
+@click.option("--classifier", default="vit-b16", show_default=True, help="A Vision Transformer under timm's names: a name or a file.")
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Probability of its class under which an image is marked.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for marked.csv and contact sheets [default: SAMPLES-marked].")
+@click.option("--res", type=POSITIVE, help="Crop the images of a folder to this size, as ADM does.")
+@click.option("--batch-size", type=POSITIVE, help="Images at once.")
+@device_option
+@json_option
+def eval_fidelity(samples, classifier, threshold, out, res, batch_size, device, as_json):
+    """Mark images of low fidelity: a classifier gives their class a probability under the threshold (paper, Sec. 5.3).
+
+    SAMPLES: what sample wrote, an .npz with classes under arr_1, or one folder per class, in the order of the classifier's
+    classes (ImageNet's). Preprocessing: bicubic to 248, centre crop to 224, values to [-1, 1]. Not every image marked is
+    distorted: let people judge the contact sheets, and give their votes to dimr eval distortion.
+
+    Example: dimr eval fidelity samples/xl2r-cfg1.5/balanced-50000.npz
+    """
+    import fidelity
+    import imagesets
+    import parallel
+
+    images = imagesets.open_set(samples, res)
+    network, digest = fidelity.load(classifier, parallel.pick_device(device))
+    out = out or samples.with_name(f"{samples.stem}-marked")
+    result = fidelity.mark(images, network, digest, out, threshold, batch_size)
+    report(result, as_json, fidelity.table(result))
+
+
+@eval_group.command("distortion")
+@click.argument("votes", type=click.Path(path_type=Path))
+@json_option
+def eval_distortion(votes, as_json):
+    """The distortion rate that people's votes give, as in the paper's Sec. 5.3.
+
+    VOTES is a CSV with the columns image, person, distorted (1/0 or yes/no). The rate is the mean over people of the share of
+    the images they judged that they call distorted; the interval is Student's t over people, 95%.
+
+    Example: dimr eval distortion votes.csv
+    """
+    import fidelity
+
+    result = fidelity.distortion(votes)
+    interval = " (one person: no interval)"
+    if result["interval"]:
+        interval = " (95% interval over people {:.1%} to {:.1%})".format(*result["interval"])
+    report(result, as_json, f"distortion rate {result['distortion_rate']:.1%}{interval}: {len(result['people'])} people, "
+           f"{result['images']:,} images, {result['votes']:,} votes")
+
+
 if __name__ == "__main__":
     main(prog_name="dimr")

@@ -407,7 +407,7 @@ def fitting_reference(source, num_classes, size):
 
 def newest_balanced(root=sampling.ROOT):
     """The `.npz` under `root` that `sample --balanced` wrote last, or None."""
-    found = [path for path in Path(root).rglob("*.npz") if imagesets.Npz(path).about.get("balanced")]
+    found = [path for path in Path(root).rglob("*.npz") if imagesets.read_sidecar(path).get("balanced")]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -489,11 +489,13 @@ def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, g
     if not parallel.is_main():
         return None
 
-    def describe(one):
-        return one and {"source": one.source, "count": one.count, "size": one.size, "sha256": one.sha256}
-
     return {**compare(metrics, found, against), "label": label(found), "samples": describe(found), "reference": describe(against),
             "features": found.extractor, "identity": found.identity, "remarks": remarks(metrics, found, against), "version": VERSION}
+
+
+def describe(one):
+    """Where a `Measured` came from, for programs."""
+    return one and {"source": one.source, "count": one.count, "size": one.size, "sha256": one.sha256}
 
 
 def label(samples):

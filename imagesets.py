@@ -90,9 +90,7 @@ class Npz:
 
     @cached_property
     def about(self):
-        sidecar = self.path.with_suffix(".json")
-        about = read_json(sidecar) if sidecar.is_file() else {}
-        return about if isinstance(about, dict) else {}
+        return read_sidecar(self.path)
 
     @cached_property
     def digest(self):
@@ -115,6 +113,13 @@ class Npz:
             raise UserError(f"{self.path} is damaged: image {first + len(data) // self.item} is cut off; fetch or make it anew")
         self.position = first + count
         return torch.frombuffer(data, dtype=torch.uint8).view(count, *self.shape[1:]), None
+
+
+def read_sidecar(path):
+    """What `sample` noted beside an `.npz` of how it was made, else {}."""
+    sidecar = Path(path).with_suffix(".json")
+    about = read_json(sidecar) if sidecar.is_file() else {}
+    return about if isinstance(about, dict) else {}
 
 
 def read_array(path, name):

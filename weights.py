@@ -63,6 +63,9 @@ ASSETS = {
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
         "the Inception network of 2015, for FID", "Google's, ported by pytorch-fid (Apache-2.0); trained on ImageNet",
         95_628_359, "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
+    "vit-b16": Asset(
+        "{hub}/timm/vit_base_patch16_224.augreg2_in21k_ft_in1k/resolve/main/model.safetensors",
+        "the ViT-B/16 classifier of dimr eval fidelity, about 346 MB", "Apache-2.0; trained on ImageNet-21k and ImageNet-1k"),
     "imagenet64": Asset(
         _REFERENCES + "64/VIRTUAL_imagenet64_labeled.npz", "ADM's reference for FID at 64×64", _IMAGENET),
     "imagenet256": Asset(

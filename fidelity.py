@@ -1,0 +1,213 @@
+"""How much generated images are distorted (paper, Sec. 5.3): a classifier marks the images of low fidelity, people look at
+those, and the distortion rate is what they say.
+
+The classifier is ViT-B/16 (Dosovitskiy et al., arXiv:2010.11929) under timm's weight names. Its preprocessing, that of timm's
+`augreg` weights: bicubic with antialiasing to 248 = ⌊224 / 0.9⌋ pixels, centre crop to 224, values to [-1, 1]."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import t as student
+from torch import nn
+from tqdm import tqdm
+
+import dataset
+import dimr
+import imagenet_names
+import pictures
+import weights
+from storage import UserError, load_tensors, sha256, writing
+
+THRESHOLD = 0.2  # an intended class less probable than this marks low fidelity
+HEAD = 64  # channels of an attention head
+CROP = 0.9  # share of the resized image's side that the network sees
+SHEET = 64  # images on a contact sheet
+CONFIDENCE = 0.95
+TRUTHS = {"1": True, "0": False, "yes": True, "no": False, "true": True, "false": False}
+BATCH_SIZE = {"cuda": 256, "mps": 32, "cpu": 16}
+
+
+# ---------------------------------------------------------------------------------------- the classifier
+
+
+class Attention(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)  # (B, heads, tokens, HEAD) each
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
+        self.attn = Attention(dim)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """x: (B, 3, side, side) in [-1, 1] → logits (B, classes)."""
+
+    def __init__(self, side, patch, dim, depth, hidden, classes):
+        super().__init__()
+        self.side = side
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (side // patch) ** 2, dim))
+        self.blocks = nn.Sequential(*[Block(dim, hidden) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(dim, 1e-6), nn.Linear(dim, classes)
+
+    def forward(self, x):
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+def from_state_dict(tensors):
+    """The classifier, in eval mode, whose tensors have timm's names; its shape is read off them. Raises ValueError."""
+    try:
+        dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+        side = math.isqrt(tensors["pos_embed"].shape[1] - 1) * patch
+        hidden, classes = len(tensors["blocks.0.mlp.fc1.weight"]), len(tensors["head.weight"])
+    except (KeyError, ValueError):
+        raise ValueError("not a Vision Transformer under timm's names (patch_embed.proj, blocks.0.mlp.fc1, head …)") from None
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    with torch.device("meta"):
+        network = ViT(side, patch, dim, depth, hidden, classes)
+    dimr.check_names({name: p.shape for name, p in network.named_parameters()}, tensors)
+    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def load(source="vit-b16", device="cpu"):
+    """(classifier, SHA-256 of its file) from a name or a path. Raises UserError."""
+    path = weights.find(source)
+    try:
+        return from_state_dict(load_tensors(path)[0]).to(device), sha256(path)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def prepare(images, side):
+    """Square images uint8 (N, H, W, 3) as the classifier takes them: (N, 3, side, side) in [-1, 1]."""
+    x = images.permute(0, 3, 1, 2).float()
+    resized = math.floor(side / CROP)
+    x = F.interpolate(x, (resized, resized), mode="bicubic", antialias=True).round().clamp(0, 255)
+    start = round((resized - side) / 2)
+    return x[..., start : start + side, start : start + side] / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------------------ low fidelity
+
+
+def mark(images, classifier, digest, out, threshold=THRESHOLD, batch_size=None, quiet=False):
+    """Mark those of `images` (imagesets) whose intended class has a probability under `threshold`.
+
+    Writes into folder `out` marked.csv (image, class, name, probability) and contact sheets of the marked ones. Returns a dict
+    with their `share` and a row per class. Raises UserError where the intended classes are not known."""
+    labels, known, out = images.labels, classifier.head.out_features, Path(out)
+    if labels is None:
+        raise UserError(f"{images.path} doesn't say which class each image was meant to show; expected what sample wrote, an .npz "
+                        "with arr_1, or one folder per class")
+    own = images.about.get("num_classes", known)
+    if labels.max() >= known or own != known:
+        raise UserError(f"{images.path} shows class {labels.max()} of {own} and the classifier knows {known}; "
+                        "use one of the same classes (--classifier)")
+    device = classifier.head.weight.device
+    size = batch_size or BATCH_SIZE[device.type]
+    stretches = [np.arange(first, min(first + size, len(images))) for first in range(0, len(images), size)]
+    probabilities, waiting, sheets = np.empty(len(images)), [], []
+
+    def flush():
+        captions = [f"{probabilities[i]:.2f} {name_of(labels[i], known)}" for i, _ in waiting]
+        sheets.append(str(out / f"sheet-{len(sheets):04d}.png"))
+        pictures.save(pictures.grid([image for _, image in waiting], captions), sheets[-1])
+        waiting.clear()
+
+    batches = dataset.loader(images, ((stretch, None) for stretch in stretches), 0 if len(images) <= 10 * size else None)
+    with torch.inference_mode(), tqdm(total=len(images), desc="classifying", unit="img", disable=quiet or None) as bar:
+        for stretch, (pixels, *_) in zip(stretches, batches):
+            logits = classifier(prepare(pixels.to(device), classifier.side))
+            probabilities[stretch] = logits.softmax(1).cpu()[range(len(stretch)), labels[stretch]]
+            for i in stretch[probabilities[stretch] < threshold]:
+                waiting.append((i, pixels[i - stretch[0]].numpy()))
+                if len(waiting) == SHEET:
+                    flush()
+            bar.update(len(stretch))
+    if waiting:
+        flush()
+    low = probabilities < threshold
+    with writing(out / "marked.csv", "w") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["image", "class", "name", "probability"])
+        rows.writerows([images.name(i), labels[i], name_of(labels[i], known), f"{probabilities[i]:.4f}"] for i in np.flatnonzero(low))
+    counts, marked = np.bincount(labels), np.bincount(labels, weights=low)
+    classes = [{"class": int(c), "name": name_of(c, known), "images": int(counts[c]), "marked": int(marked[c]),
+                "share": float(marked[c] / counts[c])} for c in np.flatnonzero(counts)]
+    return {"share": float(low.mean()), "marked": int(low.sum()), "images": len(images), "threshold": threshold,
+            "source": str(images.path), "classifier_sha256": digest, "out": str(out), "sheets": sheets, "classes": classes}
+
+
+def name_of(index, classes):
+    """The first of ImageNet's names for a class of its 1000, else the number."""
+    return imagenet_names.CLASSES[index][1][0] if classes == 1000 else str(index)
+
+
+def table(result, rows=20):
+    """The result of `mark` for people: the share, and the classes that fare worst."""
+    worst = sorted(result["classes"], key=lambda row: (-row["share"], row["class"]))
+    lines = [f"{result['marked']:,} of {result['images']:,} images ({result['share']:.1%}) have low fidelity: probability of their class "
+             f"under {result['threshold']:g}", f"{'class':>6}  {'name':30} {'marked':>7} {'of':>6} {'share':>7}"]
+    lines += [f"{row['class']:6}  {row['name'][:30]:30} {row['marked']:7} {row['images']:6} {row['share']:7.1%}" for row in worst[:rows]]
+    if len(worst) > rows:
+        lines.append(f"        … and {len(worst) - rows} more classes; --json lists all")
+    return "\n".join([*lines, f"marked images: {result['out']}/marked.csv and {len(result['sheets'])} contact sheets beside it"])
+
+
+# --------------------------------------------------------------------------------------- distortion rate
+
+
+def distortion(path):
+    """The distortion rate that people's votes give: the mean over people of the share of images they call distorted.
+
+    `path`: CSV with the columns image, person, distorted (1/0, yes/no, true/false). The interval is Student's t over people,
+    who are few; None for one person. Returns a dict. Raises UserError naming the line at fault."""
+    votes = {}  # person → image → distorted
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if missing := {"image", "person", "distorted"} - set(rows.fieldnames or ()):
+                raise UserError(f"{path} lacks the column {', '.join(sorted(missing))}; expected image, person, distorted")
+            for row in rows:
+                image, person, vote = ((row[name] or "").strip() for name in ("image", "person", "distorted"))
+                if not image or not person or vote.lower() not in TRUTHS:
+                    raise UserError(f"{path}, line {rows.line_num}: image {image!r}, person {person!r}, distorted {vote!r}; "
+                                    "expected a name, a name, and one of 1, 0, yes, no, true, false")
+                if image in votes.setdefault(person, {}):
+                    raise UserError(f"{path}, line {rows.line_num}: {person} has judged {image} before; keep one of the votes")
+                votes[person][image] = TRUTHS[vote.lower()]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; expected a CSV with the columns image, person, distorted") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV in UTF-8 ({error})") from None
+    if not votes:
+        raise UserError(f"{path} holds no votes; expected a line per image and person")
+    shares = {person: float(np.mean(list(judged.values()))) for person, judged in votes.items()}
+    rate, people = float(np.mean(list(shares.values()))), len(shares)
+    interval = None
+    if people > 1:
+        reach = float(student.ppf((1 + CONFIDENCE) / 2, people - 1) * np.std(list(shares.values()), ddof=1) / people**0.5)
+        interval = [max(0.0, rate - reach), min(1.0, rate + reach)]
+    return {"distortion_rate": rate, "interval": interval, "confidence": CONFIDENCE, "people": shares,
+            "images": len(set().union(*votes.values())), "votes": sum(map(len, votes.values()))}
