@@ -143,6 +143,9 @@ class Generator:
             import weights
 
             path = weights.find(self.vae_source or "sd-vae-ft-ema")
+            expected = self.facts.get("vae_sha256")
+            if self.vae_source == self.facts.get("vae") and expected and sha256(path) != expected:
+                raise UserError(f"{path} is not the VAE this network was trained with; give that one with --vae")
             try:
                 self.vae = vae.load(path, self.device)
             except ValueError as error:

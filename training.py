@@ -218,7 +218,7 @@ def losses(model, config, schedule, recipe, images, labels, first):
     """Multi-scale losses of the samples at positions first, first + 1, …: weighted sum (B,), per branch (R, B).
 
     `images` on the device: uint8 pixels (B, C, H, W), or latents float16 (B, 2, C, h, w) of mean and log-variance, from
-    which z = 0.18215 (μ + σε) is drawn afresh."""
+    which the scaled z = s·(μ + σε) is drawn afresh."""
     last, device = first + len(images), images.device
     shape = (config.channels, config.size, config.size)
     if config.space == "pixel":
@@ -307,13 +307,16 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
                                              "command": sys.argv})
             truncate_metrics(out, state.step)
 
+        idle = torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cuda" else 0
+        if idle > 0:
+            say(f"{idle} GPUs of this machine stay idle; to use all: torchrun --nproc-per-node {torch.cuda.device_count()} -m cli train …")
         model = state.model.train()
         model.checkpoint_blocks = recipe.checkpoint_blocks
         if recipe.compile:
             model.compile()
         model = parallel.wrap(model, device)
         schedule = solver.SCHEDULES[config.space]()
-        facts = {"classes": list(data.classes), "vae": data.index.get("vae") if data.kind == "latents" else None}
+        facts = {"classes": list(data.classes), **{k: data.index[k] for k in ("vae", "vae_sha256") if data.kind == "latents"}}
         order, offset = dataset.Order(len(data), recipe.seed), parallel.rank() * share
         passes = share // micro
         starts = (step * recipe.batch_size + offset + k * micro for step in range(state.step, recipe.steps) for k in range(passes))
@@ -494,7 +497,7 @@ def draw_samples(out, state, facts, say):
     classes = [i % config.num_classes for i in range(count)]
     model = dimr.from_config(config, state.ema).requires_grad_(False)
     generator = sampling.Generator(model, state.device, state.recipe.precision, facts["classes"], str(out), "", facts,
-                                   vae_source=facts["vae"])
+                                   vae_source=facts.get("vae"))
     try:
         images = generator.images(classes, range(count))
         captions = [sampling.caption(facts["classes"][c], c, seed) for seed, c in enumerate(classes)]
