@@ -245,11 +245,9 @@ def _list_class(root, name):
 
 
 def _pixels(images, flips):
-    """uint8 array (B, H, W, C) → tensor (B, C, H, W), mirrored where `flips`."""
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    flips = torch.from_numpy(flips)
-    images[flips] = images[flips].flip(-1)
-    return images
+    """uint8 array (B, H, W, C) → tensor (B, C, H, W), mirrored where `flips`. In NumPy: one thread never waits."""
+    images[flips] = images[flips, :, ::-1]
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
 # Shards
@@ -311,7 +309,7 @@ def read_index(root, name="index.json"):
         raise UserError(f"{root} is an unfinished encode; run the same dimr encode again, and it goes on where it was")
     index = read_json(path)
     if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("kind") not in DATA_DTYPE:
-        raise UserError(f"{path} is not of shard format {FORMAT}; encode to another folder, or use the dimr that wrote it")
+        raise UserError(f"{path} is not of shard format {FORMAT}; encode elsewhere, or use the dimr that wrote it")
     return index
 
 

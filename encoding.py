@@ -156,7 +156,8 @@ def _shards(plan):
 
 def _begin(out, plan):
     """Note the plan in `out`, or find the same one there."""
-    before = next((dataset.read_index(out, name) for name in ("index.json", "plan.json") if (out / name).is_file()), None)
+    names = (name for name in ("index.json", "plan.json") if (out / name).is_file())
+    before = next((dataset.read_index(out, name) for name in names), None)
     flat = lambda plan: {k: v for part in (plan, plan["options"], plan["source"]) for k, v in part.items()}
     if before and not _rows(out):  # nothing is lost by starting over
         _remove(out, "plan.json", "shard-*", "preview.png")
