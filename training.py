@@ -283,7 +283,8 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
     `max_time`: seconds after which to save and stop. A resumed run takes whatever is not given from its config.json.
     Returns a summary dict; `stopped` names the reason if the run is not at its end. Raises UserError."""
     begun, device, out, main = time.monotonic(), parallel.pick_device(device), Path(out), parallel.is_main()
-    say = (lambda line: tqdm.write(line, file=sys.stderr)) if main and not quiet else (lambda line: None)
+    stderr = Lenient(sys.stderr)
+    say = (lambda line: tqdm.write(line, file=stderr)) if main and not quiet else (lambda line: None)
     record, config, recipe, data, weights = plan(out, data, variant, recipe, network, init, res, exif, device)
     share, micro = split(recipe.batch_size, recipe.micro_batch)
     parallel.start(device)
@@ -323,7 +324,7 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
         reads = ((indices, flips & recipe.flip) for indices, flips in (order(first, first + micro) for first in starts))
         batches = dataset.loader(data, reads, workers, on_bad, pin=device.type == "cuda")
         log, stopped, skipped = Log(out, state, say), None, set()
-        bar = stack.enter_context(tqdm(total=recipe.steps, initial=state.step, unit="step", desc=out.name, disable=quiet or not main,
+        bar = stack.enter_context(tqdm(total=recipe.steps, initial=state.step, unit="step", desc=out.name, disable=quiet or not main, file=stderr,
                                        mininterval=0.5 if sys.stderr.isatty() else 30))
         stop = stack.enter_context(Stop())
         while state.step < recipe.steps and not stopped:
@@ -381,6 +382,24 @@ class Stop(contextlib.AbstractContextManager):
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+class Lenient:
+    """A stream whose failing (a full disk, a closed terminal) loses what is said and not the training."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
 
 class Log:
