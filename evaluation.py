@@ -216,7 +216,9 @@ class Collector:
                        for name, statistics in self.statistics.items() for part in ("mean", "covariance")}
         features, predicted = (torch.cat([v for _, v in sorted(parts.items())]) if parts else None
                                for parts in (self.features, self.predicted))
-        scored = {} if predicted is None else {"score": self.score.value, "sortedness": _sortedness(predicted)}
+        scored = {}
+        if predicted is not None:
+            scored = {"score": self.score.value, "sortedness": _sortedness(predicted[np.argsort(self.position)])}
         return Measured(count=self.count, features=features, **moments, **scored, **about)
 
 
@@ -356,29 +358,24 @@ def reference(source, extractor, with_features=False, res=None, exif=False, batc
             raise UserError(f"{source} was made with {found.extractor}, not with {extractor.name}; make it anew with dimr eval stats")
         return found if parallel.is_main() else None
     with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        if "mu.npy" in archive.namelist():
-            return _adm(path, extractor, with_features, batch_size, quiet)
+        if {"mu.npy", "sigma.npy"} <= (names := set(archive.namelist())):
+            return _adm(path, names, extractor, with_features, batch_size, quiet)
     return measure(imagesets.open_set(path, res, exif), extractor, REFERENCE_IMAGES, batch_size, quiet)
 
 
-def _adm(path, extractor, with_features, batch_size, quiet):
+def _adm(path, names, extractor, with_features, batch_size, quiet):
     """A reference under ADM's names: mu and sigma, perhaps mu_s and sigma_s, perhaps images."""
     if not extractor.standard:
         raise UserError(f"{path} holds statistics of the {STANDARD}, not of {extractor.name}; give images as --ref")
-    names = {"mu": "mean", "sigma": "covariance", "mu_s": "spatial_mean", "sigma_s": "spatial_covariance"}
-    features = images = None
-    with zipfile.ZipFile(path) as archive:
-        held = {name.removesuffix(".npy") for name in archive.namelist()}
-    if "arr_0" in held:
-        images = imagesets.Npz(path)
-        if with_features:
-            measured = measure(images, extractor, REFERENCE_IMAGES, batch_size, quiet)
-            features = measured and measured.features
+    images = imagesets.Npz(path) if "arr_0.npy" in names else None
+    measured = measure(images, extractor, REFERENCE_IMAGES, batch_size, quiet) if images and with_features else None
     if not parallel.is_main():
         return None
-    moments = {names[key]: torch.from_numpy(imagesets.read_array(path, key).astype(np.float64)) for key in names.keys() & held}
-    return Measured(str(path), sha256(path), images and images.size, None, extractor.name, extractor.identity, **moments,
-                    features=features)
+    moments = ["mu", "sigma", *(["mu_s", "sigma_s"] if {"mu_s.npy", "sigma_s.npy"} <= names else [])]
+    with _foreseen():
+        moments = [torch.from_numpy(imagesets.read_array(path, name).astype(np.float64)) for name in moments]
+    return Measured(str(path), sha256(path), images and images.size, None, extractor.name, extractor.identity, *moments,
+                    features=measured and measured.features)
 
 
 def fitting_reference(source, num_classes, size):
@@ -419,28 +416,28 @@ def check_fair(images):
                         f"compared with; make a fair set: dimr sample --balanced -n {COUNT} --weights {images.about.get('source')}")
 
 
+def check_held(keys, reference):
+    """Raise UserError if the reference lacks what one of the metrics needs."""
+    if "sfid" in keys and reference.spatial_mean is None:
+        raise UserError(f"{reference.source} holds no mu_s and sigma_s, which sfid needs; give ADM's .npz or images as --ref")
+    if keys & {"kid", "precision"} and reference.features is None:
+        raise UserError(f"{reference.source} holds statistics alone, enough for fid and sfid; precision, recall and kid need ADM's "
+                        ".npz, a file that dimr eval stats wrote, or images as --ref")
+
+
 def compare(metrics, samples, against):
     """{key: value} of METRICS[metrics] for `samples` against the reference `against` (None where only the Inception Score
-    is asked for), two `Measured`. Raises UserError where one doesn't hold what a metric needs."""
+    is asked for), two `Measured`."""
     keys, result = METRICS[metrics], {}
     with _foreseen():
         if "fid" in keys:
             result["fid"] = fid.frechet_distance(samples.mean, samples.covariance, against.mean, against.covariance)
         if "sfid" in keys:
-            if samples.spatial_mean is None:
-                raise UserError(f"sfid needs Inception's spatial features and {samples.extractor} gives none; leave out --features")
-            if against.spatial_mean is None:
-                raise UserError(f"{against.source} holds no mu_s and sigma_s, which sfid needs; give ADM's .npz or images as --ref")
             result["sfid"] = fid.frechet_distance(samples.spatial_mean, samples.spatial_covariance, against.spatial_mean,
                                                   against.spatial_covariance)
         if "inception_score" in keys:
-            if samples.score is None:
-                raise UserError(f"the Inception Score needs Inception's logits and {samples.extractor} gives none; leave out --features")
             result["inception_score"] = samples.score
         if "kid" in keys or "precision" in keys:
-            if against.features is None:
-                raise UserError(f"{against.source} holds statistics alone, enough for fid and sfid; precision, recall and kid need "
-                                "ADM's .npz, a file that dimr eval stats wrote, or images as --ref")
             device = parallel.pick_device() if torch.cuda.is_available() else torch.device("cpu")
             real, fake = against.features.to(device), samples.features.to(device)
             if "precision" in keys:
@@ -471,6 +468,10 @@ def remarks(metrics, samples, against):
 def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, generator=None, count=COUNT, settings=None, quiet=False):
     """Measure the image set `samples` (imagesets), or what `generator` draws, as METRICS[metrics] says, against `ref` (None:
     the one that fits). Returns a dict for programs on rank 0, else None. Raises UserError."""
+    keys = set(METRICS[metrics])
+    if not extractor.cached and keys & {"sfid", "inception_score"}:
+        raise UserError(f"{extractor.name} are no Inception's: sfid, is and all need its spatial features and logits; "
+                        "leave out --features, or ask for fid, pr or kid")
     if samples:
         check_fair(samples)
         origin = samples.about.get("source"), samples.about.get("num_classes"), samples.size
@@ -480,8 +481,9 @@ def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, g
     if metrics != "is":
         if ref is None:
             ref, res, exif = fitting_reference(*origin)
-        with_features = not {"kid", "precision"}.isdisjoint(METRICS[metrics])
-        against = reference(ref, extractor, with_features, res, exif, None, quiet)
+        against = reference(ref, extractor, bool(keys & {"kid", "precision"}), res, exif, None, quiet)
+        if against:
+            check_held(keys, against)
     if samples:
         found = measure(samples, extractor, None, batch_size, quiet)
     else:
@@ -507,13 +509,12 @@ def label(samples):
 def table(result, variant=None):
     """The result for people, beside the paper's numbers for `variant`."""
     lines = []
-    for key in (key for key in METRICS["all"] if key in result):
-        name = NAMES.get(key, key)
-        name += f"-{result['label']}" if key in ("fid", "sfid") else ""
-        published = [f"{values[key]:g} ({what})" for what, values in PAPER.get(variant, []) if key in values]
-        digits = 5 if key.startswith("kid") else 4
-        lines.append(f"{name:28} {result[key]:12.{digits}f}" + (f"   paper, {variant}: {', '.join(published)}" if published else ""))
+    names = {key: NAMES.get(key, key) + f"-{result['label']}" * (key in ("fid", "sfid")) for key in METRICS["all"] if key in result}
+    for key, name in names.items():
+        published = [f"{values[key]:.2f} ({what})" for what, values in PAPER.get(variant, []) if key in values]
+        lines.append(f"{name:{max(map(len, names.values()))}} {result[key]:12.{5 if key.startswith('kid') else 4}f}"
+                     + (f"   paper, {variant}: {', '.join(published)}" if published else ""))
     for what in ("samples", "reference"):
         if one := result[what]:
-            lines.append(f"{what:10} {one['source']}" + (f", {one['count']:,} images" if one["count"] else ""))
+            lines.append(f"{what}: {one['source']}" + (f", {one['count']:,} images" if one["count"] else ""))
     return "\n".join([*lines, *(f"note: {line}" for line in result["remarks"])])

@@ -1,0 +1,447 @@
+"""`dimr eval` from files to numbers: image sets, references, caching, generation, processes, and what is refused."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from inception_weights import extractor, photographs, weights
+from PIL import Image
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+import cli
+import evaluation
+import fid
+import imagesets
+import storage
+from conftest import dimr_command
+
+PLAIN = ["--features", "plain_features:pooled", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(weights(), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch):
+    """An empty cache and an empty working folder for each test, and no network."""
+    cache = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("DIMR_HOME", str(cache))
+    monkeypatch.setenv("DIMR_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+    return cache
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(cli.main, ["eval", *map(str, arguments)])
+    assert result.exit_code == status, result.output + repr(result.exception)
+    if status == 1:
+        assert result.stderr.count("\n") == 1, result.stderr
+    return result
+
+
+def measured(*arguments):
+    """The JSON that `dimr eval …` prints, which is all of its standard output."""
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def save_npz(path, images, compressed=False, **others):
+    (np.savez_compressed if compressed else np.savez)(path, arr_0=np.asarray(images), **others)
+    return Path(path)
+
+
+def save_folder(path, images):
+    Path(path).mkdir()
+    for i, image in enumerate(np.asarray(images)):
+        Image.fromarray(image).save(Path(path) / f"{i:04d}.png")
+    return Path(path)
+
+
+# Image sets
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_an_npz_is_read_in_any_order(compressed):
+    images, labels = photographs(11, 16), np.arange(11)
+    found = imagesets.open_set(save_npz("set.npz", images, compressed, arr_1=labels))
+    assert (len(found), found.size, found.labels.tolist()) == (11, 16, labels.tolist())
+    for first, last in ((0, 4), (4, 11), (2, 3), (9, 11), (0, 11)):
+        assert torch.equal(found.batch(np.arange(first, last))[0], images[first:last])
+
+
+@pytest.mark.parametrize("save", ["np.savez", "np.savez_compressed"])
+def test_reading_an_npz_takes_flat_memory(save):
+    """A quarter of a gigabyte of images, sixteen at a time."""
+    write = f'import numpy as np; {save}("big.npz", arr_0=np.zeros((1300, 256, 256, 3), np.uint8))'
+    subprocess.run([sys.executable, "-c", write], check=True)
+    code = """if True:
+        import resource, numpy as np, imagesets
+        images = imagesets.open_set("big.npz")
+        images.batch(np.arange(16))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for first in range(16, 1300, 16):
+            images.batch(np.arange(first, min(first + 16, 1300)))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+    grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert grown < 50_000  # kilobytes
+
+
+def damaged_in_the_middle(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+
+
+def claims_too_much(path):
+    """An .npy header of 2^60 images over a few bytes."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**60, 8, 8, 3)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(192))
+
+
+BAD_SETS = {
+    "floats": (lambda p: save_npz(p, np.random.rand(4, 8, 8, 3)), "arr_0 is float64"),
+    "integers beyond 255": (lambda p: save_npz(p, np.full((4, 8, 8, 3), 300)), "expected uint8 (N, H, W, 3) with values from 0 to 255"),
+    "grey": (lambda p: save_npz(p, np.zeros((4, 8, 8, 1), np.uint8)), "(4, 8, 8, 1)"),
+    "channels first": (lambda p: save_npz(p, np.zeros((4, 3, 8, 8), np.uint8)), "(4, 3, 8, 8)"),
+    "no images": (lambda p: save_npz(p, np.zeros((0, 8, 8, 3), np.uint8)), "(0, 8, 8, 3)"),
+    "not square": (lambda p: save_npz(p, np.zeros((4, 8, 9, 3), np.uint8)), "9×8"),
+    "other arrays": (lambda p: np.savez(p, images=np.zeros((4, 8, 8, 3), np.uint8)), "holds images and no arr_0"),
+    "objects": (lambda p: np.savez(p, arr_0=np.array([{}], object)), "arr_0 is object"),
+    "Fortran order": (lambda p: save_npz(p, np.asfortranarray(np.zeros((4, 8, 8, 3), np.uint8))), "Fortran"),
+    "no zip": (lambda p: Path(p).write_bytes(b"images"), "is not a whole .npz"),
+    "a header that lies": (lambda p: claims_too_much(Path(p)), "claims 1,152,921,504,606,846,976 images and holds 192 bytes"),
+    "a flipped bit": (lambda p: damaged_in_the_middle(save_npz(p, photographs(64, 32))), "is damaged"),
+    "a flipped bit, compressed": (lambda p: damaged_in_the_middle(save_npz(p, photographs(64, 32), True)), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETS)
+def test_a_set_that_can_not_be_measured_is_refused_by_name(case):
+    make, message = BAD_SETS[case]
+    make("set.npz")
+    save_npz("ref.npz", photographs(8, 8))
+    assert message in run("fid", "set.npz", "--ref", "ref.npz", *PLAIN, status=1).stderr
+
+
+def test_files_of_any_mode_are_read_as_rgb():
+    colour = Image.fromarray(photographs(1, 16)[0].numpy())
+    Path("set").mkdir()
+    variants = {"rgb": colour, "grey": colour.convert("L"), "palette": colour.quantize(16), "cmyk": colour.convert("CMYK"),
+                "rgba": colour.convert("RGBA")}  # fmt: skip
+    variants["rgba"].putalpha(Image.new("L", (16, 16), 0))
+    for name, image in variants.items():
+        image.save(f"set/{name}.{'jpg' if name == 'cmyk' else 'png'}")
+    Image.new("RGB", (100, 100)).save("set/grid.png")  # what sample leaves beside its images
+    images = imagesets.open_set("set")
+    assert images.names == ["cmyk.jpg", "grey.png", "palette.png", "rgb.png", "rgba.png"]
+    found = dict(zip(images.names, images.batch(range(5))[0].numpy()))
+    assert (found["rgb.png"] == np.asarray(colour)).all()
+    assert (found["grey.png"] == np.asarray(colour.convert("L"))[..., None]).all()
+    assert (found["palette.png"] == np.asarray(variants["palette"].convert("RGB"))).all()
+    assert (found["rgba.png"] == 255).all()  # transparent, on white
+    assert found["cmyk.jpg"].shape == (16, 16, 3)
+
+
+def test_mixed_sizes_are_refused_and_cropped_on_demand():
+    save_folder("set", photographs(3, 16))
+    Image.fromarray(photographs(1, 24)[0, :, :20].numpy()).save("set/odd.png")
+    save_npz("ref.npz", photographs(8, 12))
+    assert "20×24; expected square" in run("fid", "set", "--ref", "ref.npz", *PLAIN, status=1).stderr
+    os.remove("set/odd.png")
+    save_folder("set/more", photographs(1, 24))
+    assert "mixes sizes" in run("fid", "set", "--ref", "ref.npz", *PLAIN, status=1).stderr
+    assert measured("fid", "set", "--ref", "ref.npz", "--res", 12, *PLAIN)["samples"]["size"] == 12
+
+
+@pytest.mark.parametrize("path, message", [("missing", "does not exist"), ("missing.npz", "does not exist"), ("empty", "holds no images")])
+def test_nothing_to_measure_is_an_error(path, message):
+    Path("empty").mkdir()
+    save_npz("ref.npz", photographs(8, 12))
+    assert message in run("fid", path, "--ref", "ref.npz", *PLAIN, status=1).stderr
+
+
+# Numbers
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """Two sets of pictures and torch-fidelity's features of them on the same weights: pool, logits, and spatial ones."""
+    sets = {"samples": photographs(14, 32, seed=3), "reference": photographs(12, 32, seed=4) // 2 + 40}
+    network, kept = extractor(), []
+    hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: kept.append(output[:, :7]))
+    with torch.no_grad():
+        features = {name: network(images.permute(0, 3, 1, 2)) for name, images in sets.items()}
+    hook.remove()
+    spatial = {name: s.permute(0, 2, 3, 1).reshape(len(s), -1) for name, s in zip(sets, kept)}
+    return sets, features, spatial
+
+
+def distance(first, second):
+    statistics = [fid_features_to_statistics(f.double()) for f in (first, second)]
+    return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+
+
+def test_all_metrics_are_torch_fidelitys_on_its_own_features(oracle, inception_file):
+    sets, features, spatial = oracle
+    save_npz("samples.npz", sets["samples"])
+    save_folder("reference", sets["reference"])
+    found = measured("all", "samples.npz", "--ref", "reference", "--inception", inception_file, "--batch-size", 5)
+    fake, real = features["samples"][0], features["reference"][0]
+    nearness = prc_features_to_metric(fake, real, prc_neighborhood=3, prc_batch_size=10, save_cpu_ram=True, verbose=False)
+    kid = kid_features_to_metric(fake, real, kid_subsets=100, kid_subset_size=12, rng_seed=2020, verbose=False)
+    assert found["fid"] == pytest.approx(distance(fake, real), rel=1e-4)
+    assert found["sfid"] == pytest.approx(distance(spatial["samples"], spatial["reference"]), rel=1e-4)
+    expected = isc_features_to_metric(features["samples"][1], splits=1, shuffle=False)["inception_score_mean"]
+    assert found["inception_score"] == pytest.approx(expected, rel=1e-4)
+    assert (found["precision"], found["recall"]) == pytest.approx((nearness["precision"], nearness["recall"]), abs=1e-6)
+    assert found["kid"] == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-2)
+    assert found["samples"] | {"count": 14, "size": 32, "sha256": storage.sha256("samples.npz")} == found["samples"]
+    assert found["reference"]["count"] == 12 and found["version"] == storage.VERSION
+    assert "OTHER weights" in found["features"] and any("compare with nothing published" in line for line in found["remarks"])
+
+
+@pytest.mark.parametrize("metrics", evaluation.METRICS)
+def test_each_command_reports_the_metrics_asked_for(metrics, oracle, inception_file):
+    sets, _, _ = oracle
+    for name in ("samples", "reference"):
+        save_npz(f"{name}.npz", sets[name][:7])
+    found = measured(metrics, "samples.npz", "--ref", "reference.npz", "--inception", inception_file)
+    assert [key for key in evaluation.METRICS["all"] if key in found] == evaluation.METRICS[metrics]
+
+
+def test_what_was_measured_once_is_not_measured_again(oracle, inception_file, monkeypatch):
+    sets, _, _ = oracle
+    save_npz("samples.npz", sets["samples"][:6])
+    arguments = "is", "samples.npz", "--inception", inception_file
+    before = measured(*arguments)["inception_score"]
+
+    def forward(self, images):
+        raise AssertionError("extracting")
+
+    monkeypatch.setattr(fid.Inception, "forward", forward)
+    assert measured(*arguments)["inception_score"] == before
+    shutil.copy("samples.npz", "renamed.npz")  # content decides, not the name
+    assert measured("is", "renamed.npz", "--inception", inception_file)["samples"]["source"] == "renamed.npz"
+    save_npz("samples.npz", sets["samples"][1:7])
+    result = CliRunner().invoke(cli.main, ["eval", *map(str, arguments)])
+    assert isinstance(result.exception, AssertionError)
+
+
+def test_statistics_made_once_serve_as_reference(oracle, inception_file):
+    sets, _, _ = oracle
+    save_folder("reference", sets["reference"])
+    save_npz("samples.npz", sets["samples"])
+    run("stats", "reference", "reference.safetensors", "--inception", inception_file)
+    arguments = "all", "samples.npz", "--inception", inception_file, "--ref"
+    from_statistics, from_images = (measured(*arguments, ref) for ref in ("reference.safetensors", "reference"))
+    assert [from_statistics[key] for key in evaluation.METRICS["all"]] == [from_images[key] for key in evaluation.METRICS["all"]]
+    assert "was made with Inception" in run("fid", "samples.npz", "--ref", "reference.safetensors", *PLAIN, status=1).stderr
+    Path("broken.safetensors").write_bytes(Path("reference.safetensors").read_bytes()[:-9])
+    assert "broken" in run(*arguments, "broken.safetensors", status=1).stderr
+
+
+@pytest.fixture
+def standard(monkeypatch, inception_file):
+    """The random weights stand for the published ones."""
+    published = evaluation.weights.ASSETS["inception"]
+    monkeypatch.setitem(evaluation.weights.ASSETS, "inception",
+                        evaluation.weights.Asset(published.address, "", "", sha256=storage.sha256(inception_file)))
+
+
+def test_adms_reference_gives_moments_and_images(oracle, inception_file, standard):
+    """Its moments are of the whole training set, its images a part: FID is of the former, precision of the latter."""
+    sets, features, _ = oracle
+    mu, sigma = np.full(2048, 0.5), np.eye(2048) * 0.1
+    moments = {"mu": mu, "sigma": sigma, "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    save_npz("adm.npz", sets["reference"], **moments)
+    save_npz("samples.npz", sets["samples"])
+    found = measured("all", "samples.npz", "--ref", "adm.npz", "--inception", inception_file)
+    rows = features["samples"][0].double()
+    expected = fid.frechet_distance(rows.mean(0), torch.from_numpy(np.cov(rows.numpy(), rowvar=False)), mu, sigma)
+    assert found["fid"] == pytest.approx(expected, rel=1e-4) and found["features"] == evaluation.STANDARD
+    nearness = prc_features_to_metric(*(features[name][0] for name in ("samples", "reference")), prc_neighborhood=3, prc_batch_size=10,
+                                      save_cpu_ram=True, verbose=False)  # fmt: skip
+    assert (found["precision"], found["recall"]) == pytest.approx((nearness["precision"], nearness["recall"]), abs=1e-6)
+
+    np.savez("moments.npz", mu=mu, sigma=sigma)
+    arguments = "samples.npz", "--ref", "moments.npz", "--inception", inception_file
+    assert measured("fid", *arguments)["fid"] == found["fid"]
+    assert "holds statistics alone" in run("pr", *arguments, status=1).stderr
+    assert "no mu_s" in run("sfid", *arguments, status=1).stderr
+
+
+def test_adms_reference_is_not_compared_with_other_features(oracle, inception_file):
+    np.savez("adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    save_npz("samples.npz", oracle[0]["samples"])
+    for other in (["--inception", inception_file], PLAIN):
+        assert "holds statistics of the Inception of 2015" in run("fid", "samples.npz", "--ref", "adm.npz", *other, status=1).stderr
+
+
+@pytest.mark.parametrize("count, expected", [(50_000, "50K"), (10_000, "10K"), (2_500, "2500")])
+def test_the_label_says_how_many_images_a_fid_is_of(count, expected):
+    moments = torch.zeros(1), torch.zeros(1, 1)
+    one = evaluation.Measured("", "", 256, count, evaluation.STANDARD, "", *moments)
+    assert evaluation.label(one) == expected
+    remarks = "\n".join(evaluation.remarks("fid", one, one))
+    assert ("published numbers are of 50,000" in remarks) == (count != 50_000)
+
+
+def test_few_images_and_unequal_sizes_are_remarked_on():
+    save_npz("samples.npz", photographs(20, 16))
+    save_npz("ref.npz", photographs(30, 8))
+    remarks = "\n".join(measured("fid", "samples.npz", "--ref", "ref.npz", *PLAIN)["remarks"])
+    assert "20 samples are fewer than the 2,048 features" in remarks and "30 reference images are fewer" in remarks
+    assert "samples are 16×16, reference images 8×8" in remarks
+
+
+def test_the_papers_row_stands_beside():
+    save_npz("samples.npz", photographs(20, 16))
+    arguments = "fid", "samples.npz", "--ref", "samples.npz", "--against", "xl2r", *PLAIN
+    assert "1.70 (800 epochs, guidance)" in run(*arguments).output
+    assert ["800 epochs, guidance", {"fid": 1.70, "inception_score": 289.0, "precision": 0.79, "recall": 0.63}] in measured(*arguments)["paper"]
+
+
+# Order
+
+
+def collected(logits, ordered=True):
+    collector = evaluation.Collector(len(logits), torch.device("cpu"), mixed=not ordered)
+    collector.score.split = 100
+    for first in range(0, len(logits), 64):
+        part = logits[first : first + 64]
+        collector.add(np.arange(first, first + len(part)), part, None, part)
+    return collector.measured(source="", sha256="", size=1, extractor=evaluation.STANDARD, identity="")
+
+
+def test_an_ordered_set_sorted_by_class_is_reported_and_a_folder_permuted():
+    by_class = 20.0 * torch.eye(10)[torch.arange(1000) // 100] + torch.rand(1000, 10, generator=torch.Generator().manual_seed(0))
+    shuffled = by_class[torch.randperm(1000, generator=torch.Generator().manual_seed(1))]
+    sets = {name: collected(*arguments) for name, arguments in
+            {"sorted": (by_class,), "shuffled": (shuffled,), "folder": (by_class, False)}.items()}  # fmt: skip
+    assert sets["sorted"].score < 1.1 and sets["shuffled"].score > 8 and sets["folder"].score > 8
+    assert collected(by_class, False).score == sets["folder"].score  # the permutation is fixed
+    reported = {name: any("sorted by class" in line for line in evaluation.remarks("is", one, None)) for name, one in sets.items()}
+    assert reported == {"sorted": True, "shuffled": False, "folder": False}
+
+
+# Other extractors, and none
+
+
+def test_another_extractor_names_itself_in_the_label():
+    save_npz("samples.npz", photographs(60, 16, seed=1))
+    save_npz("ref.npz", photographs(50, 16, seed=2))
+    found = measured("fid", "samples.npz", "--ref", "ref.npz", *PLAIN)
+    import plain_features
+
+    expected = distance(*(plain_features.pooled(photographs(n, 16, seed=s)) for n, s in ((60, 1), (50, 2))))
+    assert found["fid"] == pytest.approx(expected, rel=1e-4)
+    assert found["label"] == "60, features of plain_features:pooled"
+    assert "FID-60, features of plain_features:pooled" in run("fid", "samples.npz", "--ref", "ref.npz", *PLAIN).output
+
+
+@pytest.mark.parametrize("metrics, features, message", [
+    ("fid", "plain_features:not_a_number", "NaN or infinity"), ("fid", "plain_features:of_another_shape", "expected a tensor (8, D)"),
+    ("fid", "plain_features:missing", "expected module:function"), ("fid", "missing_module:pooled", "expected module:function"),
+    ("fid", "plain_features", "expected module:function"), ("sfid", "plain_features:pooled", "ask for fid, pr or kid"),
+    ("is", "plain_features:pooled", "ask for fid, pr or kid")])  # fmt: skip
+def test_an_extractor_that_does_not_serve_is_an_error(metrics, features, message):
+    save_npz("samples.npz", photographs(8, 16))
+    arguments = metrics, "samples.npz", "--ref", "samples.npz", "--features", features, "--device", "cpu"
+    assert message in run(*arguments, status=1).stderr
+
+
+def test_without_inception_weights_there_is_no_number(home):
+    save_npz("samples.npz", photographs(8, 16))
+    result = run("fid", "samples.npz", "--ref", "samples.npz", status=1)
+    assert "pt_inception-2015-12-05-6726825d.pth" in result.stderr and str(home / "inception") in result.stderr
+    assert not result.stdout
+
+
+def test_nothing_to_compare_with_is_said_before_anything_is_measured():
+    save_npz("samples.npz", photographs(8, 16))
+    assert "give --ref" in run("fid", "samples.npz", *PLAIN, status=1).stderr
+
+
+# Samples of a run
+
+
+def test_a_handful_of_one_class_is_refused_with_what_makes_a_fair_set(trained):
+    dimr_command("sample", "--weights", trained, "--class", "3", "-n", "5", "--steps", "3", "--out", Path.cwd() / "threes", "--device", "cpu")
+    message = run("fid", "threes", "--ref", "threes", *PLAIN, status=1).stderr
+    assert "5 images of class 3 alone" in message and "dimr sample --balanced -n 50000 --weights" in message
+
+
+def test_with_nothing_named_the_newest_balanced_set_or_the_newest_run_is_measured(trained, digits):
+    shutil.copytree(trained, "runs/small")
+    drawn = measured("fid", "-n", 30, "--steps", 3, *PLAIN)
+    assert drawn["samples"]["count"] == 30 and "runs/small" in drawn["samples"]["source"]
+    assert drawn["reference"]["source"] == str(digits) and drawn["reference"]["count"] == 200  # what it was trained on
+    assert not Path("samples").exists()
+    kept = measured("fid", "-n", 30, "--steps", 3, "--keep", *PLAIN)
+    assert kept["samples"]["source"].endswith("balanced-30.npz") and kept["fid"] == pytest.approx(drawn["fid"], rel=1e-4)
+    assert measured("fid", *PLAIN)["samples"] == kept["samples"]
+    assert imagesets.open_set(kept["samples"]["source"]).labels.tolist() == [i % 10 for i in range(30)]
+
+
+def test_samples_and_a_network_at_once_are_bad_usage(trained):
+    assert "leave out" in run("fid", "set.npz", "--weights", trained, *PLAIN, status=2).stderr
+
+
+# Processes
+
+
+def test_files_spread_over_processes_give_one_number(inception_file, oracle):
+    save_folder("samples", oracle[0]["samples"])
+    save_npz("ref.npz", oracle[0]["reference"])
+    results = []
+    for processes in (None, 2):
+        environment = {"DIMR_HOME": f"{Path.cwd()}/home-{processes}"}
+        done = dimr_command("eval", "all", "samples", "--ref", "ref.npz", "--inception", inception_file, "--batch-size", "4", "--json",
+                            "--device", "cpu", cwd=Path.cwd(), env=environment, torchrun=processes)
+        results.append(json.loads(done.stdout))
+    for key in evaluation.METRICS["all"]:
+        assert results[0][key] == pytest.approx(results[1][key], rel=1e-9)
+
+
+def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(trained, inception_file, monkeypatch):
+    arguments = ["all", "--weights", trained, "-n", "20", "--steps", "2", "--batch-size", "4", "--inception", inception_file,
+                 "--ref", "ref.npz", "--json", "--device", "cpu"]  # fmt: skip
+    save_npz("ref.npz", photographs(8, 8))
+    whole, cut = measured(*arguments), f"{Path.cwd()}/cut"
+    started = subprocess.Popen([sys.executable, "-m", "cli", "eval", *map(str, arguments)], stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "DIMR_HOME": cut})
+    notes = lambda folder: sorted(Path(folder).rglob("*.partial/0*.safetensors"))
+    deadline = time.monotonic() + 120
+    while len(notes(cut)) < 2 and started.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    assert 2 <= len(notes(cut)) < 5
+    shutil.copytree(cut, "changed")
+    resumed = json.loads(dimr_command("eval", *arguments, env={"DIMR_HOME": cut}, torchrun=2, cwd=Path.cwd()).stdout)
+    assert [resumed[key] for key in evaluation.METRICS["all"]] == [whole[key] for key in evaluation.METRICS["all"]]
+    assert not list(Path(cut).rglob("*.partial"))
+    # what had been noted was used, not made again: a changed note shows
+    tensors, _ = storage.load_tensors(notes("changed")[0])
+    storage.save_tensors(notes("changed")[0], {name: tensor + 1 for name, tensor in tensors.items()})
+    monkeypatch.setenv("DIMR_HOME", "changed")
+    assert measured(*arguments)["fid"] != whole["fid"]
