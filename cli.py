@@ -152,10 +152,10 @@ def info(variant, as_json):
         for r, branch in enumerate(model.branches)
     ]  # fmt: skip
     result = {"variant": variant, "params": sum(b["params"] for b in branches), "gmacs": round(sum(config.macs) / 1e9, 4), "branches": branches}
-    lines = [f"{variant}: {result['params']:,} parameters, {result['gmacs']:.2f} GMAC per image and forward pass, "
+    lines = [f"{variant}: {result['params']:,} parameters, {result['gmacs']:,.4f} GMAC per image and forward pass, "
              f"{config.channels}×{config.size}×{config.size} {config.space} input, {config.embeddings} class embeddings"]
     lines += [f"  branch {b['branch']}: {b['blocks']:2} {b['kind']:11} blocks of width {b['dim']:4} on {b['grid']}×{b['grid']} "
-              f"({b['tokens']:4} tokens), {b['params']:13,} parameters, {b['gmacs']:7.2f} GMAC" for b in branches]
+              f"({b['tokens']:4} tokens), {b['params']:13,} parameters, {b['gmacs']:8.4f} GMAC" for b in branches]
     report(result, as_json, "\n".join(lines))
 
 

@@ -1,21 +1,21 @@
 """The main job on embedded data: real handwritten digits (8 × 8, 1,797 of them, scikit-learn's), half to train on, half
-kept to judge by. Everything goes through the functions and files that `train` and `sample` use."""
+kept to judge by. Everything goes through the functions and files that `encode`, `train` and `sample` use."""
 
 import time
 
 import numpy as np
 from PIL import Image
 
-import pictures
+import encoding
 import sampling
 import training
 from storage import UserError
 
-SAMPLES = 500
+SAMPLES = 1000
 NEIGHBOUR = 3  # coverage counts a kept digit within the radius to its third real neighbour (Naeem et al., 2020)
 
 
-def run(out, seed=0, steps=None, quiet=False):
+def run(out, seed=0, quiet=False):
     """Write digits, train, sample, judge, all under folder `out`. Returns the figures as a dict. Raises UserError."""
     try:
         from sklearn.datasets import load_digits
@@ -30,16 +30,19 @@ def run(out, seed=0, steps=None, quiet=False):
     halves = {"train": order[::2], "kept": order[1::2]}
     for half, indices in halves.items():
         for i in indices:
-            pictures.save(Image.fromarray(pixels[i]), out / "digits" / half / str(digits.target[i]) / f"{i:04d}.png")
+            folder = out / "digits" / half / str(digits.target[i])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[i]).save(folder / f"{i:04d}.png")
 
-    changes = {"seed": seed, **({"steps": steps} if steps else {})}
-    training.train(out / "run", out / "digits" / "train", "demo", changes, device="cpu", workers=0, quiet=quiet)
+    encoding.encode(out / "digits" / "train", out / "pixels", res=8, pixels=True, workers=0, quiet=quiet)
+    training.train(out / "run", out / "pixels", "demo", {"seed": seed}, device="cpu", quiet=quiet)
 
     generator = sampling.load(out / "run", device="cpu")
-    classes, seeds = [i % 10 for i in range(SAMPLES)], range(SAMPLES)
-    drawn = sampling.sample(generator, classes, list(seeds), sampling.Settings(), out / "samples", batch_size=100, quiet=quiet)
-    generated = np.stack([np.asarray(Image.open(path)) for path in drawn["files"]])
-
+    classes = [i % 10 for i in range(SAMPLES)]
+    drawn = sampling.sample(generator, classes, list(range(SAMPLES)), sampling.Settings(), out / "samples.npz", batch_size=100, npz=True,
+                            balanced=True, quiet=quiet)
+    with np.load(drawn["npz"]) as arrays:
+        generated = arrays["arr_0"][..., 0]
     return {
         **judge(pixels[halves["kept"]], digits.target[halves["kept"]], generated, classes, pixels[halves["train"]]),
         "seconds": round(time.monotonic() - begun, 1),

@@ -331,7 +331,7 @@ VARIANTS = {  # paper, Table 3; g2r is on the release's page only
     "xl2r": Config(layers=(39, 20), dims=(960, 480), **_LATENT),
     "xl3r": Config(layers=(39, 20, 20), dims=(960, 480, 240), **{**_LATENT, "size": 64}),
     "g2r": Config(layers=(57, 29), dims=(1152, 576), **_LATENT),
-    "demo": Config(layers=(5, 3), dims=(128, 64), size=8, channels=1, heads=4, num_classes=10, null_class=True,
+    "demo": Config(layers=(3, 2), dims=(64, 32), size=8, channels=1, heads=4, num_classes=10, null_class=True,
                    space="pixel"),
 }
 
