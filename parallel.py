@@ -5,6 +5,7 @@ torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process o
 import contextlib
 import datetime
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -67,6 +68,7 @@ def wrap(model, device):
     """`model` for training: with several processes, its gradients are averaged over them."""
     if not dist.is_initialized():
         return model
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of depthwise weights: a copy of 49 numbers a channel
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
 
