@@ -100,10 +100,10 @@ def load(source="vit-b16", device="cpu"):
 
 
 def prepare(images, side):
-    """Square images uint8 (N, H, W, 3) as the classifier takes them: (N, 3, side, side) in [-1, 1]."""
-    x = images.permute(0, 3, 1, 2).float()
+    """Square images uint8 (N, H, W, 3) on the CPU as the classifier takes them: (N, 3, side, side) in [-1, 1]. Resizing uint8 rounds
+    after each axis as Pillow does, which made what the weights were trained on."""
     resized = math.floor(side / CROP)
-    x = F.interpolate(x, (resized, resized), mode="bicubic", antialias=True).round().clamp(0, 255)
+    x = F.interpolate(images.permute(0, 3, 1, 2), (resized, resized), mode="bicubic", antialias=True)
     start = round((resized - side) / 2)
     return x[..., start : start + side, start : start + side] / 127.5 - 1
 
@@ -138,7 +138,7 @@ def mark(images, classifier, digest, out, threshold=THRESHOLD, batch_size=None, 
     batches = dataset.loader(images, ((stretch, None) for stretch in stretches), 0 if len(images) <= 10 * size else None)
     with torch.inference_mode(), tqdm(total=len(images), desc="classifying", unit="img", disable=quiet or None) as bar:
         for stretch, (pixels, *_) in zip(stretches, batches):
-            logits = classifier(prepare(pixels.to(device), classifier.side))
+            logits = classifier(prepare(pixels, classifier.side).to(device))
             probabilities[stretch] = logits.softmax(1).cpu()[range(len(stretch)), labels[stretch]]
             for i in stretch[probabilities[stretch] < threshold]:
                 waiting.append((i, pixels[i - stretch[0]].numpy()))

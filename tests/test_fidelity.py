@@ -1,0 +1,183 @@
+"""The classifier against timm's, what it marks, and the distortion rate from votes."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from inception_weights import photographs
+from PIL import Image
+from scipy import stats
+from timm.data import create_transform, resolve_data_config
+
+import cli
+import fidelity
+import imagesets
+from conftest import dimr_command, relative
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """timm's ViT-B/16 with random weights, none of them at the zeros and ones they start from."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = timm.create_model("vit_base_patch16_224.augreg2_in21k_ft_in1k").eval()
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return network
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A file with a small classifier of 10 classes, and an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = fidelity.ViT(32, 16, 128, 2, 256, 10)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.normal_(0, 0.2)
+    torch.save(network.state_dict(), "small.pth")
+    return tmp_path / "small.pth"
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(cli.main, ["eval", *map(str, arguments)])
+    assert result.exit_code == status, result.output + repr(result.exception)
+    assert status != 1 or result.stderr.count("\n") == 1
+    return result
+
+
+# The classifier
+
+
+def test_logits_are_timms_on_the_same_weights(theirs):
+    ours = fidelity.from_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert relative(ours(x), theirs(x)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [64, 224, 248, 256, 512])
+def test_preprocessing_is_timms_within_two_levels(theirs, size):
+    images = photographs(2, size)
+    transform = create_transform(**resolve_data_config({}, model=theirs))
+    expected = torch.stack([transform(Image.fromarray(image.numpy())) for image in images])
+    found = fidelity.prepare(images, 224)
+    levels = (found - expected).abs() * 127.5
+    assert found.shape == expected.shape and levels.max() < 2.01 and levels.mean() < 0.3
+
+
+def test_weights_that_do_not_fit_are_named(small, tmp_path):
+    tensors = torch.load(small)
+    del tensors["blocks.1.attn.qkv.bias"]
+    for name, content in {"lacking.pth": tensors, "other.pth": {"weight": torch.zeros(3)}}.items():
+        torch.save(content, name)
+    np.savez("set.npz", arr_0=photographs(2, 32).numpy(), arr_1=np.arange(2))
+    assert "missing blocks.1.attn.qkv.bias" in run("fidelity", "set.npz", "--classifier", "lacking.pth", status=1).stderr
+    assert "not a Vision Transformer" in run("fidelity", "set.npz", "--classifier", "other.pth", status=1).stderr
+
+
+# Marking
+
+
+def test_marked_are_those_whose_intended_class_is_improbable(small):
+    images, labels = photographs(150, 32), np.arange(150) % 10
+    np.savez("set.npz", arr_0=images.numpy(), arr_1=labels)
+    result = json.loads(run("fidelity", "set.npz", "--classifier", small, "--batch-size", 16, "--json").stdout)
+
+    network = fidelity.from_state_dict(torch.load(small))
+    probabilities = network(fidelity.prepare(images, 32)).softmax(1)[range(150), labels].numpy()
+    low = np.flatnonzero(probabilities < 0.2)
+    assert 64 < len(low) < 150  # some pass, and more than one sheet is needed
+    assert result["share"] == pytest.approx(len(low) / 150) and (result["marked"], result["images"]) == (len(low), 150)
+    rows = list(csv.DictReader(Path("set-marked/marked.csv").open()))
+    assert [int(row["image"]) for row in rows] == low.tolist() and [int(row["class"]) for row in rows] == labels[low].tolist()
+    assert [float(row["probability"]) for row in rows] == pytest.approx(probabilities[low], abs=1e-4)
+    assert [(row["class"], row["images"], row["marked"]) for row in result["classes"]] == [
+        (c, 15, int((labels[low] == c).sum())) for c in range(10)]  # fmt: skip
+    sheets = [Image.open(path) for path in result["sheets"]]
+    assert len(sheets) == -(-len(low) // 64)
+    first = np.asarray(sheets[0])[2:66, 2:66]  # each image is enlarged to 64 pixels
+    assert (first == np.asarray(Image.fromarray(images[low[0]].numpy()).resize((64, 64), Image.Resampling.NEAREST))).all()
+
+
+def test_the_threshold_decides_and_nothing_marked_leaves_no_sheet(small):
+    np.savez("set.npz", arr_0=photographs(10, 32).numpy(), arr_1=np.arange(10))
+    assert json.loads(run("fidelity", "set.npz", "--classifier", small, "--threshold", "0", "--json").stdout)["sheets"] == []
+    assert json.loads(run("fidelity", "set.npz", "--classifier", small, "--threshold", "1", "--json").stdout)["share"] == 1
+    assert "10 of 10 images (100.0%) have low fidelity" in run("fidelity", "set.npz", "--classifier", small, "--threshold", "1").output
+
+
+def test_classes_come_from_samples_names_and_from_folders(small, trained):
+    dimr_command("sample", "--weights", trained, "-n", "12", "--steps", "2", "--out", Path.cwd() / "drawn", "--device", "cpu")
+    assert json.loads(run("fidelity", "drawn", "--classifier", small, "--json").stdout)["images"] == 12
+    found = imagesets.open_set("drawn")
+    assert sorted(found.labels) == sorted(i % 10 for i in range(12))
+    assert [f"class{label:04d}" in name for label, name in zip(found.labels, found.names)] == [True] * 12
+    for name in ("b", "a"):
+        Path("folders", name).mkdir(parents=True)
+        Image.fromarray(photographs(1, 32)[0].numpy()).save(f"folders/{name}/0.png")
+    assert imagesets.open_set("folders").labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("labels, message", [(None, "doesn't say which class"), (np.arange(8, 12), "the classifier knows 10")])
+def test_unknown_classes_are_an_error(small, labels, message):
+    np.savez("set.npz", arr_0=photographs(4, 32).numpy(), **({} if labels is None else {"arr_1": labels}))
+    assert message in run("fidelity", "set.npz", "--classifier", small, status=1).stderr
+    assert not Path("set-marked").exists()
+
+
+def test_samples_of_another_number_of_classes_are_refused(small):
+    np.savez("set.npz", arr_0=photographs(4, 32).numpy(), arr_1=np.arange(4))
+    Path("set.json").write_text(json.dumps({"num_classes": 1000}))
+    assert "of 1000 and the classifier knows 10" in run("fidelity", "set.npz", "--classifier", small, status=1).stderr
+
+
+# Votes
+
+
+def write_votes(rows, header="image,person,distorted"):
+    Path("votes.csv").write_text("\n".join([header, *rows]) + "\n")
+
+
+def test_the_rate_is_the_mean_over_people_of_their_shares(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shares = {"Ann": [1, 0, 0, 0], "Bob": [1, 1], "Cy": [0, 0, 1], "Di": [0], "Ed": [1, 0, 1, 0, 1]}
+    write_votes(f"{i:03d}.png,{person},{vote}" for person, votes in shares.items() for i, vote in enumerate(votes))
+    result = json.loads(run("distortion", "votes.csv", "--json").stdout)
+    means = [np.mean(votes) for votes in shares.values()]
+    assert result["distortion_rate"] == pytest.approx(np.mean(means))  # 0.437, while 7 of 15 votes are 0.467
+    low, high = stats.t.interval(0.95, 4, loc=np.mean(means), scale=stats.sem(means))
+    assert result["interval"] == pytest.approx([max(0, low), min(1, high)])
+    assert (result["images"], result["votes"]) == (5, 15) and result["people"]["Ed"] == pytest.approx(0.6)
+    assert "5 people, 5 images, 15 votes" in run("distortion", "votes.csv").output
+
+
+def test_one_person_has_a_rate_and_no_interval(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_votes(["a,Ann,YES", "b,Ann,no", "c,Ann,False", "d,Ann,true"])
+    result = json.loads(run("distortion", "votes.csv", "--json").stdout)
+    assert result["distortion_rate"] == 0.5 and result["interval"] is None
+
+
+@pytest.mark.parametrize("rows, header, message", [
+    (["a,Ann"], "image,person", "lacks the column distorted"), (["a,Ann,maybe"], "image,person,distorted", "line 2: image 'a', person 'Ann', distorted 'maybe'"),
+    (["a,Ann,1", "a,Ann,0"], "image,person,distorted", "line 3: Ann has judged a before"), (["a,,1"], "image,person,distorted", "person ''"),
+    (["a,Ann"], "image,person,distorted", "distorted ''"), ([], "image,person,distorted", "holds no votes")])  # fmt: skip
+def test_votes_that_can_not_be_counted_are_named_by_line(tmp_path, monkeypatch, rows, header, message):
+    monkeypatch.chdir(tmp_path)
+    write_votes(rows, header)
+    assert message in run("distortion", "votes.csv", status=1).stderr
+
+
+def test_no_votes_file_and_no_text_are_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "does not exist" in run("distortion", "votes.csv", status=1).stderr
+    Path("votes.csv").write_bytes(b"\xff\xfe\x00\x81")
+    assert "no CSV in UTF-8" in run("distortion", "votes.csv", status=1).stderr
