@@ -100,6 +100,11 @@ POSITIVE = click.IntRange(min=1)
 VARIANTS = click.Choice(["m3r", "l3r", "xl2r", "xl3r", "g2r", "demo"])
 device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+feature_options = shared(
+    click.option("--inception", default="inception", show_default=True, help="pytorch-fid's weights: a name or a file."),
+    click.option("--features", metavar="MODULE:FUNCTION", help="Another extractor instead: a function from uint8 images (N, H, W, 3) to "
+                 "features (N, D). Results are labelled with it."),
+)
 precision_option = click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Default: bf16 on CUDA, else fp32.")
 
 
@@ -195,9 +200,14 @@ def info(variant, as_json):
               "parameter: 8.1 GB for xl2r].")
 @click.option("--keep", type=click.IntRange(min=0), default=2, show_default=True, help="Newest checkpoints kept; 0 keeps all.")
 @click.option("--max-time", type=click.FloatRange(min=0, min_open=True), help="Minutes after which to save and stop (exit status 75).")
+@click.option("--eval-every", type=POSITIVE, help="Steps between measurements of FID, unguided and with the averaged weights, into "
+              "metrics.jsonl [default: never].")
+@click.option("--eval-images", type=click.IntRange(min=2), default=5000, show_default=True, help="Images drawn for each.")
+@click.option("--ref", help="What FID compares with, as in dimr eval fid [default: the name that fits, else the training images].")
+@feature_options
 @json_option
-def train(variant, data, out, init, res, exif, on_bad, device, workers, sample_every, save_every, keep, max_time, as_json, layers, dims,
-          heads, norm, **recipe):
+def train(variant, data, out, init, res, exif, on_bad, device, workers, sample_every, save_every, keep, max_time, eval_every, eval_images, ref,
+          inception, features, as_json, layers, dims, heads, norm, **recipe):
     """Train a network; run the same command again to go on.
 
     Defaults are the paper's recipe (Table 4). The run folder holds config.json, metrics.jsonl, samples/, loss.png and
@@ -223,9 +233,10 @@ def train(variant, data, out, init, res, exif, on_bad, device, workers, sample_e
                             + f"give --data FOLDER, or run dimr encode {kind} first")
     given = {k: v for k, v in recipe.items() if v is not None}
     network = {k: v for k, v in dict(layers=layers, dims=dims, heads=heads, norm=norm).items() if v is not None}
+    evaluate = {"every": eval_every, "images": eval_images, "ref": ref, "inception": inception, "features": features} if eval_every else None
     try:
         result = training.train(out, data, variant, given, network, init, res, exif, device, workers, on_bad, sample_every, save_every,
-                                keep, max_time and max_time * 60)
+                                keep, max_time and max_time * 60, evaluate)
     finally:
         parallel.stop()
     report(result, as_json, f"{result['out']}: step {result['step']:,} of {result['steps']:,}, loss {result['loss']:.4f}, "
@@ -463,12 +474,7 @@ def eval_group():
     """
 
 
-extractor_options = shared(
-    click.option("--inception", default="inception", show_default=True, help="pytorch-fid's weights: a name or a file."),
-    click.option("--features", metavar="MODULE:FUNCTION", help="Another extractor instead: a function from uint8 images (N, H, W, 3) to "
-                 "features (N, D). The results are labelled with it."),
-    click.option("--res", type=POSITIVE, help="Crop the images of folders to this size, as ADM does."),
-)
+res_option = click.option("--res", type=POSITIVE, help="Crop the images of folders to this size, as ADM does.")
 
 
 def extractor_of(inception, features, device):
@@ -502,7 +508,8 @@ def metric_command(name, what):
     @click.option("--against", type=VARIANTS, help="Show the paper's results for this variant beside.")
     @click.option("-n", "--count", type=click.IntRange(min=2), help="Images to draw [default: 50000].")
     @click.option("--keep", is_flag=True, help="Write the images drawn, as sample --balanced does.")
-    @extractor_options
+    @feature_options
+    @res_option
     @sampling_options
     @json_option
     def command(samples, ref, against, count, keep, inception, features, res, weights, ema, vae, batch_size, precision, device, as_json, **settings):
@@ -547,7 +554,8 @@ for _name, _what in {
 @eval_group.command("stats")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@extractor_options
+@feature_options
+@res_option
 @click.option("--batch-size", type=POSITIVE, help="Images at once, per process.")
 @device_option
 @json_option
@@ -580,7 +588,7 @@ def eval_stats(folder, out, inception, features, res, batch_size, device, as_jso
 @click.option("--classifier", default="vit-b16", show_default=True, help="A Vision Transformer under timm's names: a name or a file.")
 @click.option("--threshold", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Probability of its class under which an image is marked.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for marked.csv and contact sheets [default: SAMPLES-marked].")
-@click.option("--res", type=POSITIVE, help="Crop the images of a folder to this size, as ADM does.")
+@res_option
 @click.option("--batch-size", type=POSITIVE, help="Images at once.")
 @device_option
 @json_option

@@ -96,7 +96,7 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, images):
-        with _foreseen():
+        with _foreseen(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32's rounding shows in a small FID
             return self.function(images.to(self.device, non_blocking=True))
 
 
@@ -107,7 +107,6 @@ def inception(source="inception", device="cpu"):
     name = STANDARD if digest == weights.ASSETS["inception"].sha256 else f"Inception with OTHER weights ({digest[:8]})"
     with _foreseen():
         network = fid.load(path, device)
-    torch.backends.cudnn.allow_tf32 = False  # its rounding shows in the second decimal of a small FID
     return Extractor(network, device, name, f"inception {digest}", True)
 
 
@@ -348,7 +347,7 @@ def _check_space(folder, count):
 # ------------------------------------------------------------------------------------------ references
 
 
-def reference(source, extractor, with_features=False, res=None, exif=False, batch_size=None, quiet=False):
+def reference(source, res=None, exif=False, *, extractor, with_features=False, batch_size=None, quiet=False):
     """The `Measured` that `source` stands for on rank 0, else None: ADM's `.npz` (by name or path), a file that `dimr eval
     stats` wrote, or images. `with_features`: whether pool features are needed too. Raises UserError."""
     path = weights.find(str(source))
@@ -378,14 +377,12 @@ def _adm(path, names, extractor, with_features, batch_size, quiet):
                     features=measured and measured.features)
 
 
-def fitting_reference(source, num_classes, size):
-    """(REF, res, exif) for images of `size` pixels from the weights at `source`: ADM's name if there are ImageNet's 1000
-    classes, else the images that the run was trained on. Raises UserError."""
+def fitting_reference(run, num_classes, size):
+    """(REF, res, exif) for images of `size` pixels from a network of run folder `run` (or None): ADM's name if there are
+    ImageNet's 1000 classes, else the images that the run was trained on. Raises UserError."""
     if num_classes == 1000 and f"imagenet{size}" in weights.ASSETS:
         return f"imagenet{size}", None, False
-    record = {}
-    if source and (run := runs.run_of(source)):
-        record = read_json(run / "config.json").get("data", {})
+    record = read_json(Path(run) / "config.json").get("data", {}) if run else {}
     if record.get("kind") == "pixels" and Path(record["path"]).exists():
         return record["path"], size, record["exif"]
     if record.get("kind") == "latents" and (Path(record["path"]) / "index.json").is_file():
@@ -480,8 +477,9 @@ def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, g
     exif, against = False, None
     if metrics != "is":
         if ref is None:
-            ref, res, exif = fitting_reference(*origin)
-        against = reference(ref, extractor, bool(keys & {"kid", "precision"}), res, exif, None, quiet)
+            source, *known = origin
+            ref, res, exif = fitting_reference(source and runs.run_of(source), *known)
+        against = reference(ref, res, exif, extractor=extractor, with_features=bool(keys & {"kid", "precision"}), quiet=quiet)
         if against:
             check_held(keys, against)
     if samples:
@@ -493,6 +491,18 @@ def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, g
 
     return {**compare(metrics, found, against), "label": label(found), "samples": describe(found), "reference": describe(against),
             "features": found.extractor, "identity": found.identity, "remarks": remarks(metrics, found, against), "version": VERSION}
+
+
+def watch(run, config, size, extractor, count, ref=None):
+    """A function that measures the FID of `count` images a sampling.Generator draws, unguided, for a training run in folder
+    `run` that keeps an eye on it: {"fid": …, "fid_images": count} on rank 0, {} on the others. Raises UserError."""
+    against = reference(*([ref] if ref else fitting_reference(run, config.num_classes, size)), extractor=extractor)
+
+    def measure_fid(generator):
+        found = generate(generator, count, sampling.Settings(cfg=1.0), extractor, resumable=False, quiet=True)
+        return {"fid": round(compare("fid", found, against)["fid"], 4), "fid_images": count} if found else {}
+
+    return measure_fid
 
 
 def describe(one):

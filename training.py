@@ -274,12 +274,13 @@ def plan(out, data=None, variant=None, recipe=None, network=None, init=None, res
 
 
 def train(out, data=None, variant=None, recipe=None, network=None, init=None, res=None, exif=False, device="auto",
-          workers=None, on_bad="error", sample_every=None, save_every=None, keep=2, max_time=None, quiet=False):
+          workers=None, on_bad="error", sample_every=None, save_every=None, keep=2, max_time=None, evaluate=None, quiet=False):
     """Train into the run folder `out`, or go on from its newest whole checkpoint.
 
     `data`: an image folder (read at `res`) or a shard set; `variant`: a key of VARIANTS (None: the nearest); `recipe` and
     `network`: what to change of its Recipe and Config, as dicts; `init`: weights to start from (name, path or run);
-    `max_time`: seconds after which to save and stop. A resumed run takes whatever is not given from its config.json.
+    `max_time`: seconds after which to save and stop; `evaluate`: None, or how FID is watched: {"every": steps, "images":
+    number, "ref": what to compare with or None, "inception": weights, "features": module:function or None}. A resumed run takes whatever is not given from its config.json.
     Returns a summary dict; `stopped` names the reason if the run is not at its end. Raises UserError."""
     begun, device, out, main = time.monotonic(), parallel.pick_device(device), Path(out), parallel.is_main()
     stderr = Lenient(sys.stderr)
@@ -310,6 +311,7 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
         idle = torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cuda" else 0
         if idle > 0:
             say(f"{idle} GPUs of this machine stay idle; to use all: torchrun --nproc-per-node {torch.cuda.device_count()} -m cli train …")
+        watch = evaluate and evaluator(out, state, **evaluate)
         model = state.model.train()
         model.checkpoint_blocks = recipe.checkpoint_blocks
         if recipe.compile:
@@ -343,7 +345,10 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
             stopped = parallel.first(stop.reason or late) if state.step < recipe.steps else None
             at_end = state.step == recipe.steps or stopped
             saving = at_end or state.step % save_every == 0
-            if saving or state.step % LOG_EVERY == 0:
+            watching = watch and (state.step % evaluate["every"] == 0 or state.step == recipe.steps)
+            if watching:
+                log.remark(lambda: watch(ema_generator(out, state, facts)))
+            if saving or watching or state.step % LOG_EVERY == 0:
                 bar.set_postfix(log.flush(), refresh=False)
             if saving:
                 if main:
@@ -406,7 +411,7 @@ class Log:
 
     def __init__(self, out, state, say):
         self.path, self.state, self.say, self.pending, self.lines = out / "metrics.jsonl", state, say, [], []
-        self.last, self.bad, self.bad_run = next(iter(read_metrics(out)[-1:]), {}), 0, 0
+        self.last, self.bad, self.bad_run, self.remarks = next(iter(read_metrics(out)[-1:]), {}), 0, 0, {}
         self.restart_clock()
 
     def restart_clock(self):
@@ -414,6 +419,16 @@ class Log:
 
     def add(self, total, norm, bad):
         self.pending.append(torch.cat([total, norm[None], bad[None]]))
+
+    def remark(self, measure):
+        """Put what `measure()` returns, a dict, into the newest step's line; the time it takes is not training's. What it
+        can't do is said and no more."""
+        before = time.monotonic()
+        try:
+            self.remarks = measure()
+        except UserError as error:
+            self.say(f"WARNING: no evaluation at step {self.state.step}: {error}")
+        self.since += time.monotonic() - before
 
     def flush(self):
         """Write what is pending; returns a few figures to show. Raises UserError after BAD_STEPS bad steps in a row."""
@@ -428,11 +443,13 @@ class Log:
             self.bad, self.bad_run = self.bad + int(bad), self.bad_run + 1 if bad else 0
             self.last = {"step": step, "loss": loss, "loss_branches": branches, "lr": learning_rate(recipe, step - 1),
                          "gradient_norm": norm, "skipped": bool(bad), "images_per_second": round(speed, 2),
-                         "share_of_peak": round(flops / peak, 4) if peak else None, "peak_bytes": peak_memory(state.device)}
+                         "share_of_peak": round(flops / peak, 4) if peak else None, "peak_bytes": peak_memory(state.device),
+                         **(self.remarks if step == state.step else {})}
             self.lines.append(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.last.items()}))
             if self.bad_run >= BAD_STEPS:
                 break
-        self.pending = []
+        figures = {k: f"{v:.2f}" for k, v in self.remarks.items() if k == "fid"}
+        self.pending, self.remarks = [], {}
         try:
             self.write()
         except OSError as error:
@@ -444,7 +461,7 @@ class Log:
                             "go on from it with a lower --lr or --grad-clip 1 under another --out (--init)")
         self.restart_clock()
         return {"loss": f"{self.last['loss']:.4f}", "img/s": f"{speed:.1f}"} | (
-            {"peak": f"{flops / peak:.0%}"} if peak else {}) | ({"skipped": self.bad} if self.bad else {})
+            {"peak": f"{flops / peak:.0%}"} if peak else {}) | ({"skipped": self.bad} if self.bad else {}) | figures
 
     def write(self, sync=False):
         """Append the lines that metrics.jsonl lacks. Raises OSError, the file being as it was and the lines kept."""
@@ -508,14 +525,28 @@ def save(out, state, log, facts, keep, say, must):
         say(f"WARNING: checkpoint at step {state.step} NOT saved ({error.strerror or error}); training goes on")
 
 
+def ema_generator(out, state, facts):
+    """Draws images with the EMA's weights as they are now."""
+    model = dimr.from_config(state.model.config, state.ema).requires_grad_(False)
+    return sampling.Generator(model, state.device, state.recipe.precision, facts["classes"], str(out), "", facts,
+                              vae_source=facts.get("vae"))
+
+
+def evaluator(out, state, every, images, ref=None, inception="inception", features=None):
+    """A function from a Generator to the figures that watch a run; see evaluation.watch. Raises UserError."""
+    import evaluation
+
+    extractor = evaluation.custom(features, state.device) if features else evaluation.inception(inception, state.device)
+    config = state.model.config
+    return evaluation.watch(out, config, config.size * (8 if config.space == "latent" else 1), extractor, images, ref)
+
+
 def draw_samples(out, state, facts, say):
     """A grid from fixed seeds with the EMA's weights. Without the VAE there is no picture, said and no more."""
     config = state.model.config
     count = 64 if config.space == "pixel" else 16
     classes = [i % config.num_classes for i in range(count)]
-    model = dimr.from_config(config, state.ema).requires_grad_(False)
-    generator = sampling.Generator(model, state.device, state.recipe.precision, facts["classes"], str(out), "", facts,
-                                   vae_source=facts.get("vae"))
+    generator = ema_generator(out, state, facts)
     try:
         images = generator.images(classes, range(count))
         captions = [sampling.caption(facts["classes"][c], c, seed) for seed, c in enumerate(classes)]
