@@ -56,13 +56,13 @@ def trained(digits, tmp_path_factory):
     return out
 
 
-def dimr_command(*arguments, cwd=None, env=None, check=True, torchrun=None):
+def dimr_command(*arguments, cwd=None, env=None, check=True, torchrun=None, timeout=300):
     """Run `dimr …` as a process of its own, under torchrun with that many processes if asked."""
     launcher = [sys.executable, "-m"]
     if torchrun:
         launcher += ["torch.distributed.run", "--nproc-per-node", str(torchrun), "--master-port", str(free_port()), "-m"]
     done = subprocess.run([*launcher, "cli", *map(str, arguments)], cwd=cwd or tempfile.gettempdir(), capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, timeout=300)  # fmt: skip
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, timeout=timeout)  # fmt: skip
     assert not check or done.returncode == 0, done.stderr
     return done
 
