@@ -335,25 +335,24 @@ def map_shard(path):
     """Memory-mapped data (n, …) and labels (n,) of a shard, its header checked against the file's size."""
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
             header = json.loads(file.read(length)) if length < 1 << 20 else {}
-            offset, size = 8 + length, os.fstat(file.fileno()).st_size
-        arrays, end = [], 0
+        arrays, spans = {}, []
         for name in ("data", "labels"):
             dtype, shape, (first, last) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
-            if first != end or last - first != int(np.prod(shape)) * np.dtype(DTYPES[dtype]).itemsize:
+            if last - first != np.prod(shape, dtype=int) * np.dtype(DTYPES[dtype]).itemsize:
                 raise ValueError(f"the offsets of {name} do not fit its shape")
-            end = last
-            arrays.append((dtype, tuple(shape), offset + first))
-        if offset + end != size:
-            raise ValueError(f"{size:,} bytes, expected {offset + end:,}")
+            arrays[name] = DTYPES[dtype], tuple(shape), 8 + length + first
+            spans += [first, last]
+        if sorted(spans) != [0, *[min(spans[1], spans[3])] * 2, size - 8 - length]:
+            raise ValueError(f"its offsets do not fit its {size:,} bytes")
     except FileNotFoundError:
         raise damaged(path, "is missing") from None
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, f"is not a whole shard ({error})") from None
-    (dtype, shape, start), (label_dtype, label_shape, label_start) = arrays
-    data = np.memmap(path, DTYPES[dtype], "r", start, shape) if end else np.empty(shape, DTYPES[dtype])
-    return data, np.fromfile(path, DTYPES[label_dtype], label_shape[0], offset=label_start)
+    (dtype, shape, start), (label_dtype, label_shape, label_start) = arrays["data"], arrays["labels"]
+    data = np.memmap(path, dtype, "r", start, shape) if 0 not in shape else np.empty(shape, dtype)
+    return data, np.fromfile(path, label_dtype, label_shape[0], offset=label_start)
 
 
 def damaged(path, reason):
