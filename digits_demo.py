@@ -11,7 +11,7 @@ import sampling
 import training
 from storage import UserError
 
-SAMPLES = 1000
+SAMPLES = 1500
 NEIGHBOUR = 3  # coverage counts a kept digit within the radius to its third real neighbour (Naeem et al., 2020)
 
 
