@@ -158,14 +158,14 @@ def _begin(out, plan):
     """Note the plan in `out`, or find the same one there."""
     names = (name for name in ("index.json", "plan.json") if (out / name).is_file())
     before = next((dataset.read_index(out, name) for name in names), None)
-    flat = lambda plan: {k: v for part in (plan, plan["options"], plan["source"]) for k, v in part.items()}
+    flat = lambda plan: {"kind": plan["kind"], **plan["options"], **plan["source"], **plan}
     if before and not _rows(out):  # nothing is lost by starting over
         _remove(out, "plan.json", "shard-*", "preview.png")
         before = None
     if before:
         old, new = flat(before), flat(plan)
-        for name in sorted(new.keys() - {"options", "source", "items", "classes", "vae"}):
-            if old.get(name) != new[name]:
+        for name in new:
+            if old.get(name) != new[name] and name not in ("options", "source", "items", "classes", "vae"):
                 what = "other images" if name == "fingerprint" else f"{name} {old.get(name)}, not {new[name]}"
                 raise UserError(f"{out} was begun with {what}; give what it had, choose another --out, or delete it")
     else:
