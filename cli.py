@@ -6,6 +6,7 @@ spreads train, encode, sample and eval over processes."""
 import dataclasses
 import errno
 import json
+import math
 import os
 from pathlib import Path
 
@@ -41,11 +42,21 @@ class Group(click.Group):
             raise click.ClickException(f"{rank}another process ended or no longer answers; see its own message") from None
 
 
-class Numbers(click.ParamType):
-    """Comma-separated numbers, as a tuple."""
+class Real(click.FloatRange):
+    """A finite number in a range."""
 
-    def __init__(self, kind, name, count=None):
-        self.kind, self.name, self.count = kind, name, count
+    def convert(self, value, param, context):
+        number = super().convert(value, param, context)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, context)
+        return number
+
+
+class Numbers(click.ParamType):
+    """Comma-separated numbers, at least 0 and, if told, below a limit, as a tuple."""
+
+    def __init__(self, kind, name, count=None, below=None):
+        self.kind, self.name, self.count, self.below = kind, name, count, below
 
     def convert(self, value, param, context):
         if isinstance(value, tuple):
@@ -54,8 +65,9 @@ class Numbers(click.ParamType):
             numbers = tuple(self.kind(part) for part in value.split(","))
         except ValueError:
             numbers = ()
-        if not numbers or self.count not in (None, len(numbers)):
-            self.fail(f"{value!r} is not {self.count or 'one or more'} comma-separated numbers, like {self.name}", param, context)
+        if not numbers or self.count not in (None, len(numbers)) or not all(n >= 0 and (not self.below or n < self.below) for n in numbers):
+            limit = f" from 0 to below {self.below}" if self.below else ""
+            self.fail(f"{value!r} is not {self.count or 'one or more'} comma-separated numbers{limit}, like {self.name}", param, context)
         return numbers
 
 
@@ -176,14 +188,14 @@ def info(variant, as_json):
 @click.option("--steps", type=POSITIVE, help="Optimiser steps in all.")
 @click.option("--batch-size", type=POSITIVE, help="Global: over all processes and accumulation steps.")
 @click.option("--micro-batch", type=POSITIVE, help="Samples per process and pass; the rest is accumulated.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate.")
+@click.option("--lr", type=Real(min=0, min_open=True), help="Learning rate.")
 @click.option("--warmup", type=click.IntRange(min=0), help="Steps of linear warm-up.")
-@click.option("--weight-decay", type=click.FloatRange(min=0))
-@click.option("--betas", type=Numbers(float, "0.99,0.99", 2), help="AdamW's.")
-@click.option("--ema", type=click.FloatRange(0, 1, max_open=True), help="Decay of the weights' moving average.")
-@click.option("--label-dropout", type=click.FloatRange(0, 1, max_open=True), help="Share of labels dropped; above 0 allows guidance.")
+@click.option("--weight-decay", type=Real(min=0))
+@click.option("--betas", type=Numbers(float, "0.99,0.99", 2, below=1), help="AdamW's.")
+@click.option("--ema", type=Real(0, 1, max_open=True), help="Decay of the weights' moving average.")
+@click.option("--label-dropout", type=Real(0, 1, max_open=True), help="Share of labels dropped; above 0 allows guidance.")
 @click.option("--flip/--no-flip", default=None, help="Random horizontal flips [default: on; off for demo].")
-@click.option("--grad-clip", type=click.FloatRange(min=0, min_open=True), help="Largest gradient norm [default: off].")
+@click.option("--grad-clip", type=Real(min=0, min_open=True), help="Largest gradient norm [default: off].")
 @click.option("--target-scale", type=click.Choice(["unit", "mean"]), help="Pooled noise targets: unit variance (release) or plain mean (paper).")
 @click.option("--layers", type=Numbers(int, "39,20"), help="Layers per branch, coarse to fine.")
 @click.option("--dims", type=Numbers(int, "960,480"), help="Widths per branch.")
@@ -199,7 +211,7 @@ def info(variant, as_json):
 @click.option("--save-every", type=POSITIVE, help="Steps between checkpoints [default: 5000, or a quarter of the run; one takes 16 bytes a "
               "parameter: 8.1 GB for xl2r].")
 @click.option("--keep", type=click.IntRange(min=0), default=2, show_default=True, help="Newest checkpoints kept; 0 keeps all.")
-@click.option("--max-time", type=click.FloatRange(min=0, min_open=True), help="Minutes after which to save and stop (exit status 75).")
+@click.option("--max-time", type=Real(min=0, min_open=True), help="Minutes after which to save and stop (exit status 75).")
 @click.option("--eval-every", type=POSITIVE, help="Steps between measurements of FID, unguided and with the averaged weights, into "
               "metrics.jsonl [default: never].")
 @click.option("--eval-images", type=click.IntRange(min=2), default=5000, show_default=True, help="Images drawn for each.")
@@ -250,7 +262,7 @@ sampling_options = shared(
     click.option("--weights", help="A run, a weights file or a name [default: the newest run under runs/, else xl2r]."),
     click.option("--ema/--raw", default=True, help="Averaged weights, or the raw ones  [default: ema]."),
     click.option("--cfg", type=Guidance(), help="Guidance scale, 1 for none [default: 1.5 with a null class, else 1]."),
-    click.option("--cfg-power", type=click.FloatRange(min=0, min_open=True), help="Exponent of the power-cosine schedule [default: constant]."),
+    click.option("--cfg-power", type=Real(min=0, min_open=True), help="Exponent of the power-cosine schedule [default: constant]."),
     click.option("--cfg-interval", type=Numbers(float, "0.3,5", 2), help="Guide only at noise levels LOW < sigma/alpha <= HIGH."),
     click.option("--preset", type=click.Choice(["everyday", "paper"]), default="everyday", show_default=True,
                  help="everyday: 2m at 25 NFE. paper: fast, 250 NFE (latent) or dpm-fast, 50 NFE (pixel)."),
@@ -586,7 +598,7 @@ def eval_stats(folder, out, inception, features, res, batch_size, device, as_jso
 @eval_group.command("fidelity")
 @click.argument("samples", type=click.Path(path_type=Path))
 @click.option("--classifier", default="vit-b16", show_default=True, help="A Vision Transformer under timm's names: a name or a file.")
-@click.option("--threshold", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Probability of its class under which an image is marked.")
+@click.option("--threshold", type=Real(0, 1), default=0.2, show_default=True, help="Probability of its class under which an image is marked.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for marked.csv and contact sheets [default: SAMPLES-marked].")
 @res_option
 @click.option("--batch-size", type=POSITIVE, help="Images at once.")

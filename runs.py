@@ -90,13 +90,8 @@ def verify(checkpoint):
     if not isinstance(manifest, dict) or not manifest.keys() >= FILES:
         raise UserError(f"{checkpoint / 'manifest.json'} is damaged; it should name {', '.join(sorted(FILES))}")
     for name, expected in manifest.items():
-        path = checkpoint / name
-        try:
-            state = None if sha256(path) == expected else "damaged (its SHA-256 is not the manifest's)"
-        except OSError as error:
-            state = f"unreadable ({error.strerror})"
-        if state:
-            raise UserError(f"{path} is {state}")
+        if sha256(checkpoint / name) != expected:
+            raise UserError(f"{checkpoint / name} is damaged (its SHA-256 is not the manifest's)")
 
 
 def newest_whole(run, say=lambda line: print(line, file=sys.stderr)):
@@ -176,6 +171,9 @@ def write_weights(path, model, facts):
         state = OrderedDict(dimr.to_released(model))
         state.metadata = about
         with writing(path) as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # what the archive makes of a full disk
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     else:
         raise UserError(f"{path} ends neither in .safetensors (our names) nor in .pth (the released ones); choose one")

@@ -70,9 +70,12 @@ def read_json(path):
 
 
 def sha256(path):
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex SHA-256 of a file's bytes. Raises UserError if it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); has it been moved, or is the disk failing?") from None
 
 
 def load_tensors(path):

@@ -265,11 +265,11 @@ def plan(out, data=None, variant=None, recipe=None, network=None, init=None, res
                        "exif": exif or known.get("exif", False), "fingerprint": data.fingerprint if parallel.is_main() else None}}
     record = json.loads(json.dumps(record))  # as it reads back
     if before and parallel.is_main():
-        fixed = {"variant": None, "config": None, "fingerprint": "data", **{k: "recipe" for k in record["recipe"] if k not in MAY_CHANGE}}
-        for name, part in fixed.items():
-            old, new = (r[part][name] if part else r[name] for r in (before, record))
-            if old != new:
-                raise UserError(f"{out} was trained with {name} {old}, not {new}; give what it had, or choose another --out")
+        fixed = lambda r: {"variant": r["variant"], **r["config"], **r["recipe"], "data's fingerprint": r["data"]["fingerprint"]}
+        old, new = fixed(before), fixed(record)
+        for name in new:
+            if name not in MAY_CHANGE and old.get(name, new[name]) != new[name]:
+                raise UserError(f"{out} was trained with {name} {old[name]}, not {new[name]}; give what it had, or choose another --out")
     return record, config, recipe, data, weights
 
 
@@ -287,6 +287,7 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
     say = (lambda line: tqdm.write(line, file=stderr)) if main and not quiet else (lambda line: None)
     record, config, recipe, data, weights = plan(out, data, variant, recipe, network, init, res, exif, device)
     share, micro = split(recipe.batch_size, recipe.micro_batch)
+    extractor = evaluate and feature_extractor(device, evaluate.get("inception", "inception"), evaluate.get("features"))
     parallel.start(device)
     with contextlib.ExitStack() as stack:
         if main:
@@ -311,7 +312,7 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
         idle = torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cuda" else 0
         if idle > 0:
             say(f"{idle} GPUs of this machine stay idle; to use all: torchrun --nproc-per-node {torch.cuda.device_count()} -m cli train …")
-        watch = evaluate and evaluator(out, state, **evaluate)
+        watch = evaluate and watch_fid(out, config, extractor, evaluate["images"], evaluate.get("ref"))
         model = state.model.train()
         model.checkpoint_blocks = recipe.checkpoint_blocks
         if recipe.compile:
@@ -532,12 +533,17 @@ def ema_generator(out, state, facts):
                               vae_source=facts.get("vae"))
 
 
-def evaluator(out, state, every, images, ref=None, inception="inception", features=None):
-    """A function from a Generator to the figures that watch a run; see evaluation.watch. Raises UserError."""
+def feature_extractor(device, inception, features):
+    """What FID is to be watched with. Raises UserError."""
     import evaluation
 
-    extractor = evaluation.custom(features, state.device) if features else evaluation.inception(inception, state.device)
-    config = state.model.config
+    return evaluation.custom(features, device) if features else evaluation.inception(inception, device)
+
+
+def watch_fid(out, config, extractor, images, ref):
+    """A function from a Generator to what is noted of it in metrics.jsonl. Raises UserError."""
+    import evaluation
+
     return evaluation.watch(out, config, config.size * (8 if config.space == "latent" else 1), extractor, images, ref)
 
 

@@ -195,7 +195,7 @@ def test_training_outlives_a_disk_that_is_full_for_a_while(digits, tmp_path, dim
 @pytest.mark.parametrize("name, damage, words", [
     ("weights.safetensors", lambda content: content[:-1], "damaged"), ("ema.safetensors", lambda content: b"", "damaged"),
     ("optimizer.safetensors", lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:], "damaged"),
-    ("state.json", lambda content: content.replace(b"12", b"13"), "damaged"), ("optimizer.safetensors", None, "unreadable"),
+    ("state.json", lambda content: content.replace(b"12", b"13"), "damaged"), ("optimizer.safetensors", None, "can't be read"),
     ("manifest.json", lambda content: b"{}", "manifest.json"), ("manifest.json", lambda content: b"[1", "manifest.json"),
     ("manifest.json", lambda content: bytes(len(content)), "manifest.json"),
 ])  # fmt: skip

@@ -225,7 +225,7 @@ def test_fine_tuning_takes_what_fits_and_says_what_starts_fresh(trained, digits,
 
 
 @pytest.mark.parametrize("option, value, words", [
-    ("--lr", "5e-4", "lr"), ("--dims", "32,8", "config"), ("--seed", "3", "seed"), ("--variant", "m3r", "variant"),
+    ("--lr", "5e-4", "lr"), ("--dims", "32,8", "dims [16, 8], not [32, 8]"), ("--seed", "3", "seed"), ("--variant", "m3r", "variant"),
 ])  # fmt: skip
 def test_a_run_folder_of_another_configuration_is_refused(trained, option, value, words):
     done = dimr_command("train", "--out", trained, option, value, check=False)

@@ -1,0 +1,266 @@
+"""The fault table: for every command and each fault that can reach it, one clear line, the right exit status, nothing
+half-written and nothing lost. Faults that need processes of their own are in test_resume, test_parallel and soak."""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import save_file
+
+import cli
+import dataset
+import runs
+import training
+from storage import load_tensors, save_tensors
+
+NETWORK = "--variant demo --layers 1,1 --dims 8,8 --heads 1 --batch-size 4 --steps 2 --warmup 0 --workers 0 --device cpu --sample-every 0"
+DEFAULTS = {  # what every row of a command has besides what it says
+    "train": f"{NETWORK} --out {{out}}", "sample": "-n 2 --steps 2 --device cpu --out {out}",
+    "encode": "--pixels --res 8 --workers 0 --device cpu --out {out}", "convert": "", "info": "", "curves": "", "demo": "", "weights": "",
+    "eval": "",
+}  # fmt: skip
+
+
+class Code:
+    """A pickle of it runs code when it is read: it leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def png_that_claims(width, height):
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+
+
+def digest(folder):
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*")) if path.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def world(trained, tmp_path_factory):
+    """Everything that the table's rows name, good and bad. It has to be as it was in the end."""
+    w = tmp_path_factory.mktemp("world")
+    for i in range(12):
+        path = w / "good" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)).save(path)
+    whole = (w / "good" / "a" / "0.png").read_bytes()
+    bad = {"cut": whole[:60], "zero": b"", "fake": b"not an image at all", "bomb": png_that_claims(60000, 60000)}
+    for name, content in bad.items():
+        for folder in (name, "spoiled"):
+            shutil.copytree(w / "good", w / folder, dirs_exist_ok=True)
+            (w / folder / "b" / f"{name}.png").write_bytes(content)
+    shutil.copytree(w / "good" / "a", w / "oneclass" / "a")
+    shutil.copytree(w / "good", w / "hollow")
+    (w / "hollow" / "c").mkdir()
+    (w / "one" / "a").mkdir(parents=True)
+    shutil.copy(w / "good" / "a" / "0.png", w / "one" / "a")
+    (w / "empty").mkdir()
+    (w / "text").write_text("hello")
+    for name, damage in {"shards": None, "cutshard": "cut", "lostshard": "lost", "badindex": "index"}.items():
+        invoke("encode --data {good}", dict(good=w / "good", out=w / name))
+        shard = sorted((w / name).glob("shard-*.safetensors"))[0]
+        if damage == "cut":
+            shard.write_bytes(shard.read_bytes()[:-5])
+        elif damage == "lost":
+            shard.unlink()
+        elif damage == "index":
+            (w / name / "index.json").write_text("{")
+    shutil.copytree(trained, w / "run")
+    ema = w / "run" / "checkpoints" / "step-0000012" / "ema.safetensors"
+    tensors, about = load_tensors(ema)
+    content = ema.read_bytes()
+    (w / "cut.safetensors").write_bytes(content[:-9])
+    (w / "zero.safetensors").write_bytes(b"")
+    (w / "text.safetensors").write_text("hello")
+    save_tensors(w / "nan.safetensors", {**tensors, "branches.0.position": tensors["branches.0.position"] * float("nan")}, about)
+    config = json.loads(about["config"])
+    save_tensors(w / "other.safetensors", tensors, {**about, "config": json.dumps({**config, "dims": [32, 8]})})
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2**60], "data_offsets": [0, 2**62]}}).encode()
+    (w / "huge.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    torch.save({"a": torch.zeros(2), "b": Code(str(w / "ran"))}, w / "code.pth")
+    torch.save(tensors, w / "cut.pth")
+    (w / "cut.pth").write_bytes((w / "cut.pth").read_bytes()[:-99])
+    save_file({"a": torch.zeros(3)}, w / "else.safetensors")
+    np.savez(w / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8))
+    (w / "cut.npz").write_bytes((w / "images.npz").read_bytes()[:500])
+    before = digest(w)
+    yield {path.name: path for path in w.iterdir()} | {"missing": w / "missing", "ema": ema, "readonly": Path("/sys/dimr")}
+    assert digest(w) == before  # nothing lost; and no code of a pickle was run
+
+
+def invoke(line, places):
+    command, _, rest = line.partition(" ")
+    line = re.sub(r"{([^}]+)}", lambda name: str(places[name[1]]), f"{command} {DEFAULTS[command]} {rest}")
+    return CliRunner().invoke(cli.main, line.split())
+
+
+def check(result, status, words, tmp_path):
+    assert result.exit_code == status, result.output + repr(result.exception)
+    assert isinstance(result.exception, SystemExit | None) and "Traceback" not in result.output
+    assert all(word in result.output for word in words.split("|")), result.output
+    if status:
+        message = result.stderr[result.stderr.index("Error:") :]
+        assert status == 2 or message.strip().count("\n") == 0, message
+    assert not list(tmp_path.rglob(".*.tmp")), "half-written"
+
+
+@pytest.fixture
+def places(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIMR_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DIMR_OFFLINE", "1")
+    monkeypatch.delenv("DIMR_DATA", raising=False)
+    return {**world, "out": tmp_path / "out"}
+
+
+IMAGES = [("{missing}", "missing"), ("{empty}", "empty|no images"), ("{text}", "text"), ("{hollow}", "hollow/c|fill or remove"),
+          ("{cut}", "cut.png"), ("{zero}", "zero.png|is empty"), ("{fake}", "fake.png|is not a JPEG"), ("{bomb}", "bomb.png|pixels")]  # fmt: skip
+WEIGHTS = [("{missing}", "missing"), ("{empty}", "empty"), ("{cut.safetensors}", "cut.safetensors|not a whole safetensors"),
+           ("{zero.safetensors}", "zero.safetensors"), ("{text.safetensors}", "text.safetensors"), ("{cut.pth}", "cut.pth|nothing in it was run"),
+           ("{code.pth}", "code.pth|nothing in it was run"), ("{huge.safetensors}", "huge.safetensors")]  # fmt: skip
+NETWORKS = WEIGHTS + [("{nan.safetensors}", "nan.safetensors|branches.0.position"), ("{other.safetensors}", "other.safetensors|does not fit"),
+                      ("{else.safetensors}", "else.safetensors|does not fit")]  # fmt: skip
+PLACES = [("{readonly}", "readonly|/sys/dimr"), ("{text}/x", "text")]
+EVAL = "eval {} --features plain_features:pooled --device cpu"
+
+TABLE = [  # command line, exit status, words of the message
+    *[(f"train --data {data}", 1, words) for data, words in IMAGES],
+    ("train --data {spoiled} --on-bad-image skip", 0, "cut.png|zero.png|fake.png|bomb.png"),
+    ("train --data {oneclass}", 0, "step 2 of 2"), ("train --data {one}", 0, "step 2 of 2"),
+    ("train --data {one} --batch-size 64 --micro-batch 32", 0, "step 2 of 2"),
+    ("train --data {cutshard}", 1, "shard-00000|redoes damaged shards"), ("train --data {lostshard}", 1, "shard-00000|is missing"),
+    ("train --data {badindex}", 1, "index.json"), ("train --data {good} --variant xl2r", 1, "encode"),
+    *[(f"train --data {{good}} --init {weights}", 1, words) for weights, words in NETWORKS],
+    *[(f"train --data {{good}} --out {out}", 1, words) for out, words in PLACES],
+    ("train --out {run} --dims 32,8 --layers 3,2 --heads 2", 1, "dims [16, 8], not [32, 8]|choose another --out"),
+    ("train --out {run} --data {oneclass}", 1, "choose another --out"),
+    ("train --data {good} --steps 0", 2, "--steps"), ("train --data {good} --batch-size 0", 2, "--batch-size"),
+    ("train --data {good} --lr nan", 2, "--lr"), ("train --data {good} --ema 1", 2, "--ema"), ("train --data {good} --betas 0.9", 2, "0.99,0.99"), ("train --data {good} --betas 2,0.9", 2, "0.99,0.99"),
+    ("train --data {good} --micro-batch 3", 1, "use 3 or 6"), ("train --data {good} --heads 3", 1, "heads"),
+    ("train --data {good} --device cuda", 1, "--device auto"), ("train", 1, "--data"),
+
+    *[(f"sample --weights {weights}", 1, words) for weights, words in NETWORKS],
+    ("sample --weights {ema} --class 10", 1, "0 to 9"), ("sample --weights {ema} --class cat", 1, "cat"), ("sample --weights {ema} --cfg 0.5", 2, "1.4"),
+    ("sample --weights {ema} --cfg nan", 2, "--cfg"), ("sample --weights {ema} --steps 0", 2, "--steps"), ("sample --weights {ema} -n 0", 2, "-n"),
+    ("sample --weights {ema} --seed -1", 2, "--seed"), ("sample --weights {ema} --batch-size 0", 2, "--batch-size"),
+    *[(f"sample --weights {{ema}} --out {out}", 1, words) for out, words in PLACES],
+    *[(f"sample --weights {{ema}} --npz --out {out}/set.npz", 1, words) for out, words in PLACES],
+
+    *[(f"encode --data {data}", 1, words) for data, words in IMAGES],
+    ("encode --data {spoiled} --on-bad-image skip", 0, "cut.png|zero.png|fake.png|bomb.png|12 pixels"),
+    ("encode --data {oneclass}", 0, "6 pixels of 1 classes"), ("encode --data {one} --batch-size 64", 0, "1 pixels of 1 classes"),
+    *[(f"encode --data {{good}} --out {out}", 1, words) for out, words in PLACES],
+    ("encode --data {good} --out {run}", 1, "choose a new or empty folder"), ("encode --data {oneclass} --out {shards}", 1, "other images"),
+    ("encode --data {good} --res 0", 2, "--res"), ("encode --verify --out {missing}", 1, "missing"),
+    ("encode --verify --out {cutshard}", 1, "shard-00000"), ("encode --verify --out {lostshard}", 1, "shard-00000"), ("encode", 1, "--data"),
+
+    *[(f"convert {weights} {{out}}.safetensors", 1, words) for weights, words in NETWORKS],
+    *[(f"convert {{ema}} {out}/a.safetensors", 1, words) for out, words in PLACES], ("convert {ema} {out}.bin", 1, ".safetensors"),
+    ("convert xl2r {out}.safetensors", 1, "xl2r"), ("convert {ema}", 2, "OUT"),
+
+    ("curves {missing}", 1, "missing"), ("curves {empty}", 1, "no metrics"), ("curves {text}", 1, "text"), ("curves", 1, "no run"),
+    ("info --variant xxl", 2, "xl2r"), ("weights get xxl", 2, "xl2r"), ("weights get xl2r", 1, "DIMR_OFFLINE"),
+    *[(f"demo --out {out}", 1, words) for out, words in PLACES], ("demo --out {good}", 1, "not empty"), ("demo --seed -1", 2, "--seed"),
+
+    *[(f"{EVAL.format('fid')} {samples} --ref {{images.npz}}", 1, words) for samples, words in
+      [("{missing}", "missing"), ("{empty}", "empty"), ("{text}", "text"), ("{cut.npz}", "cut.npz"), ("{cut}", "cut.png"), ("{zero}", "zero.png"),
+       ("{fake}", "fake.png"), ("{bomb}", "bomb.png"), ("{cutshard}", "shard-00000"), ("{one}", "at least 2")]],
+    *[(f"{EVAL.format('fid')} {{images.npz}} --ref {ref}", 1, words) for ref, words in
+      [("{missing}", "missing"), ("{empty}", "empty"), ("{cut.npz}", "cut.npz"), ("{cut.safetensors}", "cut.safetensors"),
+       ("{huge.safetensors}", "huge.safetensors"), ("{fake}", "fake.png")]],
+    *[(f"{EVAL.format('fid')} --ref {{images.npz}} -n 4 --weights {weights}", 1, words) for weights, words in NETWORKS],
+    *[(f"eval fid {{images.npz}} --ref {{images.npz}} --inception {weights}", 1, words.split("|")[0]) for weights, words in WEIGHTS + [("{nan.safetensors}", "nan")]],
+    *[(f"eval fidelity {{images.npz}} --classifier {weights}", 1, words) for weights, words in WEIGHTS],
+    *[(f"{EVAL.format('stats')} {{good}} {out}/a.safetensors", 1, words) for out, words in PLACES], ("eval stats {good} {out}", 2, "safetensors"),
+    ("eval distortion {missing}", 1, "missing"), ("eval distortion {text}", 1, "text"), ("eval fid {images.npz} -n 4", 2, "SAMPLES"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line, status, words", TABLE, ids=[row[0] for row in TABLE])
+def test_one_line_the_right_status_and_nothing_left_behind(places, tmp_path, line, status, words):
+    check(invoke(line, places), status, words.replace("readonly|", ""), tmp_path)
+
+
+# a full disk
+
+
+@contextlib.contextmanager
+def full_disk(room):
+    """No file grows beyond `room` bytes, as where space runs out."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+FULL = ["train --data {good}", "sample --weights {ema}", "sample --weights {ema} --npz --out {out}/set.npz", "encode --data {good}",
+        "convert {ema} {out}/a.safetensors", "convert {ema} {out}/a.pth", "demo --out {out}", "curves {copy}",
+        "eval stats {good} {out}/a.safetensors --features plain_features:pooled"]  # fmt: skip
+
+
+@pytest.mark.parametrize("room", [0, 300])
+@pytest.mark.parametrize("line", FULL)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(places, tmp_path, line, room):
+    if "{copy}" in line:
+        places["copy"] = shutil.copytree(places["run"], tmp_path / "copy")
+    with full_disk(room):
+        result = invoke(line, places)
+    check(result, 1, "File too large", tmp_path)
+    finals = [path for suffix in ("safetensors", "pth", "npz") for path in places["out"].rglob(f"*.{suffix}")]
+    assert not finals and not runs.checkpoints(places["out"])
+
+
+# what happens meanwhile
+
+
+@pytest.mark.parametrize("line", ["train --data {copy} --steps 4", "encode --data {copy}", "eval fid {copy} --ref {images.npz} --features plain_features:pooled"])
+def test_a_file_that_vanishes_meanwhile_is_named(places, tmp_path, monkeypatch, line):
+    places["copy"] = shutil.copytree(places["good"], tmp_path / "copy")
+    loader = dataset.loader
+
+    def late(*arguments, **keywords):  # after the folder was listed, before it is read
+        (tmp_path / "copy" / "b" / "1.png").unlink(missing_ok=True)
+        return loader(*arguments, **keywords)
+
+    monkeypatch.setattr(dataset, "loader", late)
+    check(invoke(line, places), 1, "b/1.png", tmp_path)
+
+
+@pytest.mark.parametrize("line", ["train --data {good}", "encode --data {good}"])
+def test_a_reading_process_that_is_killed_is_an_error_and_no_wait(places, tmp_path, monkeypatch, line):
+    read = dataset.read_image
+
+    def fatal(*arguments):
+        if torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(*arguments)
+
+    monkeypatch.setattr(dataset, "read_image", fatal)
+    monkeypatch.setitem(DEFAULTS, line.split()[0], DEFAULTS[line.split()[0]].replace("--workers 0", "--workers 1"))
+    check(invoke(line, places), 1, "worker|fewer --workers", tmp_path)
+
+
+def test_an_unforeseen_error_keeps_its_traceback(places, monkeypatch):
+    monkeypatch.setattr(training, "learning_rate", lambda recipe, step: recipe.no_such_thing)
+    result = invoke("train --data {good}", places)
+    assert isinstance(result.exception, AttributeError) and "no_such_thing" in str(result.exception)
