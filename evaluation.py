@@ -5,14 +5,15 @@ images may be spread over processes by torchrun, and a generation that was inter
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
 import shutil
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,8 @@ METRICS = {
     "kid": ["kid", "kid_deviation"],
 }
 METRICS["all"] = [key for keys in METRICS.values() for key in keys]
-NAMES = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "kid": "KID", "kid_deviation": "KID, deviation"}
+NAMES = {"fid": "FID", "sfid": "sFID",
+         "inception_score": "Inception Score", "kid": "KID", "kid_deviation": "KID's deviation"}
 
 # Published results by variant: (what, {metric: value}). Tables 5 to 7 of the paper, and the release's page for g2r.
 PAPER = {
@@ -96,7 +98,7 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, images):
-        with _foreseen(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32's rounding shows in a small FID
+        with _foreseen(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its rounding shows in a FID
             return self.function(images.to(self.device, non_blocking=True))
 
 
@@ -111,7 +113,7 @@ def inception(source="inception", device="cpu"):
 
 
 def custom(spec, device="cpu"):
-    """An extractor from `module:function`, which maps images uint8 (N, H, W, 3) to features (N, D). Raises UserError."""
+    """An extractor from `module:function`, which maps uint8 images (N, H, W, 3) to features (N, D)."""
     module, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # where a user's own module lies; the console script's path leaves it out
@@ -123,8 +125,8 @@ def custom(spec, device="cpu"):
     def extract(images):
         features = function(images)
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
-            got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-            raise ValueError(f"--features {spec} gave {got} for {len(images)} images; expected a tensor ({len(images)}, D)")
+            got, count = getattr(features, "shape", type(features).__name__), len(images)
+            raise ValueError(f"--features {spec} gave {got} for {count} images; expected a tensor ({count}, D)")
         return features.float(), None, None
 
     return Extractor(extract, torch.device(device), f"features of {spec}", f"custom {spec}", False)
@@ -135,7 +137,7 @@ def custom(spec, device="cpu"):
 
 @dataclasses.dataclass
 class Measured:
-    """What the features of a set of images come to. As a file, safetensors: the cache's, and that of `dimr eval stats`."""
+    """What the features of a set of images come to. As a file: the cache's, and that of `dimr eval stats`."""
 
     source: str
     sha256: str  # of the images, or of how they were generated
@@ -149,7 +151,7 @@ class Measured:
     spatial_covariance: torch.Tensor | None = None
     features: torch.Tensor | None = None  # pool features (M, D) of the images kept, in order
     score: float | None = None  # the Inception Score
-    sortedness: float | None = None  # how much likelier neighbours are of one class than any two images: 0 mixed, 1 sorted
+    sortedness: float | None = None  # how much likelier than any two images neighbours are of one class: from 0 to 1
 
     def save(self, path):
         fields = vars(self)
@@ -169,8 +171,8 @@ class Measured:
 class Collector:
     """Turns features, batch by batch and on several processes, into `Measured`.
 
-    `keep`: how many images' features are kept, chosen by a seed where that isn't all. `mixed`: whether a seed permutes the
-    images over the Inception Score's splits, because their order means nothing."""
+    `keep`: how many images' features are kept, chosen by a seed where that isn't all. `mixed`: whether a seed permutes
+    the images over the Inception Score's splits, because their order means nothing."""
 
     def __init__(self, count, device, keep=None, mixed=False):
         order = dataset.Order(count, ORDER_SEED).permutation(0)
@@ -267,8 +269,8 @@ def measure(images, extractor, keep=None, batch_size=None, quiet=False):
     def compute():
         firsts = np.array_split(np.arange(0, len(images), size), parallel.world_size())[parallel.rank()]
         stretches = [np.arange(first, min(first + size, len(images))) for first in firsts]
-        workers = None if isinstance(images, imagesets.Folder) and len(images) > 10 * size else 0  # files are to be decoded
-        batches = dataset.loader(images, ((s, None) for s in stretches), workers, pin=extractor.device.type == "cuda")
+        batches = dataset.loader(images, ((stretch, None) for stretch in stretches), imagesets.workers(images, size),
+                                 pin=extractor.device.type == "cuda")
         items = ((stretch, extractor(batch[0])) for stretch, batch in zip(stretches, batches))
         return _collect(Collector(len(images), extractor.device, keep, not images.ordered), items, quiet, "features",
                         source=str(images.path), sha256=digest, size=images.size, extractor=extractor.name,
@@ -278,10 +280,11 @@ def measure(images, extractor, keep=None, batch_size=None, quiet=False):
 
 
 def generate(generator, count, settings, extractor, batch_size=None, resumable=True, quiet=False):
-    """`Measured` of `count` images that a sampling.Generator draws (image i: class i mod K, seed i) on rank 0, else None.
+    """`Measured` of `count` images that a sampling.Generator draws on rank 0, else None.
 
-    No image is written. `resumable` notes each batch's features in the cache folder until all are there, so an
-    interrupted call goes on, on any number of processes, and ends with the same numbers to the last bit."""
+    Image i has class i mod K and seed i. None is written. `resumable` notes each batch's features in the cache folder
+    until all are there, so an interrupted call goes on, on any number of processes, and ends with the same numbers to
+    the last bit."""
     settings = settings.resolved(generator.config)
     batch_size = min(count, batch_size or sampling.BATCH_SIZE[generator.device.type])
     classes, total = [i % generator.config.num_classes for i in range(count)], math.ceil(count / batch_size)
@@ -324,8 +327,8 @@ def generate(generator, count, settings, extractor, batch_size=None, resumable=T
                 return None
             for k in tqdm(range(total), desc="statistics", unit="batch", disable=quiet or None, leave=False):
                 if not note(k).is_file():
-                    raise UserError(f"{note(k)} is missing: all processes must share the cache; set DIMR_HOME to a folder "
-                                    "that they can reach")
+                    raise UserError(f"{note(k)} is missing: all processes must share the cache; set DIMR_HOME to a "
+                                    "folder that they can reach")
                 found, _ = load_tensors(note(k))
                 numbers = np.arange(k * batch_size, min((k + 1) * batch_size, count))
                 collector.add(numbers, *(found[name].to(extractor.device) for name in FEATURES))
@@ -348,17 +351,18 @@ def _check_space(folder, count):
 
 
 def reference(source, res=None, exif=False, *, extractor, with_features=False, batch_size=None, quiet=False):
-    """The `Measured` that `source` stands for on rank 0, else None: ADM's `.npz` (by name or path), a file that `dimr eval
-    stats` wrote, or images. `with_features`: whether pool features are needed too. Raises UserError."""
+    """The `Measured` that `source` stands for on rank 0, else None: ADM's `.npz` (by name or path), a file that `dimr
+    eval stats` wrote, or images. `with_features`: whether pool features are needed too. Raises UserError."""
     path = weights.find(str(source))
     if path.suffix == ".safetensors":
         found = Measured.load(path)
         if found.identity != extractor.identity:
-            raise UserError(f"{source} was made with {found.extractor}, not with {extractor.name}; make it anew with dimr eval stats")
+            raise UserError(f"{source} was made with {found.extractor}, not with {extractor.name}; make it anew with "
+                            "dimr eval stats")
         return found if parallel.is_main() else None
-    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        if {"mu.npy", "sigma.npy"} <= (names := set(archive.namelist())):
-            return _adm(path, names, extractor, with_features, batch_size, quiet)
+    names = imagesets.names(path) if path.suffix == ".npz" else set()
+    if {"mu", "sigma"} <= names:
+        return _adm(path, names, extractor, with_features, batch_size, quiet)
     return measure(imagesets.open_set(path, res, exif), extractor, REFERENCE_IMAGES, batch_size, quiet)
 
 
@@ -366,11 +370,11 @@ def _adm(path, names, extractor, with_features, batch_size, quiet):
     """A reference under ADM's names: mu and sigma, perhaps mu_s and sigma_s, perhaps images."""
     if not extractor.standard:
         raise UserError(f"{path} holds statistics of the {STANDARD}, not of {extractor.name}; give images as --ref")
-    images = imagesets.Npz(path) if "arr_0.npy" in names else None
+    images = imagesets.Npz(path) if "arr_0" in names else None
     measured = measure(images, extractor, REFERENCE_IMAGES, batch_size, quiet) if images and with_features else None
     if not parallel.is_main():
         return None
-    moments = ["mu", "sigma", *(["mu_s", "sigma_s"] if {"mu_s.npy", "sigma_s.npy"} <= names else [])]
+    moments = ["mu", "sigma", *(["mu_s", "sigma_s"] if {"mu_s", "sigma_s"} <= names else [])]
     with _foreseen():
         moments = [torch.from_numpy(imagesets.read_array(path, name).astype(np.float64)) for name in moments]
     return Measured(str(path), sha256(path), images and images.size, None, extractor.name, extractor.identity, *moments,
@@ -378,8 +382,8 @@ def _adm(path, names, extractor, with_features, batch_size, quiet):
 
 
 def fitting_reference(run, num_classes, size):
-    """(REF, res, exif) for images of `size` pixels from a network of run folder `run` (or None): ADM's name if there are
-    ImageNet's 1000 classes, else the images that the run was trained on. Raises UserError."""
+    """(REF, res, exif) for images of `size` pixels from a network of run folder `run` (or None): ADM's name if there
+    are ImageNet's 1000 classes, else the images that the run was trained on. Raises UserError."""
     if num_classes == 1000 and f"imagenet{size}" in weights.ASSETS:
         return f"imagenet{size}", None, False
     record = read_json(Path(run) / "config.json").get("data", {}) if run else {}
@@ -392,8 +396,8 @@ def fitting_reference(run, num_classes, size):
                 images = dataset.ImageFolder(folder, size, 3)
                 if images.fingerprint == index["source"]["fingerprint"]:
                     return folder, size, index["options"]["exif"]
-    raise UserError("nothing says what to compare with; give --ref: the training images (with --res), a file that dimr eval stats "
-                    "wrote from them, ADM's .npz, or imagenet64, imagenet256, imagenet512")
+    raise UserError("nothing says what to compare with; give --ref: the training images (with --res), a file that dimr "
+                    "eval stats wrote from them, ADM's .npz, or imagenet64, imagenet256, imagenet512")
 
 
 # ------------------------------------------------------------------------------------------- the report
@@ -406,39 +410,41 @@ def newest_balanced(root=sampling.ROOT):
 
 
 def check_fair(images):
-    """Raise UserError if the images show one class of several that their network knows; they can't stand for its data."""
-    known = images.about.get("num_classes", 1)
+    """Raise UserError if the images show but one of the classes that their network knows: no fair set."""
+    known, weights_file = images.about.get("num_classes", 1), images.about.get("source")
     if known > 1 and images.labels is not None and len(np.unique(images.labels)) == 1:
-        raise UserError(f"{images.path} holds {len(images):,} images of class {images.labels[0]} alone, and {known:,} classes are "
-                        f"compared with; make a fair set: dimr sample --balanced -n {COUNT} --weights {images.about.get('source')}")
+        command = f"dimr sample --balanced -n {COUNT} --weights {weights_file}"
+        raise UserError(f"{images.path} holds {len(images):,} images of class {images.labels[0]} alone, and the reference "
+                        f"has {known:,} classes; make a fair set: {command}")
 
 
 def check_held(keys, reference):
     """Raise UserError if the reference lacks what one of the metrics needs."""
     if "sfid" in keys and reference.spatial_mean is None:
-        raise UserError(f"{reference.source} holds no mu_s and sigma_s, which sfid needs; give ADM's .npz or images as --ref")
+        raise UserError(f"{reference.source} holds no mu_s and sigma_s, which sfid needs; give ADM's .npz or images")
     if keys & {"kid", "precision"} and reference.features is None:
-        raise UserError(f"{reference.source} holds statistics alone, enough for fid and sfid; precision, recall and kid need ADM's "
-                        ".npz, a file that dimr eval stats wrote, or images as --ref")
+        raise UserError(f"{reference.source} holds statistics alone, enough for fid and sfid; precision, recall and "
+                        "kid need ADM's .npz, a file that dimr eval stats wrote, or images as --ref")
 
 
 def compare(metrics, samples, against):
-    """{key: value} of METRICS[metrics] for `samples` against the reference `against` (None where only the Inception Score
-    is asked for), two `Measured`."""
+    """{key: value} of METRICS[metrics] for `samples` against the reference `against`, two `Measured`. The latter is
+    None where only the Inception Score is asked for."""
     keys, result = METRICS[metrics], {}
     with _foreseen():
         if "fid" in keys:
             result["fid"] = fid.frechet_distance(samples.mean, samples.covariance, against.mean, against.covariance)
         if "sfid" in keys:
-            result["sfid"] = fid.frechet_distance(samples.spatial_mean, samples.spatial_covariance, against.spatial_mean,
-                                                  against.spatial_covariance)
+            spatial = ((one.spatial_mean, one.spatial_covariance) for one in (samples, against))
+            result["sfid"] = fid.frechet_distance(*itertools.chain(*spatial))
         if "inception_score" in keys:
             result["inception_score"] = samples.score
         if "kid" in keys or "precision" in keys:
             device = parallel.pick_device() if torch.cuda.is_available() else torch.device("cpu")
             real, fake = against.features.to(device), samples.features.to(device)
             if "precision" in keys:
-                result |= fid.manifold_metrics(real, fake, progress=lambda blocks: tqdm(blocks, "neighbours", leave=False, disable=None))
+                bar = functools.partial(tqdm, desc="neighbours", leave=False, disable=None)
+                result |= fid.manifold_metrics(real, fake, progress=bar)
             if "kid" in keys:
                 result["kid"], result["kid_deviation"] = fid.kernel_distance(fake, real)
     return {key: result[key] for key in keys}
@@ -451,20 +457,21 @@ def remarks(metrics, samples, against):
         lines.append(f"{samples.extractor}: these numbers compare with nothing published")
     for what, one in (("samples", samples), ("reference images", against)):
         if one and one.count and one.count < ENOUGH and keys != ["inception_score"]:
-            lines.append(f"{one.count:,} {what} are fewer than the {ENOUGH:,} features: their distances are biased upwards")
+            lines.append(f"{one.count:,} {what} are fewer than the {ENOUGH:,} features: distances are biased upwards")
     if samples.count != COUNT:
         lines.append(f"published numbers are of {COUNT:,} samples, these of {samples.count:,}")
     if against and against.size and samples.size and against.size != samples.size:
         lines.append(f"samples are {samples.size}×{samples.size}, reference images {against.size}×{against.size}")
     if "inception_score" in keys and (samples.sortedness or 0) > 0.3:
-        lines.append("the samples seem to be sorted by class: splits of 5,000 then hold few classes each, and this Inception Score "
-                     "compares with none; shuffle them")
+        lines.append("the samples seem to be sorted by class: splits of 5,000 then hold few classes each, and this "
+                     "Inception Score compares with none; shuffle them")
     return lines
 
 
-def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, generator=None, count=COUNT, settings=None, quiet=False):
-    """Measure the image set `samples` (imagesets), or what `generator` draws, as METRICS[metrics] says, against `ref` (None:
-    the one that fits). Returns a dict for programs on rank 0, else None. Raises UserError."""
+def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, generator=None, count=COUNT,
+             settings=None, quiet=False):  # fmt: skip
+    """Measure the image set `samples` (imagesets), or what `generator` draws, as METRICS[metrics] says, against `ref`
+    (None: the one that fits). Returns a dict for programs on rank 0, else None. Raises UserError."""
     keys = set(METRICS[metrics])
     if not extractor.cached and keys & {"sfid", "inception_score"}:
         raise UserError(f"{extractor.name} are no Inception's: sfid, is and all need its spatial features and logits; "
@@ -479,7 +486,8 @@ def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, g
         if ref is None:
             source, *known = origin
             ref, res, exif = fitting_reference(source and runs.run_of(source), *known)
-        against = reference(ref, res, exif, extractor=extractor, with_features=bool(keys & {"kid", "precision"}), quiet=quiet)
+        with_features = bool(keys & {"kid", "precision"})
+        against = reference(ref, res, exif, extractor=extractor, with_features=with_features, quiet=quiet)
         if against:
             check_held(keys, against)
     if samples:
@@ -489,14 +497,19 @@ def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, g
     if not parallel.is_main():
         return None
 
-    return {**compare(metrics, found, against), "label": label(found), "samples": describe(found), "reference": describe(against),
-            "features": found.extractor, "identity": found.identity, "remarks": remarks(metrics, found, against), "version": VERSION}
+    return {**compare(metrics, found, against), "label": label(found), "samples": describe(found),
+            "reference": describe(against), "features": found.extractor, "identity": found.identity,
+            "remarks": remarks(metrics, found, against), "version": VERSION}
 
 
 def watch(run, config, size, extractor, count, ref=None):
-    """A function that measures the FID of `count` images a sampling.Generator draws, unguided, for a training run in folder
-    `run` that keeps an eye on it: {"fid": …, "fid_images": count} on rank 0, {} on the others. Raises UserError."""
-    against = reference(*([ref] if ref else fitting_reference(run, config.num_classes, size)), extractor=extractor)
+    """A function from a sampling.Generator to the FID of `count` unguided images, for a training run in folder `run`
+    that keeps an eye on it: {"fid": …, "fid_images": count} on rank 0, {} on the others. Raises UserError."""
+    res, exif = None, False
+    if ref is None:  # rank 0 alone knows that the run folder is written
+        fitting = fitting_reference(run, config.num_classes, size) if parallel.is_main() else None
+        ref, res, exif = parallel.broadcast(fitting)
+    against = reference(ref, res, exif, extractor=extractor)
 
     def measure_fid(generator):
         found = generate(generator, count, sampling.Settings(cfg=1.0), extractor, resumable=False, quiet=True)
@@ -519,7 +532,8 @@ def label(samples):
 def table(result, variant=None):
     """The result for people, beside the paper's numbers for `variant`."""
     lines = []
-    names = {key: NAMES.get(key, key) + f"-{result['label']}" * (key in ("fid", "sfid")) for key in METRICS["all"] if key in result}
+    names = {key: NAMES.get(key, key) for key in METRICS["all"] if key in result}
+    names |= {key: f"{names[key]}-{result['label']}" for key in ("fid", "sfid") if key in result}
     for key, name in names.items():
         published = [f"{values[key]:.2f} ({what})" for what, values in PAPER.get(variant, []) if key in values]
         lines.append(f"{name:{max(map(len, names.values()))}} {result[key]:12.{5 if key.startswith('kid') else 4}f}"

@@ -23,6 +23,7 @@ from torch import nn
 SIDE = 299  # pixels
 POOL, SPATIAL, LOGITS = 2048, 17 * 17 * 7, 1008  # features per image
 EPS = 1e-3  # of batch norm
+NORM = ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 
 # The mixed blocks: a row is (name in the pytorch-fid file, what it reads, channels out, kernel). "x" is the block's
 # input and "pool" a 3×3 pooling of it. A block's output joins, in this order, all that no row reads.
@@ -153,7 +154,8 @@ class Inception(nn.Module):
 
     def forward(self, images):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, H, W, 3), values 0 to 255")
+            shape = tuple(images.shape)
+            raise ValueError(f"images are {images.dtype} {shape}; expected uint8 (N, H, W, 3), values 0 to 255")
         x = (resize(images, SIDE) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
@@ -167,8 +169,9 @@ class Inception(nn.Module):
 
 
 def resize(images, side):
-    """TensorFlow 1's bilinear resize of images (N, H, W, C) to float32 (N, C, side, side), channels last in memory: output
-    pixel i lies at i · H / side of the input, without half-pixel centres and without antialiasing."""
+    """TensorFlow 1's bilinear resize of images (N, H, W, C) to float32 (N, C, side, side), channels last in memory.
+
+    Output pixel i lies at i · H / side of the input: no half-pixel centres, no antialiasing."""
     for axis in (2, 1):
         size = images.shape[axis]
         at = torch.arange(side, dtype=torch.float32, device=images.device) * (size / side)
@@ -187,7 +190,7 @@ def from_state_dict(state_dict):
     shapes = {"fc.weight": (LOGITS, POOL), "fc.bias": (LOGITS,)}
     for name, module in convolutions.items():
         shapes[f"{name}.conv.weight"] = tuple(module.weight.shape)
-        shapes |= {f"{name}.bn.{part}": (module.out_channels,) for part in ("weight", "bias", "running_mean", "running_var")}
+        shapes |= {f"{name}.{part}": (module.out_channels,) for part in NORM}
     found = {k: v for k, v in state_dict.items() if not k.endswith(".num_batches_tracked")}
     wrong = {
         "missing": sorted(shapes.keys() - found.keys()),
@@ -200,9 +203,7 @@ def from_state_dict(state_dict):
         raise ValueError(f"not the Inception weights of pytorch-fid ({faults})")
     with torch.no_grad():
         for name, module in convolutions.items():
-            weight, gain, bias, mean, variance = (
-                found[f"{name}.{part}"].double() for part in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
-            )
+            weight, gain, bias, mean, variance = (found[f"{name}.{part}"].double() for part in ("conv.weight", *NORM))
             gain = gain / (variance + EPS).sqrt()
             module.weight.copy_(weight * gain.view(-1, 1, 1, 1))
             module.bias.copy_(bias - mean * gain)
@@ -262,7 +263,7 @@ class Statistics:
     def add(self, features):
         """Take in rows (N, D). Raises ValueError where one is not finite."""
         if not features.isfinite().all():
-            raise ValueError("features hold NaN or infinity: the images, the extractor's weights or the device are at fault")
+            raise ValueError("features hold NaN or infinity; images, extractor or device are at fault")
         self._pending.append(features.to(self._mean.device, copy=True))
         self._flush(self.BLOCK)
 
@@ -299,11 +300,13 @@ class Statistics:
 def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
     """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of arrays or tensors (D,), (D, D), as a float.
 
-    With Σ₁ = A Aᵀ, Σ₁ Σ₂ has the eigenvalues of the symmetric Aᵀ Σ₂ A besides zeros. A is Cholesky's factor with pivoting: as many
-    columns as Σ₁ has rank, so fewer images than features cost no accuracy, and less time. Raises ValueError."""
+    With Σ₁ = A Aᵀ, Σ₁ Σ₂ has the eigenvalues of the symmetric Aᵀ Σ₂ A besides zeros. A is Cholesky's factor with
+    pivoting and has as many columns as Σ₁ has rank, so fewer images than features cost no accuracy, and less time.
+    Raises ValueError."""
     (mean_1, covariance_1), (mean_2, covariance_2) = _moments(mean_1, covariance_1), _moments(mean_2, covariance_2)
     if mean_1.shape != mean_2.shape:
-        raise ValueError(f"statistics of {len(mean_1)} features can't be compared with {len(mean_2)}; use one extractor for both")
+        counts = f"{len(mean_1)} and of {len(mean_2)}"
+        raise ValueError(f"statistics of {counts} features can't be compared; use one extractor for both")
     factor, other = _cholesky(covariance_1), covariance_2
     if (second := _cholesky(covariance_2)).shape[1] < factor.shape[1]:
         factor, other = second, covariance_1
@@ -344,7 +347,7 @@ class InceptionScore:
 
     def add(self, logits, numbers):
         """Take in logits (N, C) of the images `numbers` (N,)."""
-        log_p = logits.double().cpu().log_softmax(1)
+        log_p = logits.cpu().double().log_softmax(1)
         p = log_p.exp()
         entropy = (p * log_p).sum(1)
         owners = torch.as_tensor(numbers) // self.split
@@ -393,15 +396,17 @@ def _kernel(x, y):
 def manifold_metrics(real, fake, k=3, k_density=5, chunk=2048, progress=iter):
     """Precision, recall, density and coverage of `fake` against `real` features (N, D), (M, D), as a dict.
 
-    A ball reaches from each point to its k-th nearest other point of the same set (k_density for density and coverage, as
-    their papers have it). Distances are Euclidean, float32, by blocks of `chunk` × `chunk`. `progress` wraps the iterable
-    over blocks. Raises ValueError for sets of k points or fewer."""
+    A ball reaches from each point to its k-th nearest other point of the same set (k_density for density and coverage,
+    as their papers have it). Distances are Euclidean, float32, by blocks of `chunk` × `chunk`. `progress` wraps the
+    iterables over blocks. Raises ValueError for sets of k points or fewer."""
     most = max(k, k_density)
     if min(len(real), len(fake)) <= most:
-        raise ValueError(f"precision and recall need more than {most} images on either side, not {len(real)} and {len(fake)}")
+        counts = f"{len(real)} and {len(fake)}"
+        raise ValueError(f"precision and recall need more than {most} images on either side, not {counts}")
     real_nearest, fake_nearest = _nearest(real, most, chunk, progress), _nearest(fake, k, chunk, progress)
-    real_radius, wide_radius, fake_radius = real_nearest[:, k - 1], real_nearest[:, k_density - 1], fake_nearest[:, k - 1]
-    precise, recalled, covered = (torch.zeros(len(points), dtype=torch.bool, device=real.device) for points in (fake, real, real))
+    real_radius, wide_radius, fake_radius = (n[:, i - 1] for n, i in
+                                             ((real_nearest, k), (real_nearest, k_density), (fake_nearest, k)))
+    precise, recalled, covered = (points.new_zeros(len(points), dtype=torch.bool) for points in (fake, real, real))
     balls = 0
     for i, j in progress([(i, j) for i in range(0, len(real), chunk) for j in range(0, len(fake), chunk)]):
         rows, columns = slice(i, i + chunk), slice(j, j + chunk)
@@ -416,7 +421,7 @@ def manifold_metrics(real, fake, k=3, k_density=5, chunk=2048, progress=iter):
 
 
 def _nearest(points, k, chunk, progress):
-    """Squared distances (N, k), ascending, from each point to its k nearest others; each pair of blocks is seen once."""
+    """Squared distances (N, k), ascending, from each point to its k nearest others. A pair of blocks is seen once."""
     nearest = points.new_full((len(points), k), torch.inf)
 
     def update(rows, distances):

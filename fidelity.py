@@ -1,11 +1,12 @@
-"""How much generated images are distorted (paper, Sec. 5.3): a classifier marks the images of low fidelity, people look at
-those, and the distortion rate is what they say.
+"""How much generated images are distorted (paper, Sec. 5.3): a classifier marks the images of low fidelity, people
+look at those, and the distortion rate is what they say.
 
-The classifier is ViT-B/16 (Dosovitskiy et al., arXiv:2010.11929) under timm's weight names. Its preprocessing, that of timm's
-`augreg` weights: bicubic with antialiasing to 248 = ⌊224 / 0.9⌋ pixels, centre crop to 224, values to [-1, 1]."""
+The classifier is ViT-B/16 (Dosovitskiy et al., arXiv:2010.11929) under timm's weight names. Its preprocessing is that
+of timm's `augreg` weights: bicubic with antialiasing to ⌊224 / 0.9⌋ = 248 pixels, centre crop to 224, [-1, 1]."""
 
 import csv
 import math
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tqdm import tqdm
 import dataset
 import dimr
 import imagenet_names
+import imagesets
 import pictures
 import weights
 from storage import UserError, load_tensors, sha256, writing
@@ -81,7 +83,8 @@ def from_state_dict(tensors):
         side = math.isqrt(tensors["pos_embed"].shape[1] - 1) * patch
         hidden, classes = len(tensors["blocks.0.mlp.fc1.weight"]), len(tensors["head.weight"])
     except (KeyError, ValueError):
-        raise ValueError("not a Vision Transformer under timm's names (patch_embed.proj, blocks.0.mlp.fc1, head …)") from None
+        names = "patch_embed.proj, blocks.0.mlp.fc1, head …"
+        raise ValueError(f"not a Vision Transformer under timm's names ({names})") from None
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     with torch.device("meta"):
         network = ViT(side, patch, dim, depth, hidden, classes)
@@ -100,8 +103,9 @@ def load(source="vit-b16", device="cpu"):
 
 
 def prepare(images, side):
-    """Square images uint8 (N, H, W, 3) on the CPU as the classifier takes them: (N, 3, side, side) in [-1, 1]. Resizing uint8 rounds
-    after each axis as Pillow does, which made what the weights were trained on."""
+    """Square images uint8 (N, H, W, 3) on the CPU as the classifier takes them: (N, 3, side, side) in [-1, 1].
+
+    Resizing uint8 rounds after each axis as Pillow does, which made what the weights were trained on."""
     resized = math.floor(side / CROP)
     x = F.interpolate(images.permute(0, 3, 1, 2), (resized, resized), mode="bicubic", antialias=True)
     start = round((resized - side) / 2)
@@ -114,12 +118,12 @@ def prepare(images, side):
 def mark(images, classifier, digest, out, threshold=THRESHOLD, batch_size=None, quiet=False):
     """Mark those of `images` (imagesets) whose intended class has a probability under `threshold`.
 
-    Writes into folder `out` marked.csv (image, class, name, probability) and contact sheets of the marked ones. Returns a dict
-    with their `share` and a row per class. Raises UserError where the intended classes are not known."""
+    Writes into folder `out` marked.csv (image, class, name, probability) and contact sheets of the marked ones. Returns
+    a dict with their `share` and a row per class. Raises UserError where the intended classes are not known."""
     labels, known, out = images.labels, classifier.head.out_features, Path(out)
     if labels is None:
-        raise UserError(f"{images.path} doesn't say which class each image was meant to show; expected what sample wrote, an .npz "
-                        "with arr_1, or one folder per class")
+        raise UserError(f"{images.path} doesn't say which class each image was meant to show; expected what sample "
+                        "wrote, an .npz with arr_1, or one folder per class")
     own = images.about.get("num_classes", known)
     if labels.max() >= known or own != known:
         raise UserError(f"{images.path} shows class {labels.max()} of {own} and the classifier knows {known}; "
@@ -135,7 +139,8 @@ def mark(images, classifier, digest, out, threshold=THRESHOLD, batch_size=None, 
         pictures.save(pictures.grid([image for _, image in waiting], captions), sheets[-1])
         waiting.clear()
 
-    batches = dataset.loader(images, ((stretch, None) for stretch in stretches), 0 if len(images) <= 10 * size else None)
+    workers = imagesets.workers(images, size)
+    batches = dataset.loader(images, ((stretch, None) for stretch in stretches), workers)
     with torch.inference_mode(), tqdm(total=len(images), desc="classifying", unit="img", disable=quiet or None) as bar:
         for stretch, (pixels, *_) in zip(stretches, batches):
             logits = classifier(prepare(pixels, classifier.side).to(device))
@@ -151,12 +156,14 @@ def mark(images, classifier, digest, out, threshold=THRESHOLD, batch_size=None, 
     with writing(out / "marked.csv", "w") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["image", "class", "name", "probability"])
-        rows.writerows([images.name(i), labels[i], name_of(labels[i], known), f"{probabilities[i]:.4f}"] for i in np.flatnonzero(low))
+        for i in np.flatnonzero(low):
+            rows.writerow([images.name(i), labels[i], name_of(labels[i], known), f"{probabilities[i]:.4f}"])
     counts, marked = np.bincount(labels), np.bincount(labels, weights=low)
     classes = [{"class": int(c), "name": name_of(c, known), "images": int(counts[c]), "marked": int(marked[c]),
                 "share": float(marked[c] / counts[c])} for c in np.flatnonzero(counts)]
     return {"share": float(low.mean()), "marked": int(low.sum()), "images": len(images), "threshold": threshold,
-            "source": str(images.path), "classifier_sha256": digest, "out": str(out), "sheets": sheets, "classes": classes}
+            "source": str(images.path), "classifier_sha256": digest, "out": str(out), "sheets": sheets,
+            "classes": classes}
 
 
 def name_of(index, classes):
@@ -167,12 +174,15 @@ def name_of(index, classes):
 def table(result, rows=20):
     """The result of `mark` for people: the share, and the classes that fare worst."""
     worst = sorted(result["classes"], key=lambda row: (-row["share"], row["class"]))
-    lines = [f"{result['marked']:,} of {result['images']:,} images ({result['share']:.1%}) have low fidelity: probability of their class "
-             f"under {result['threshold']:g}", f"{'class':>6}  {'name':30} {'marked':>7} {'of':>6} {'share':>7}"]
-    lines += [f"{row['class']:6}  {row['name'][:30]:30} {row['marked']:7} {row['images']:6} {row['share']:7.1%}" for row in worst[:rows]]
+    marked = f"{result['marked']:,} of {result['images']:,} images ({result['share']:.1%})"
+    lines = [f"{marked} have low fidelity: their class has a probability under {result['threshold']:g}",
+             f"{'class':>6}  {'name':30} {'marked':>7} {'of':>6} {'share':>7}"]
+    lines += [f"{row['class']:6}  {row['name'][:30]:30} {row['marked']:7} {row['images']:6} {row['share']:7.1%}"
+              for row in worst[:rows]]
     if len(worst) > rows:
         lines.append(f"        … and {len(worst) - rows} more classes; --json lists all")
-    return "\n".join([*lines, f"marked images: {result['out']}/marked.csv and {len(result['sheets'])} contact sheets beside it"])
+    lines.append(f"marked images: {result['out']}/marked.csv and {len(result['sheets'])} contact sheets beside it")
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------- distortion rate
@@ -181,33 +191,35 @@ def table(result, rows=20):
 def distortion(path):
     """The distortion rate that people's votes give: the mean over people of the share of images they call distorted.
 
-    `path`: CSV with the columns image, person, distorted (1/0, yes/no, true/false). The interval is Student's t over people,
-    who are few; None for one person. Returns a dict. Raises UserError naming the line at fault."""
+    `path`: CSV with the columns image, person, distorted (1/0, yes/no, true/false). The interval is Student's t over
+    people, who are few; None for one person. Returns a dict. Raises UserError naming the line at fault."""
     votes = {}  # person → image → distorted
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             if missing := {"image", "person", "distorted"} - set(rows.fieldnames or ()):
-                raise UserError(f"{path} lacks the column {', '.join(sorted(missing))}; expected image, person, distorted")
+                missing = ", ".join(sorted(missing))
+                raise UserError(f"{path} lacks the column {missing}; expected image, person, distorted")
             for row in rows:
                 image, person, vote = ((row[name] or "").strip() for name in ("image", "person", "distorted"))
                 if not image or not person or vote.lower() not in TRUTHS:
-                    raise UserError(f"{path}, line {rows.line_num}: image {image!r}, person {person!r}, distorted {vote!r}; "
-                                    "expected a name, a name, and one of 1, 0, yes, no, true, false")
+                    found = f"image {image!r}, person {person!r}, distorted {vote!r}"
+                    raise UserError(f"{path}, line {rows.line_num}: {found}; expected a name, a name, and one of "
+                                    f"{', '.join(TRUTHS)}")
                 if image in votes.setdefault(person, {}):
-                    raise UserError(f"{path}, line {rows.line_num}: {person} has judged {image} before; keep one of the votes")
-                votes[person][image] = TRUTHS[vote.lower()]
+                    raise UserError(f"{path}, line {rows.line_num}: {person} has judged {image} before; keep one vote")
+                votes[person][image] = float(TRUTHS[vote.lower()])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; expected a CSV with the columns image, person, distorted") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is no CSV in UTF-8 ({error})") from None
     if not votes:
         raise UserError(f"{path} holds no votes; expected a line per image and person")
-    shares = {person: float(np.mean(list(judged.values()))) for person, judged in votes.items()}
-    rate, people = float(np.mean(list(shares.values()))), len(shares)
-    interval = None
+    shares = {person: statistics.mean(judged.values()) for person, judged in votes.items()}
+    rate, people, interval = statistics.mean(shares.values()), len(shares), None
     if people > 1:
-        reach = float(student.ppf((1 + CONFIDENCE) / 2, people - 1) * np.std(list(shares.values()), ddof=1) / people**0.5)
+        error = statistics.stdev(shares.values()) / people**0.5
+        reach = float(student.ppf((1 + CONFIDENCE) / 2, people - 1)) * error
         interval = [max(0.0, rate - reach), min(1.0, rate + reach)]
     return {"distortion_rate": rate, "interval": interval, "confidence": CONFIDENCE, "people": shares,
             "images": len(set().union(*votes.values())), "votes": sum(map(len, votes.values()))}

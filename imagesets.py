@@ -1,8 +1,8 @@
 """Sets of images to judge: an `.npz` as ADM's suite reads it, a folder of image files, pixel shards that encode wrote.
 
-`open_set` gives one of three classes that look alike: `len`, `size` (side in pixels), `labels` (N,) or None, `about` (what
-`sample` noted of how they were made, else {}), `digest` (of the content), `ordered` (whether their order was somebody's
-choice), and `batch`, which dataset.loader reads ahead."""
+`open_set` gives one of three classes that look alike: `path`, `len`, `size` (side in pixels), `labels` (N,) or None,
+`about` (what `sample` noted of how they were made, else {}), `digest` (of the content), `ordered` (whether their order
+was somebody's choice), `name(index)`, and `batch`, which dataset.loader reads ahead."""
 
 import hashlib
 import json
@@ -24,8 +24,8 @@ GRID = "grid.png"  # and the picture it leaves beside them
 
 
 def open_set(path, res=None, exif=False):
-    """The images at `path`; those of a folder are cropped to `res` as ADM does if it is given, turned as EXIF says if `exif`.
-    Raises UserError."""
+    """The images at `path`; those of a folder are cropped to `res` as ADM does if it is given, turned as EXIF says if
+    `exif`. Raises UserError."""
     path = Path(path)
     if path.is_dir():
         images = Shards(path) if (path / "index.json").is_file() else Folder(path, res, exif)
@@ -34,42 +34,35 @@ def open_set(path, res=None, exif=False):
     else:
         raise UserError(f"{path} does not exist; expected an .npz with arr_0, or a folder of images")
     if res not in (None, images.size):
-        raise UserError(f"{path} holds images of {images.size}×{images.size} and can't be cropped to --res {res}; leave it out")
+        shape = f"{images.size}×{images.size}"
+        raise UserError(f"{path} holds images of {shape}, which --res {res} can't change; leave it out")
     return images
 
 
 class Npz:
-    """Images uint8 (N, H, W, 3) under `arr_0`, streamed: stored or compressed, memory stays flat. `arr_1` may be classes."""
+    """Images uint8 (N, H, W, 3) under `arr_0`, streamed, stored or compressed; `arr_1` may be their classes."""
 
     ordered = True
 
     def __init__(self, path):
         self.path, self.stream, self.position = Path(path), None, 0
-        with self._archive() as archive:
-            self.keys = {name.removesuffix(".npy") for name in archive.namelist()}
-            if "arr_0" not in self.keys:
-                held = ", ".join(sorted(self.keys)[:6]) or "nothing"
-                raise UserError(f"{path} holds {held} and no arr_0; expected images, uint8 (N, H, W, 3), under that name")
-            with archive.open("arr_0.npy") as file:
-                shape, dtype = self._header(file)
-                self.start, held = file.tell(), archive.getinfo("arr_0.npy").file_size - file.tell()
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-                raise UserError(f"{path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3) with values from 0 to 255")
-            self.item = int(np.prod(shape[1:]))
-            if held != shape[0] * self.item:
-                raise UserError(f"{path}: arr_0 claims {shape[0]:,} images and holds {held:,} bytes of them; make it anew")
-            self.shape, self.size = shape, shape[1]
-            if shape[1] != shape[2]:
-                raise UserError(f"{path}: images are {shape[2]}×{shape[1]}; expected square ones")
+        if "arr_0" not in (held := names(self.path)):
+            held = ", ".join(sorted(held)[:6]) or "nothing"
+            raise UserError(f"{path} holds {held} and no arr_0; expected images, uint8 (N, H, W, 3), under that name")
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            shape, dtype = self._header(file)
+            self.start = file.tell()
+            size = archive.getinfo("arr_0.npy").file_size - self.start
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+            raise UserError(f"{path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3) with values from 0 to 255")
+        self.shape, self.size, self.item = shape, shape[1], int(np.prod(shape[1:]))
+        if size != shape[0] * self.item:
+            raise UserError(f"{path}: arr_0 claims {shape[0]:,} images and holds {size:,} bytes; make it anew")
+        if shape[1] != shape[2]:
+            raise UserError(f"{path}: images are {shape[2]}×{shape[1]}; expected square ones")
 
     def __len__(self):
         return self.shape[0]
-
-    def _archive(self):
-        try:
-            return zipfile.ZipFile(self.path)
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{self.path} is not a whole .npz ({error}); expected images, uint8 (N, H, W, 3), under arr_0") from None
 
     def _header(self, file):
         """Shape and dtype from the head of an .npy file."""
@@ -84,7 +77,7 @@ class Npz:
 
     @cached_property
     def labels(self):
-        labels = read_array(self.path, "arr_1") if "arr_1" in self.keys else None
+        labels = read_array(self.path, "arr_1") if "arr_1" in names(self.path) else None
         fits = labels is not None and labels.shape == self.shape[:1] and np.issubdtype(labels.dtype, np.integer)
         return labels.astype(np.int64) if fits else None
 
@@ -103,16 +96,25 @@ class Npz:
         """Images (B, H, W, 3) uint8 of consecutive `indices`, and None."""
         first, count = int(indices[0]), len(indices)
         if self.stream is None or first < self.position:
-            self.stream = self._archive().open("arr_0.npy")
+            self.stream = zipfile.ZipFile(self.path).open("arr_0.npy")  # kept open: reading on costs no search
         try:
             self.stream.seek(self.start + first * self.item)
             data = bytearray(self.stream.read(count * self.item))
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise UserError(f"{self.path} is damaged ({error}); fetch or make it anew") from None
         if len(data) != count * self.item:
-            raise UserError(f"{self.path} is damaged: image {first + len(data) // self.item} is cut off; fetch or make it anew")
+            raise UserError(f"{self.path} is cut off at image {first + len(data) // self.item}; fetch or make it anew")
         self.position = first + count
         return torch.frombuffer(data, dtype=torch.uint8).view(count, *self.shape[1:]), None
+
+
+def names(path):
+    """The arrays in an `.npz`. Raises UserError for another file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is not a whole .npz ({error}); fetch or make it anew") from None
 
 
 def read_sidecar(path):
@@ -120,6 +122,11 @@ def read_sidecar(path):
     sidecar = Path(path).with_suffix(".json")
     about = read_json(sidecar) if sidecar.is_file() else {}
     return about if isinstance(about, dict) else {}
+
+
+def workers(images, batch_size):
+    """How many processes should read `images` ahead: by cores (None) where many files are to be decoded, else 0."""
+    return None if isinstance(images, Folder) and len(images) > 10 * batch_size else 0
 
 
 def read_array(path, name):
@@ -132,7 +139,7 @@ def read_array(path, name):
 
 
 class Folder:
-    """Image files under a folder, at any depth, by sorted path. `res` None demands that all be square and of one size."""
+    """Image files under a folder, at any depth, by sorted path. `res` None demands square ones, all of one size."""
 
     ordered = False
 
@@ -141,7 +148,7 @@ class Folder:
         found = (path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.name != GRID)
         self.names = sorted(n for n in found if n.lower().endswith(dataset.EXTENSIONS) and not re.search(r"(^|/)\.", n))
         if not self.names:
-            raise UserError(f"{root} holds no images ({dataset.KNOWN}); expected a folder of them, or an .npz with arr_0")
+            raise UserError(f"{root} holds no images ({dataset.KNOWN}); give a folder of them, or an .npz with arr_0")
         self.size = res or self._side(0)
 
     def __len__(self):
@@ -161,7 +168,8 @@ class Folder:
     def _side(self, index):
         with self._open(index) as image:
             if image.width != image.height:
-                raise UserError(f"{self.path / self.names[index]} is {image.width}×{image.height}; expected square images, or give --res")
+                shape = f"{image.width}×{image.height}"
+                raise UserError(f"{self.path / self.names[index]} is {shape}; expected square images, or give --res")
             return image.width
 
     def batch(self, indices, *_):
@@ -169,9 +177,10 @@ class Folder:
         images = torch.empty(len(indices), self.size, self.size, 3, dtype=torch.uint8)
         for row, index in enumerate(map(int, indices)):
             if not self.res and (side := self._side(index)) != self.size:
-                raise UserError(f"{self.path} mixes sizes ({self.names[0]} is {self.size}×{self.size}, {self.names[index]} {side}×{side}), "
-                                "which no distance should compare; give --res to crop all to one")
-            images[row] = torch.from_numpy(dataset.read_image(self.path / self.names[index], self.size, exif=self.exif).copy())
+                sizes = f"{self.names[0]} is {self.size}×{self.size}, {self.names[index]} {side}×{side}"
+                raise UserError(f"{self.path} mixes sizes ({sizes}); give --res to crop all to one")
+            image = dataset.read_image(self.path / self.names[index], self.size, exif=self.exif)
+            images[row] = torch.from_numpy(image.copy())
         return images, None
 
     @cached_property

@@ -27,7 +27,7 @@ import evaluation
 import fid
 import imagesets
 import storage
-from conftest import dimr_command
+from conftest import SMALL, dimr_command
 
 PLAIN = ["--features", "plain_features:pooled", "--device", "cpu"]
 
@@ -410,16 +410,14 @@ def test_samples_and_a_network_at_once_are_bad_usage(trained):
 
 
 def test_files_spread_over_processes_give_one_number(inception_file, oracle):
-    save_folder("samples", oracle[0]["samples"])
-    save_npz("ref.npz", oracle[0]["reference"])
-    results = []
-    for processes in (None, 2):
-        environment = {"DIMR_HOME": f"{Path.cwd()}/home-{processes}"}
-        done = dimr_command("eval", "all", "samples", "--ref", "ref.npz", "--inception", inception_file, "--batch-size", "4", "--json",
-                            "--device", "cpu", cwd=Path.cwd(), env=environment, torchrun=processes)
-        results.append(json.loads(done.stdout))
+    save_folder("samples", oracle[0]["samples"][:8])
+    save_npz("ref.npz", oracle[0]["reference"][:7])
+    arguments = ["all", "samples", "--ref", "ref.npz", "--inception", inception_file, "--batch-size", "4", "--device", "cpu"]
+    alone = measured(*arguments)
+    done = dimr_command("eval", *arguments, "--json", cwd=Path.cwd(), env={"DIMR_HOME": f"{Path.cwd()}/home"}, torchrun=2)
+    together = json.loads(done.stdout)
     for key in evaluation.METRICS["all"]:
-        assert results[0][key] == pytest.approx(results[1][key], rel=1e-9)
+        assert together[key] == pytest.approx(alone[key], rel=1e-9)
 
 
 def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(trained, inception_file, monkeypatch):
@@ -445,3 +443,26 @@ def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(trained, 
     storage.save_tensors(notes("changed")[0], {name: tensor + 1 for name, tensor in tensors.items()})
     monkeypatch.setenv("DIMR_HOME", "changed")
     assert measured(*arguments)["fid"] != whole["fid"]
+
+
+def test_training_watches_fid_on_any_number_of_processes(digits):
+    """The last measurement is what `dimr eval fid` says of the run's end."""
+    arguments = ["train", "--data", digits, *SMALL, "--eval-every", "5", "--eval-images", "20", *PLAIN]
+    environment = {"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).parent)])}
+    for name, processes in (("alone", None), ("together", 2)):
+        dimr_command(*arguments, "--out", name, cwd=Path.cwd(), env=environment, torchrun=processes)
+    alone, together = ([json.loads(line) for line in Path(name, "metrics.jsonl").open()] for name in ("alone", "together"))
+    assert [line["step"] for line in alone] == list(range(1, 13))
+    assert [line["step"] for line in alone if "fid" in line] == [5, 10, 12]
+    assert all(line["fid_images"] == 20 for line in alone if "fid" in line)
+    assert [line["fid"] for line in together if "fid" in line] == pytest.approx(
+        [line["fid"] for line in alone if "fid" in line], abs=1e-3)
+    found = measured("fid", "--weights", "alone", "-n", 20, "--cfg", 1, *PLAIN)["fid"]
+    assert alone[-1]["fid"] == pytest.approx(found, abs=1e-3)
+
+
+def test_a_run_that_can_not_be_watched_does_not_start(digits):
+    arguments = ["train", "--data", digits, *SMALL, "--eval-every", "5", "--out", "run"]
+    done = dimr_command(*arguments, cwd=Path.cwd(), check=False)
+    assert done.returncode == 1 and "pt_inception-2015-12-05-6726825d.pth" in done.stderr
+    assert not Path("run").exists()
