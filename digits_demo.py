@@ -53,13 +53,15 @@ def run(out, seed=0, quiet=False):
 def judge(kept, kept_labels, made, classes, trained):
     """How good the images `made` of `classes` are, by real ones kept out of training: the shares that a nearest-neighbour
     classifier recognises, of the samples and of real images (it learns from every other kept image, and is tested on
-    the rest); coverage; and how far samples are from the `trained` images, relative to kept ones (near 1: no copies)."""
+    the rest); coverage, over no more kept images than there are samples; and how far samples are from the `trained`
+    images, relative to kept ones (near 1: no copies)."""
     from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
     kept, made, trained = (images.reshape(len(images), -1).astype(np.float64) for images in (kept, made, trained))
     classifier = KNeighborsClassifier(NEIGHBOUR).fit(kept[::2], kept_labels[::2])
-    radius = NearestNeighbors(n_neighbors=NEIGHBOUR + 1).fit(kept).kneighbors(kept)[0][:, -1]  # the first is itself
-    nearest_made = NearestNeighbors(n_neighbors=1).fit(made).kneighbors(kept)[0][:, 0]
+    real = kept[: len(made)]
+    radius = NearestNeighbors(n_neighbors=NEIGHBOUR + 1).fit(real).kneighbors(real)[0][:, -1]  # the first is itself
+    nearest_made = NearestNeighbors(n_neighbors=1).fit(made).kneighbors(real)[0][:, 0]
     to_trained = NearestNeighbors(n_neighbors=1).fit(trained)
     return {
         "accuracy_real": float(classifier.score(kept[1::2], kept_labels[1::2])),
