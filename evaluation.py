@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import dataset
 import fid
+import imagenet_names
 import imagesets
 import parallel
 import runs
@@ -381,10 +383,19 @@ def _adm(path, names, extractor, with_features, batch_size, quiet):
                     features=measured and measured.features)
 
 
-def fitting_reference(run, num_classes, size):
-    """(REF, res, exif) for images of `size` pixels from a network of run folder `run` (or None): ADM's name if there
-    are ImageNet's 1000 classes, else the images that the run was trained on. Raises UserError."""
-    if num_classes == 1000 and f"imagenet{size}" in weights.ASSETS:
+def class_names(path):
+    """The names that a weights file of ours carries, else []."""
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("classes", "[]"))
+    return []
+
+
+def fitting_reference(run, num_classes, classes, size):
+    """(REF, res, exif) for images of `size` pixels from a network of run folder `run` (or None): ADM's name if it knows
+    ImageNet's 1000 classes, by number alone or by identifier, else the images that the run was trained on. Raises
+    UserError."""
+    of_imagenet = num_classes == 1000 and list(classes) in ([], [wnid for wnid, _ in imagenet_names.CLASSES])
+    if of_imagenet and f"imagenet{size}" in weights.ASSETS:
         return f"imagenet{size}", None, False
     record = read_json(Path(run) / "config.json").get("data", {}) if run else {}
     if record.get("kind") == "pixels" and Path(record["path"]).exists():
@@ -478,14 +489,14 @@ def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, g
                         "leave out --features, or ask for fid, pr or kid")
     if samples:
         check_fair(samples)
-        origin = samples.about.get("source"), samples.about.get("num_classes"), samples.size
+        source, known, size = samples.about.get("source"), samples.about.get("num_classes"), samples.size
     else:
-        origin = generator.source, generator.config.num_classes, generator.pixels
+        source, known, size = generator.source, generator.config.num_classes, generator.pixels
     exif, against = False, None
     if metrics != "is":
         if ref is None:
-            source, *known = origin
-            ref, res, exif = fitting_reference(source and runs.run_of(source), *known)
+            run, classes = (runs.run_of(source), class_names(source)) if source else (None, [])
+            ref, res, exif = fitting_reference(run, known, classes, size)
         with_features = bool(keys & {"kid", "precision"})
         against = reference(ref, res, exif, extractor=extractor, with_features=with_features, quiet=quiet)
         if against:
@@ -502,12 +513,13 @@ def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, g
             "remarks": remarks(metrics, found, against), "version": VERSION}
 
 
-def watch(run, config, size, extractor, count, ref=None):
+def watch(run, config, classes, extractor, count, ref=None):
     """A function from a sampling.Generator to the FID of `count` unguided images, for a training run in folder `run`
     that keeps an eye on it: {"fid": …, "fid_images": count} on rank 0, {} on the others. Raises UserError."""
     res, exif = None, False
     if ref is None:  # rank 0 alone knows that the run folder is written
-        fitting = fitting_reference(run, config.num_classes, size) if parallel.is_main() else None
+        size = config.size * (1 if config.space == "pixel" else 8)
+        fitting = fitting_reference(run, config.num_classes, classes, size) if parallel.is_main() else None
         ref, res, exif = parallel.broadcast(fitting)
     against = reference(ref, res, exif, extractor=extractor)
 

@@ -312,7 +312,7 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
         idle = torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cuda" else 0
         if idle > 0:
             say(f"{idle} GPUs of this machine stay idle; to use all: torchrun --nproc-per-node {torch.cuda.device_count()} -m cli train …")
-        watch = evaluate and watch_fid(out, config, extractor, evaluate["images"], evaluate.get("ref"))
+        watch = evaluate and watch_fid(out, config, data.classes, extractor, evaluate["images"], evaluate.get("ref"))
         model = state.model.train()
         model.checkpoint_blocks = recipe.checkpoint_blocks
         if recipe.compile:
@@ -540,11 +540,11 @@ def feature_extractor(device, inception, features):
     return evaluation.custom(features, device) if features else evaluation.inception(inception, device)
 
 
-def watch_fid(out, config, extractor, images, ref):
+def watch_fid(out, config, classes, extractor, images, ref):
     """A function from a Generator to what is noted of it in metrics.jsonl. Raises UserError."""
     import evaluation
 
-    return evaluation.watch(out, config, config.size * (8 if config.space == "latent" else 1), extractor, images, ref)
+    return evaluation.watch(out, config, classes, extractor, images, ref)
 
 
 def draw_samples(out, state, facts, say):

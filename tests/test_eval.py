@@ -23,8 +23,10 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 import cli
+import dataset
 import evaluation
 import fid
+import imagenet_names
 import imagesets
 import storage
 from conftest import SMALL, dimr_command
@@ -404,6 +406,33 @@ def test_with_nothing_named_the_newest_balanced_set_or_the_newest_run_is_measure
 
 def test_samples_and_a_network_at_once_are_bad_usage(trained):
     assert "leave out" in run("fid", "set.npz", "--weights", trained, *PLAIN, status=2).stderr
+
+
+IMAGENET = [wnid for wnid, _ in imagenet_names.CLASSES]
+
+
+@pytest.mark.parametrize("classes, size, expected", [(IMAGENET, 256, "imagenet256"), ([], 64, "imagenet64"), (IMAGENET, 128, None),
+                                                     ([f"mine{i}" for i in range(1000)], 256, None)])  # fmt: skip
+def test_adms_reference_fits_imagenets_classes_alone(classes, size, expected):
+    if expected:
+        assert evaluation.fitting_reference(None, 1000, classes, size) == (expected, None, False)
+    else:
+        with pytest.raises(storage.UserError, match="give --ref"):
+            evaluation.fitting_reference(None, 1000, classes, size)
+
+
+def test_latents_are_compared_with_the_images_they_were_made_from(digits, monkeypatch):
+    """Found by their fingerprint in the places where encode looks for images."""
+    index = {"format": dataset.FORMAT, "kind": "latents", "source": {"fingerprint": dataset.ImageFolder(digits, 8, 3).fingerprint},
+             "options": {"exif": True}}  # fmt: skip
+    storage.write_json("latents/index.json", index)
+    storage.write_json("run/config.json", {"data": {"kind": "latents", "path": str(Path("latents").resolve())}})
+    monkeypatch.setenv("DIMR_DATA", str(digits))
+    assert evaluation.fitting_reference("run", 10, [], 8) == (str(digits), 8, True)
+    save_folder("other", photographs(3, 8))
+    monkeypatch.setenv("DIMR_DATA", "other")
+    with pytest.raises(storage.UserError, match="give --ref"):
+        evaluation.fitting_reference("run", 10, [], 8)
 
 
 # Processes
