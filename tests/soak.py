@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import runs  # noqa: E402
 import training  # noqa: E402
+from storage import UserError  # noqa: E402
 
 PROCESSES = 2
 PATIENCE = 120  # seconds after which a life that neither ends nor trains counts as hung
@@ -168,9 +169,9 @@ FAULTS = [kill_one, kill_inside_a_save, kill_inside_a_save, kill_all, stop_all, 
 
 
 def damage(out, rng):
-    """Spoil the newest checkpoint, if two before it are whole; returns what was done, or None."""
+    """Spoil the newest checkpoint, if the one before it is whole; returns (its folder, what was done), or None."""
     found = runs.checkpoints(out)
-    if len(found) < 2:
+    if len(found) < 2 or not all(map(whole, found[-2:])):
         return None
     path = rng.choice(sorted(found[-1].iterdir()))
     content = path.read_bytes()
@@ -182,16 +183,22 @@ def damage(out, rng):
         path.unlink()
     else:
         path.write_bytes(content[: len(content) // 2 if kind == "cut short" else 0])
-    return kind
+    return found[-1], kind
 
 
-def check_folder(out):
-    """Whatever happened, no checkpoint is half-written and no step is told twice."""
-    for checkpoint in runs.checkpoints(out):
+def whole(checkpoint):
+    with contextlib.suppress(UserError):
         runs.verify(checkpoint)
+        return True
+    return False
+
+
+def check_folder(out, spoilt):
+    """Whatever happened, no checkpoint is half-written but those `spoilt` here, and no step is told twice."""
+    assert all(whole(checkpoint) or checkpoint in spoilt for checkpoint in runs.checkpoints(out))
     steps = [line["step"] for line in training.read_metrics(out)]
     assert steps == list(range(1, len(steps) + 1)), f"steps of metrics.jsonl: {steps}"
-    return runs.step_of(runs.checkpoints(out)[-1]) if runs.checkpoints(out) else 0
+    return max((runs.step_of(checkpoint) for checkpoint in runs.checkpoints(out) if whole(checkpoint)), default=0)
 
 
 def outcome(out):
@@ -214,6 +221,7 @@ def one_round(folder, number, steps, deadline, rng, count):
     peaks = [line["peak_bytes"] for line in training.read_metrics(calm)]
     count["memory growth of rank 0 after a fifth of the steps (MB)"] = max(
         count["memory growth of rank 0 after a fifth of the steps (MB)"], round((peaks[-1] - peaks[steps // 5]) / 1e6, 2))
+    spoilt = set()
     print(f"round {number}: under faults ({time.monotonic() - begun:.0f} s undisturbed)", file=sys.stderr)
     while trained(out) < steps or not runs.checkpoints(out) or runs.step_of(runs.checkpoints(out)[-1]) < steps:
         begun_at = runs.step_of(runs.checkpoints(out)[-1]) if runs.checkpoints(out) else 0
@@ -235,13 +243,13 @@ def one_round(folder, number, steps, deadline, rng, count):
         count["saves that failed and were reported"] += text.count("NOT saved")
         count["restarts by torchrun itself"] += max(0, text.count("going on from") - (begun_at > 0))
         count["checkpoints refused, the one before used"] += text.count("checkpoint refused")
-        told, saved = trained(out), check_folder(out)
+        told, saved = trained(out), check_folder(out, spoilt)
         count["most steps to repeat after a kill"] = max(count["most steps to repeat after a kill"], told - saved)
         if time.monotonic() < deadline and saved < steps and rng.random() < 0.3:
-            kind = damage(out, rng)
-            if kind:
-                print(f"  checkpoint: {kind}", file=sys.stderr)
-                count[f"checkpoint: {kind}"] += 1
+            if damaged := damage(out, rng):
+                print(f"  {damaged[0].name}: {damaged[1]}", file=sys.stderr)
+                spoilt.add(damaged[0])
+                count[f"checkpoint damaged: {damaged[1]}"] += 1
     assert outcome(out) == outcome(calm), f"the end under faults is not the undisturbed one: {outcome(out)[:2]} {outcome(calm)[:2]}"
     for run in (calm, out):
         shutil.rmtree(run)
