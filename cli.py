@@ -149,11 +149,15 @@ def main():
 
 @main.command()
 @click.option("--variant", type=VARIANTS, default="xl2r", show_default=True)
+@click.option("--micro-batch", type=POSITIVE, help="Compute as well what training with so many images per GPU and pass takes of its memory.")
 @json_option
-def info(variant, as_json):
+def info(variant, micro_batch, as_json):
     """Size and cost of a network, branch by branch.
 
-    Example: dimr info --variant xl2r
+    \b
+    Examples:
+      dimr info --variant xl2r
+      dimr info --variant xl2r --micro-batch 64
     """
     import torch
 
@@ -173,6 +177,15 @@ def info(variant, as_json):
              f"{config.channels}×{config.size}×{config.size} {config.space} input, {config.embeddings} class embeddings"]
     lines += [f"  branch {b['branch']}: {b['blocks']:2} {b['kind']:11} blocks of width {b['dim']:4} on {b['grid']}×{b['grid']} "
               f"({b['tokens']:4} tokens), {b['params']:13,} parameters, {b['gmacs']:8.4f} GMAC" for b in branches]
+    if micro_batch:
+        import memory
+
+        result["memory"] = []
+        for flag in (False, True):
+            state, activations = memory.training_memory(config, micro_batch, flag)
+            result["memory"].append({"micro_batch": micro_batch, "checkpoint_blocks": flag, "state": state, "activations": activations})
+            lines.append(f"  training, micro-batch {micro_batch}, bf16{', --checkpoint-blocks' * flag}: {(state + activations) / 1e9:.1f} GB per GPU "
+                         f"({state / 1e9:.1f} GB state, {activations / 1e9:.1f} GB activations; computed, without torch.compile)")
     report(result, as_json, "\n".join(lines))
 
 

@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT, SMALL, dimr_command, free_port
 
 import dataset
+import dimr
+import memory
 import runs
 import training
 from storage import UserError
@@ -176,3 +178,19 @@ def test_torchrun_hands_on_the_signals_it_is_told_to(digits, tmp_path):
     saved = runs.step_of(runs.newest_whole(tmp_path / "run"))
     assert "stopped by SIGUSR1" in stdout and f"step {saved:,} of 100,000" in stdout and process.returncode != 0
     assert [line["step"] for line in training.read_metrics(tmp_path / "run")] == list(range(1, saved + 1))
+
+
+# memory
+
+
+def test_memory_is_counted_without_values_as_with_them():
+    config, made = dimr.VARIANTS["demo"], {}
+    for flag in (False, True):
+        model = dimr.DiMR(config).train()
+        model.checkpoint_blocks = flag
+        real = memory.activations(model, config, 8, "fp32")
+        state, made[flag] = memory.training_memory(config, 8, flag, "fp32")
+        assert made[flag] == pytest.approx(real, rel=0.02) and state == 20 * sum(p.numel() for p in model.parameters())
+    assert made[True] < 0.7 * made[False]
+    doubled = memory.training_memory(config, 16, False, "fp32")[1]
+    assert doubled == pytest.approx(2 * made[False], rel=0.2)

@@ -1,0 +1,68 @@
+"""How much memory training takes on a GPU, computed on any machine: forward and backward pass run on tensors without
+values, and what they would hold at once is counted."""
+
+import contextlib
+import weakref
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import dimr
+import solver
+
+STATE = 20  # bytes a parameter, fp32: weights, gradients, AdamW's two moments, EMA
+
+
+def training_memory(config, micro_batch, checkpoint_blocks=False, precision="bf16"):
+    """(bytes of the state, most bytes of activations at once) of training with `micro_batch` images per GPU and pass.
+
+    Without torch.compile, which fuses some of the activations away, and without the allocator's slack and CUDA's own
+    context (about 1 GB together)."""
+    with torch.device("meta"):
+        model = dimr.DiMR(config).train()
+    model.checkpoint_blocks = checkpoint_blocks
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
+        peak = activations(model, config, micro_batch, precision)
+    return STATE * sum(p.numel() for p in model.parameters()), peak
+
+
+def activations(model, config, batch, precision):
+    """Most bytes that a forward and a backward pass hold at once besides weights and gradients."""
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with Live() as live:
+        images = torch.zeros(batch, config.channels, config.size, config.size)
+        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
+            predictions = model(images, torch.zeros(batch), torch.zeros(batch, dtype=torch.long))
+        sums, _ = solver.multi_scale_loss(predictions, images)
+        del predictions
+        sums.sum().backward()
+    return live.peak
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages made while it is on, for as long as each lives: `now`, and `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
