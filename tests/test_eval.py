@@ -121,7 +121,10 @@ def claims_too_much(path):
 
 BAD_SETS = {
     "floats": (lambda p: save_npz(p, np.random.rand(4, 8, 8, 3)), "arr_0 is float64"),
-    "integers beyond 255": (lambda p: save_npz(p, np.full((4, 8, 8, 3), 300)), "expected uint8 (N, H, W, 3) with values from 0 to 255"),
+    "integers beyond 255": (
+        lambda p: save_npz(p, np.full((4, 8, 8, 3), 300)),
+        "expected uint8 (N, H, W, 3) with values from 0 to 255",
+    ),
     "grey": (lambda p: save_npz(p, np.zeros((4, 8, 8, 1), np.uint8)), "(4, 8, 8, 1)"),
     "channels first": (lambda p: save_npz(p, np.zeros((4, 3, 8, 8), np.uint8)), "(4, 3, 8, 8)"),
     "no images": (lambda p: save_npz(p, np.zeros((0, 8, 8, 3), np.uint8)), "(0, 8, 8, 3)"),
@@ -130,9 +133,15 @@ BAD_SETS = {
     "objects": (lambda p: np.savez(p, arr_0=np.array([{}], object)), "arr_0 is object"),
     "Fortran order": (lambda p: save_npz(p, np.asfortranarray(np.zeros((4, 8, 8, 3), np.uint8))), "Fortran"),
     "no zip": (lambda p: Path(p).write_bytes(b"images"), "is not a whole .npz"),
-    "a header that lies": (lambda p: claims_too_much(Path(p)), "claims 1,152,921,504,606,846,976 images and holds 192 bytes"),
+    "a header that lies": (
+        lambda p: claims_too_much(Path(p)),
+        "claims 1,152,921,504,606,846,976 images and holds 192 bytes",
+    ),
     "a flipped bit": (lambda p: damaged_in_the_middle(save_npz(p, photographs(64, 32))), "is damaged"),
-    "a flipped bit, compressed": (lambda p: damaged_in_the_middle(save_npz(p, photographs(64, 32), True)), "is damaged"),
+    "a flipped bit, compressed": (
+        lambda p: damaged_in_the_middle(save_npz(p, photographs(64, 32), True)),
+        "is damaged",
+    ),
 }
 
 
@@ -147,8 +156,13 @@ def test_a_set_that_can_not_be_measured_is_refused_by_name(case):
 def test_files_of_any_mode_are_read_as_rgb():
     colour = Image.fromarray(photographs(1, 16)[0].numpy())
     Path("set").mkdir()
-    variants = {"rgb": colour, "grey": colour.convert("L"), "palette": colour.quantize(16), "cmyk": colour.convert("CMYK"),
-                "rgba": colour.convert("RGBA")}  # fmt: skip
+    variants = {
+        "rgb": colour,
+        "grey": colour.convert("L"),
+        "palette": colour.quantize(16),
+        "cmyk": colour.convert("CMYK"),
+        "rgba": colour.convert("RGBA"),
+    }
     variants["rgba"].putalpha(Image.new("L", (16, 16), 0))
     for name, image in variants.items():
         image.save(f"set/{name}.{'jpg' if name == 'cmyk' else 'png'}")
@@ -174,7 +188,9 @@ def test_mixed_sizes_are_refused_and_cropped_on_demand():
     assert measured("fid", "set", "--ref", "ref.npz", "--res", 12, *PLAIN)["samples"]["size"] == 12
 
 
-@pytest.mark.parametrize("path, message", [("missing", "does not exist"), ("missing.npz", "does not exist"), ("empty", "holds no images")])
+@pytest.mark.parametrize(
+    "path, message", [("missing", "does not exist"), ("missing.npz", "does not exist"), ("empty", "holds no images")]
+)
 def test_nothing_to_measure_is_an_error(path, message):
     Path("empty").mkdir()
     save_npz("ref.npz", photographs(8, 12))
@@ -186,7 +202,7 @@ def test_nothing_to_measure_is_an_error(path, message):
 
 @pytest.fixture(scope="module")
 def oracle():
-    """Two sets of pictures and torch-fidelity's features of them on the same weights: pool, logits, and spatial ones."""
+    """Two sets of pictures and torch-fidelity's features of them on the same weights: (pool, logits), and spatial."""
     sets = {"samples": photographs(14, 32, seed=3), "reference": photographs(12, 32, seed=4) // 2 + 40}
     network, kept = extractor(), []
     hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: kept.append(output[:, :7]))
@@ -208,7 +224,9 @@ def test_all_metrics_are_torch_fidelitys_on_its_own_features(oracle, inception_f
     save_folder("reference", sets["reference"])
     found = measured("all", "samples.npz", "--ref", "reference", "--inception", inception_file, "--batch-size", 5)
     fake, real = features["samples"][0], features["reference"][0]
-    nearness = prc_features_to_metric(fake, real, prc_neighborhood=3, prc_batch_size=10, save_cpu_ram=True, verbose=False)
+    nearness = prc_features_to_metric(
+        fake, real, prc_neighborhood=3, prc_batch_size=10, save_cpu_ram=True, verbose=False
+    )
     kid = kid_features_to_metric(fake, real, kid_subsets=100, kid_subset_size=12, rng_seed=2020, verbose=False)
     assert found["fid"] == pytest.approx(distance(fake, real), rel=1e-4)
     assert found["sfid"] == pytest.approx(distance(spatial["samples"], spatial["reference"]), rel=1e-4)
@@ -218,7 +236,9 @@ def test_all_metrics_are_torch_fidelitys_on_its_own_features(oracle, inception_f
     assert found["kid"] == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-2)
     assert found["samples"] | {"count": 14, "size": 32, "sha256": storage.sha256("samples.npz")} == found["samples"]
     assert found["reference"]["count"] == 12 and found["version"] == storage.VERSION
-    assert "OTHER weights" in found["features"] and any("compare with nothing published" in line for line in found["remarks"])
+    assert "OTHER weights" in found["features"] and any(
+        "compare with nothing published" in line for line in found["remarks"]
+    )
 
 
 @pytest.mark.parametrize("metrics", evaluation.METRICS)
@@ -255,8 +275,13 @@ def test_statistics_made_once_serve_as_reference(oracle, inception_file):
     run("stats", "reference", "reference.safetensors", "--inception", inception_file)
     arguments = "all", "samples.npz", "--inception", inception_file, "--ref"
     from_statistics, from_images = (measured(*arguments, ref) for ref in ("reference.safetensors", "reference"))
-    assert [from_statistics[key] for key in evaluation.METRICS["all"]] == [from_images[key] for key in evaluation.METRICS["all"]]
-    assert "was made with Inception" in run("fid", "samples.npz", "--ref", "reference.safetensors", *PLAIN, status=1).stderr
+    assert [from_statistics[key] for key in evaluation.METRICS["all"]] == [
+        from_images[key] for key in evaluation.METRICS["all"]
+    ]
+    assert (
+        "was made with Inception"
+        in run("fid", "samples.npz", "--ref", "reference.safetensors", *PLAIN, status=1).stderr
+    )
     Path("broken.safetensors").write_bytes(Path("reference.safetensors").read_bytes()[:-9])
     assert "broken" in run(*arguments, "broken.safetensors", status=1).stderr
 
@@ -265,8 +290,11 @@ def test_statistics_made_once_serve_as_reference(oracle, inception_file):
 def standard(monkeypatch, inception_file):
     """The random weights stand for the published ones."""
     published = evaluation.weights.ASSETS["inception"]
-    monkeypatch.setitem(evaluation.weights.ASSETS, "inception",
-                        evaluation.weights.Asset(published.address, "", "", sha256=storage.sha256(inception_file)))
+    monkeypatch.setitem(
+        evaluation.weights.ASSETS,
+        "inception",
+        evaluation.weights.Asset(published.address, "", "", sha256=storage.sha256(inception_file)),
+    )
 
 
 def test_adms_reference_gives_moments_and_images(oracle, inception_file, standard):
@@ -280,8 +308,13 @@ def test_adms_reference_gives_moments_and_images(oracle, inception_file, standar
     rows = features["samples"][0].double()
     expected = fid.frechet_distance(rows.mean(0), torch.from_numpy(np.cov(rows.numpy(), rowvar=False)), mu, sigma)
     assert found["fid"] == pytest.approx(expected, rel=1e-4) and found["features"] == evaluation.STANDARD
-    nearness = prc_features_to_metric(*(features[name][0] for name in ("samples", "reference")), prc_neighborhood=3, prc_batch_size=10,
-                                      save_cpu_ram=True, verbose=False)  # fmt: skip
+    nearness = prc_features_to_metric(
+        *(features[name][0] for name in ("samples", "reference")),
+        prc_neighborhood=3,
+        prc_batch_size=10,
+        save_cpu_ram=True,
+        verbose=False,
+    )
     assert (found["precision"], found["recall"]) == pytest.approx((nearness["precision"], nearness["recall"]), abs=1e-6)
 
     np.savez("moments.npz", mu=mu, sigma=sigma)
@@ -295,7 +328,10 @@ def test_adms_reference_is_not_compared_with_other_features(oracle, inception_fi
     np.savez("adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     save_npz("samples.npz", oracle[0]["samples"])
     for other in (["--inception", inception_file], PLAIN):
-        assert "holds statistics of the Inception of 2015" in run("fid", "samples.npz", "--ref", "adm.npz", *other, status=1).stderr
+        assert (
+            "holds statistics of the Inception of 2015"
+            in run("fid", "samples.npz", "--ref", "adm.npz", *other, status=1).stderr
+        )
 
 
 @pytest.mark.parametrize("count, expected", [(50_000, "50K"), (10_000, "10K"), (2_500, "2500")])
@@ -319,7 +355,10 @@ def test_the_papers_row_stands_beside():
     save_npz("samples.npz", photographs(20, 16))
     arguments = "fid", "samples.npz", "--ref", "samples.npz", "--against", "xl2r", *PLAIN
     assert "1.70 (800 epochs, guidance)" in run(*arguments).output
-    assert ["800 epochs, guidance", {"fid": 1.70, "inception_score": 289.0, "precision": 0.79, "recall": 0.63}] in measured(*arguments)["paper"]
+    assert [
+        "800 epochs, guidance",
+        {"fid": 1.70, "inception_score": 289.0, "precision": 0.79, "recall": 0.63},
+    ] in measured(*arguments)["paper"]
 
 
 # Order
@@ -335,13 +374,20 @@ def collected(logits, ordered=True):
 
 
 def test_an_ordered_set_sorted_by_class_is_reported_and_a_folder_permuted():
-    by_class = 20.0 * torch.eye(10)[torch.arange(1000) // 100] + torch.rand(1000, 10, generator=torch.Generator().manual_seed(0))
+    by_class = 20.0 * torch.eye(10)[torch.arange(1000) // 100] + torch.rand(
+        1000, 10, generator=torch.Generator().manual_seed(0)
+    )
     shuffled = by_class[torch.randperm(1000, generator=torch.Generator().manual_seed(1))]
-    sets = {name: collected(*arguments) for name, arguments in
-            {"sorted": (by_class,), "shuffled": (shuffled,), "folder": (by_class, False)}.items()}  # fmt: skip
+    sets = {
+        name: collected(*arguments)
+        for name, arguments in {"sorted": (by_class,), "shuffled": (shuffled,), "folder": (by_class, False)}.items()
+    }
     assert sets["sorted"].score < 1.1 and sets["shuffled"].score > 8 and sets["folder"].score > 8
     assert collected(by_class, False).score == sets["folder"].score  # the permutation is fixed
-    reported = {name: any("sorted by class" in line for line in evaluation.remarks("is", one, None)) for name, one in sets.items()}
+    reported = {
+        name: any("sorted by class" in line for line in evaluation.remarks("is", one, None))
+        for name, one in sets.items()
+    }
     assert reported == {"sorted": True, "shuffled": False, "folder": False}
 
 
@@ -360,11 +406,18 @@ def test_another_extractor_names_itself_in_the_label():
     assert "FID-60, features of plain_features:pooled" in run("fid", "samples.npz", "--ref", "ref.npz", *PLAIN).output
 
 
-@pytest.mark.parametrize("metrics, features, message", [
-    ("fid", "plain_features:not_a_number", "NaN or infinity"), ("fid", "plain_features:of_another_shape", "expected a tensor (8, D)"),
-    ("fid", "plain_features:missing", "expected module:function"), ("fid", "missing_module:pooled", "expected module:function"),
-    ("fid", "plain_features", "expected module:function"), ("sfid", "plain_features:pooled", "ask for fid, pr or kid"),
-    ("is", "plain_features:pooled", "ask for fid, pr or kid")])  # fmt: skip
+@pytest.mark.parametrize(
+    "metrics, features, message",
+    [
+        ("fid", "plain_features:not_a_number", "NaN or infinity"),
+        ("fid", "plain_features:of_another_shape", "expected a tensor (8, D)"),
+        ("fid", "plain_features:missing", "expected module:function"),
+        ("fid", "missing_module:pooled", "expected module:function"),
+        ("fid", "plain_features", "expected module:function"),
+        ("sfid", "plain_features:pooled", "ask for fid, pr or kid"),
+        ("is", "plain_features:pooled", "ask for fid, pr or kid"),
+    ],
+)
 def test_an_extractor_that_does_not_serve_is_an_error(metrics, features, message):
     save_npz("samples.npz", photographs(8, 16))
     arguments = metrics, "samples.npz", "--ref", "samples.npz", "--features", features, "--device", "cpu"
@@ -387,7 +440,21 @@ def test_nothing_to_compare_with_is_said_before_anything_is_measured():
 
 
 def test_a_handful_of_one_class_is_refused_with_what_makes_a_fair_set(trained):
-    dimr_command("sample", "--weights", trained, "--class", "3", "-n", "5", "--steps", "3", "--out", Path.cwd() / "threes", "--device", "cpu")
+    dimr_command(
+        "sample",
+        "--weights",
+        trained,
+        "--class",
+        "3",
+        "-n",
+        "5",
+        "--steps",
+        "3",
+        "--out",
+        Path.cwd() / "threes",
+        "--device",
+        "cpu",
+    )
     message = run("fid", "threes", "--ref", "threes", *PLAIN, status=1).stderr
     assert "5 images of class 3 alone" in message and "dimr sample --balanced -n 50000 --weights" in message
 
@@ -399,7 +466,9 @@ def test_with_nothing_named_the_newest_balanced_set_or_the_newest_run_is_measure
     assert drawn["reference"]["source"] == str(digits) and drawn["reference"]["count"] == 200  # what it was trained on
     assert not Path("samples").exists()
     kept = measured("fid", "-n", 30, "--steps", 3, "--keep", *PLAIN)
-    assert kept["samples"]["source"].endswith("balanced-30.npz") and kept["fid"] == pytest.approx(drawn["fid"], rel=1e-4)
+    assert kept["samples"]["source"].endswith("balanced-30.npz") and kept["fid"] == pytest.approx(
+        drawn["fid"], rel=1e-4
+    )
     assert measured("fid", *PLAIN)["samples"] == kept["samples"]
     assert imagesets.open_set(kept["samples"]["source"]).labels.tolist() == [i % 10 for i in range(30)]
 
@@ -411,8 +480,15 @@ def test_samples_and_a_network_at_once_are_bad_usage(trained):
 IMAGENET = [wnid for wnid, _ in imagenet_names.CLASSES]
 
 
-@pytest.mark.parametrize("classes, size, expected", [(IMAGENET, 256, "imagenet256"), ([], 64, "imagenet64"), (IMAGENET, 128, None),
-                                                     ([f"mine{i}" for i in range(1000)], 256, None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "classes, size, expected",
+    [
+        (IMAGENET, 256, "imagenet256"),
+        ([], 64, "imagenet64"),
+        (IMAGENET, 128, None),
+        ([f"mine{i}" for i in range(1000)], 256, None),
+    ],
+)
 def test_adms_reference_fits_imagenets_classes_alone(classes, size, expected):
     if expected:
         assert evaluation.fitting_reference(None, 1000, classes, size) == (expected, None, False)
@@ -423,8 +499,12 @@ def test_adms_reference_fits_imagenets_classes_alone(classes, size, expected):
 
 def test_latents_are_compared_with_the_images_they_were_made_from(digits, monkeypatch):
     """Found by their fingerprint in the places where encode looks for images."""
-    index = {"format": dataset.FORMAT, "kind": "latents", "source": {"fingerprint": dataset.ImageFolder(digits, 8, 3).fingerprint},
-             "options": {"exif": True}}  # fmt: skip
+    index = {
+        "format": dataset.FORMAT,
+        "kind": "latents",
+        "source": {"fingerprint": dataset.ImageFolder(digits, 8, 3).fingerprint},
+        "options": {"exif": True},
+    }
     storage.write_json("latents/index.json", index)
     storage.write_json("run/config.json", {"data": {"kind": "latents", "path": str(Path("latents").resolve())}})
     monkeypatch.setenv("DIMR_DATA", str(digits))
@@ -441,21 +521,53 @@ def test_latents_are_compared_with_the_images_they_were_made_from(digits, monkey
 def test_files_spread_over_processes_give_one_number(inception_file, oracle):
     save_folder("samples", oracle[0]["samples"][:8])
     save_npz("ref.npz", oracle[0]["reference"][:7])
-    arguments = ["all", "samples", "--ref", "ref.npz", "--inception", inception_file, "--batch-size", "4", "--device", "cpu"]
+    arguments = [
+        "all",
+        "samples",
+        "--ref",
+        "ref.npz",
+        "--inception",
+        inception_file,
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+    ]
     alone = measured(*arguments)
-    done = dimr_command("eval", *arguments, "--json", cwd=Path.cwd(), env={"DIMR_HOME": f"{Path.cwd()}/home"}, torchrun=2)
+    done = dimr_command(
+        "eval", *arguments, "--json", cwd=Path.cwd(), env={"DIMR_HOME": f"{Path.cwd()}/home"}, torchrun=2
+    )
     together = json.loads(done.stdout)
     for key in evaluation.METRICS["all"]:
         assert together[key] == pytest.approx(alone[key], rel=1e-9)
 
 
 def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(trained, inception_file, monkeypatch):
-    arguments = ["all", "--weights", trained, "-n", "20", "--steps", "2", "--batch-size", "4", "--inception", inception_file,
-                 "--ref", "ref.npz", "--json", "--device", "cpu"]  # fmt: skip
+    arguments = [
+        "all",
+        "--weights",
+        trained,
+        "-n",
+        "20",
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--inception",
+        inception_file,
+        "--ref",
+        "ref.npz",
+        "--json",
+        "--device",
+        "cpu",
+    ]
     save_npz("ref.npz", photographs(8, 8))
     whole, cut = measured(*arguments), f"{Path.cwd()}/cut"
-    started = subprocess.Popen([sys.executable, "-m", "cli", "eval", *map(str, arguments)], stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "DIMR_HOME": cut})
+    started = subprocess.Popen(
+        [sys.executable, "-m", "cli", "eval", *map(str, arguments)],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DIMR_HOME": cut},
+    )
     notes = lambda folder: sorted(Path(folder).rglob("*.partial/0*.safetensors"))
     deadline = time.monotonic() + 120
     while len(notes(cut)) < 2 and started.poll() is None and time.monotonic() < deadline:
@@ -480,12 +592,15 @@ def test_training_watches_fid_on_any_number_of_processes(digits):
     environment = {"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).parent)])}
     for name, processes in (("alone", None), ("together", 2)):
         dimr_command(*arguments, "--out", name, cwd=Path.cwd(), env=environment, torchrun=processes)
-    alone, together = ([json.loads(line) for line in Path(name, "metrics.jsonl").open()] for name in ("alone", "together"))
+    alone, together = (
+        [json.loads(line) for line in Path(name, "metrics.jsonl").open()] for name in ("alone", "together")
+    )
     assert [line["step"] for line in alone] == list(range(1, 13))
     assert [line["step"] for line in alone if "fid" in line] == [5, 10, 12]
     assert all(line["fid_images"] == 20 for line in alone if "fid" in line)
     assert [line["fid"] for line in together if "fid" in line] == pytest.approx(
-        [line["fid"] for line in alone if "fid" in line], abs=1e-3)
+        [line["fid"] for line in alone if "fid" in line], abs=1e-3
+    )
     found = measured("fid", "--weights", "alone", "-n", 20, "--cfg", 1, *PLAIN)["fid"]
     assert alone[-1]["fid"] == pytest.approx(found, abs=1e-3)
 

@@ -23,7 +23,7 @@ def inception():
 
 
 def features(count, dim, seed=0, shift=0.1):
-    """Correlated positive rows, as Inception's are, of a decaying spectrum; another seed moves their mean by `shift`."""
+    """Correlated positive rows, as Inception's are, spectrum falling; another seed moves their mean by `shift`."""
     mixing = np.random.default_rng(99).standard_normal((dim, dim)) / dim**0.5
     rows = np.random.default_rng(seed).standard_normal((count, dim)) / np.arange(1, dim + 1) @ mixing
     return torch.from_numpy(np.abs(rows + shift * (seed > 0))).float()
@@ -35,7 +35,9 @@ def features(count, dim, seed=0, shift=0.1):
 @pytest.mark.parametrize("height, width", [(32, 32), (64, 48), (299, 299), (512, 400)])
 def test_resize_is_tensorflow_1s_to_the_bit(height, width):
     images = photographs(1, 512)[:, :height, :width]
-    theirs = interpolate_bilinear_2d_like_tensorflow1x(images.permute(0, 3, 1, 2).float(), (299, 299), align_corners=False)
+    theirs = interpolate_bilinear_2d_like_tensorflow1x(
+        images.permute(0, 3, 1, 2).float(), (299, 299), align_corners=False
+    )
     assert torch.equal(fid.resize(images, 299), theirs)
 
 
@@ -60,15 +62,26 @@ def test_average_pools_leave_out_padding_and_the_last_one_takes_the_maximum():
     assert fid.MIXED["Mixed_7b"][0] == "avg" and fid.MIXED["Mixed_7c"][0] == "max"
 
 
-@pytest.mark.parametrize("images", [torch.rand(1, 64, 64, 3), torch.zeros(1, 64, 64, 1, dtype=torch.uint8),
-                                    torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.full((1, 64, 64, 3), 300)])
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.rand(1, 64, 64, 3),
+        torch.zeros(1, 64, 64, 1, dtype=torch.uint8),
+        torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
+        torch.full((1, 64, 64, 3), 300),
+    ],
+)
 def test_anything_but_uint8_rgb_is_refused(inception, images):
     with pytest.raises(ValueError, match=r"expected uint8 \(N, H, W, 3\)"):
         inception(images)
 
 
 def test_a_weights_file_of_another_network_names_what_is_wrong(tmp_path):
-    damaged = weights() | {"extra": torch.zeros(1), "fc.bias": torch.zeros(7), "Mixed_7c.branch1x1.bn.bias": torch.full((320,), torch.nan)}
+    damaged = weights() | {
+        "extra": torch.zeros(1),
+        "fc.bias": torch.zeros(7),
+        "Mixed_7c.branch1x1.bn.bias": torch.full((320,), torch.nan),
+    }
     del damaged["Mixed_5b.branch1x1.conv.weight"]
     torch.save(damaged, tmp_path / "weights.pth")
     with pytest.raises(ValueError) as error:
@@ -148,7 +161,9 @@ def test_frechet_distance_of_fewer_images_than_features_is_exact():
     first, second = features(120, 2048, 0), features(90, 2048, 1)
     centred = [(f.double() - f.double().mean(0)) / (len(f) - 1) ** 0.5 for f in (first, second)]
     step = first.double().mean(0) - second.double().mean(0)
-    expected = step @ step + sum((c * c).sum() for c in centred) - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    expected = (
+        step @ step + sum((c * c).sum() for c in centred) - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    )
     statistics = [accumulated(f, 50) for f in (first, second)]
     found = fid.frechet_distance(*(m for s in statistics for m in (s.mean, s.covariance)))
     assert found == pytest.approx(expected.item(), rel=1e-9)
@@ -162,8 +177,14 @@ def test_a_set_of_one_repeated_image_has_a_distance():
     assert fid.frechet_distance(np.zeros(3), np.zeros((3, 3)), np.ones(3), np.eye(3)) == pytest.approx(6)
 
 
-@pytest.mark.parametrize("mean, covariance, message", [
-    (np.zeros(4), np.eye(4), "use one extractor"), (np.zeros(3), np.eye(4), "expected"), (np.zeros(3), np.full((3, 3), np.nan), "NaN")])  # fmt: skip
+@pytest.mark.parametrize(
+    "mean, covariance, message",
+    [
+        (np.zeros(4), np.eye(4), "use one extractor"),
+        (np.zeros(3), np.eye(4), "expected"),
+        (np.zeros(3), np.full((3, 3), np.nan), "NaN"),
+    ],
+)
 def test_statistics_that_do_not_fit_are_an_error(mean, covariance, message):
     with pytest.raises(ValueError, match=message):
         fid.frechet_distance(np.zeros(3), np.eye(3), mean, covariance)
@@ -232,8 +253,12 @@ def brute_force(real, fake, k=3, k_density=5):
     radius = lambda a, n: np.sort(distances(a, a), 1)[:, n]  # the zeroth is the point itself
     between = distances(real, fake)
     wide = between <= radius(real, k_density)[:, None]
-    return {"precision": (between <= radius(real, k)[:, None]).any(0).mean(), "recall": (between <= radius(fake, k)).any(1).mean(),
-            "density": wide.sum() / (k_density * len(fake)), "coverage": wide.any(1).mean()}  # fmt: skip
+    return {
+        "precision": (between <= radius(real, k)[:, None]).any(0).mean(),
+        "recall": (between <= radius(fake, k)).any(1).mean(),
+        "density": wide.sum() / (k_density * len(fake)),
+        "coverage": wide.any(1).mean(),
+    }
 
 
 @pytest.mark.parametrize("chunk", [2048, 100, 37])
@@ -246,7 +271,9 @@ def test_precision_recall_density_coverage_are_brute_forces(chunk):
 
 def test_precision_and_recall_are_torch_fidelitys():
     real, fake = features(500, 32, 0), features(400, 32, 1, 0.05)
-    theirs = prc_features_to_metric(fake, real, prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=True, verbose=False)
+    theirs = prc_features_to_metric(
+        fake, real, prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=True, verbose=False
+    )
     found = fid.manifold_metrics(real, fake, chunk=128)
     assert (found["precision"], found["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
 

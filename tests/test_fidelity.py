@@ -79,7 +79,9 @@ def test_weights_that_do_not_fit_are_named(small, tmp_path):
     for name, content in {"lacking.pth": tensors, "other.pth": {"weight": torch.zeros(3)}}.items():
         torch.save(content, name)
     np.savez("set.npz", arr_0=photographs(2, 32).numpy(), arr_1=np.arange(2))
-    assert "missing blocks.1.attn.qkv.bias" in run("fidelity", "set.npz", "--classifier", "lacking.pth", status=1).stderr
+    assert (
+        "missing blocks.1.attn.qkv.bias" in run("fidelity", "set.npz", "--classifier", "lacking.pth", status=1).stderr
+    )
     assert "not a Vision Transformer" in run("fidelity", "set.npz", "--classifier", "other.pth", status=1).stderr
 
 
@@ -97,25 +99,40 @@ def test_marked_are_those_whose_intended_class_is_improbable(small):
     assert 64 < len(low) < 150  # some pass, and more than one sheet is needed
     assert result["share"] == pytest.approx(len(low) / 150) and (result["marked"], result["images"]) == (len(low), 150)
     rows = list(csv.DictReader(Path("set-marked/marked.csv").open()))
-    assert [int(row["image"]) for row in rows] == low.tolist() and [int(row["class"]) for row in rows] == labels[low].tolist()
+    assert [int(row["image"]) for row in rows] == low.tolist() and [int(row["class"]) for row in rows] == labels[
+        low
+    ].tolist()
     assert [float(row["probability"]) for row in rows] == pytest.approx(probabilities[low], abs=1e-4)
     assert [(row["class"], row["images"], row["marked"]) for row in result["classes"]] == [
-        (c, 15, int((labels[low] == c).sum())) for c in range(10)]  # fmt: skip
+        (c, 15, int((labels[low] == c).sum())) for c in range(10)
+    ]
     sheets = [Image.open(path) for path in result["sheets"]]
     assert len(sheets) == -(-len(low) // 64)
     first = np.asarray(sheets[0])[2:66, 2:66]  # each image is enlarged to 64 pixels
-    assert (first == np.asarray(Image.fromarray(images[low[0]].numpy()).resize((64, 64), Image.Resampling.NEAREST))).all()
+    assert (
+        first == np.asarray(Image.fromarray(images[low[0]].numpy()).resize((64, 64), Image.Resampling.NEAREST))
+    ).all()
 
 
 def test_the_threshold_decides_and_nothing_marked_leaves_no_sheet(small):
     np.savez("set.npz", arr_0=photographs(10, 32).numpy(), arr_1=np.arange(10))
-    assert json.loads(run("fidelity", "set.npz", "--classifier", small, "--threshold", "0", "--json").stdout)["sheets"] == []
-    assert json.loads(run("fidelity", "set.npz", "--classifier", small, "--threshold", "1", "--json").stdout)["share"] == 1
-    assert "10 of 10 images (100.0%) have low fidelity" in run("fidelity", "set.npz", "--classifier", small, "--threshold", "1").output
+    assert (
+        json.loads(run("fidelity", "set.npz", "--classifier", small, "--threshold", "0", "--json").stdout)["sheets"]
+        == []
+    )
+    assert (
+        json.loads(run("fidelity", "set.npz", "--classifier", small, "--threshold", "1", "--json").stdout)["share"] == 1
+    )
+    assert (
+        "10 of 10 images (100.0%) have low fidelity"
+        in run("fidelity", "set.npz", "--classifier", small, "--threshold", "1").output
+    )
 
 
 def test_classes_come_from_samples_names_and_from_folders(small, trained):
-    dimr_command("sample", "--weights", trained, "-n", "12", "--steps", "2", "--out", Path.cwd() / "drawn", "--device", "cpu")
+    dimr_command(
+        "sample", "--weights", trained, "-n", "12", "--steps", "2", "--out", Path.cwd() / "drawn", "--device", "cpu"
+    )
     assert json.loads(run("fidelity", "drawn", "--classifier", small, "--json").stdout)["images"] == 12
     found = imagesets.open_set("drawn")
     assert sorted(found.labels) == sorted(i % 10 for i in range(12))
@@ -126,7 +143,9 @@ def test_classes_come_from_samples_names_and_from_folders(small, trained):
     assert imagesets.open_set("folders").labels.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("labels, message", [(None, "doesn't say which class"), (np.arange(8, 12), "the classifier knows 10")])
+@pytest.mark.parametrize(
+    "labels, message", [(None, "doesn't say which class"), (np.arange(8, 12), "the classifier knows 10")]
+)
 def test_unknown_classes_are_an_error(small, labels, message):
     np.savez("set.npz", arr_0=photographs(4, 32).numpy(), **({} if labels is None else {"arr_1": labels}))
     assert message in run("fidelity", "set.npz", "--classifier", small, status=1).stderr
@@ -166,10 +185,17 @@ def test_one_person_has_a_rate_and_no_interval(tmp_path, monkeypatch):
     assert result["distortion_rate"] == 0.5 and result["interval"] is None
 
 
-@pytest.mark.parametrize("rows, header, message", [
-    (["a,Ann"], "image,person", "lacks the column distorted"), (["a,Ann,maybe"], "image,person,distorted", "line 2: image 'a', person 'Ann', distorted 'maybe'"),
-    (["a,Ann,1", "a,Ann,0"], "image,person,distorted", "line 3: Ann has judged a before"), (["a,,1"], "image,person,distorted", "person ''"),
-    (["a,Ann"], "image,person,distorted", "distorted ''"), ([], "image,person,distorted", "holds no votes")])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, header, message",
+    [
+        (["a,Ann"], "image,person", "lacks the column distorted"),
+        (["a,Ann,maybe"], "image,person,distorted", "line 2: image 'a', person 'Ann', distorted 'maybe'"),
+        (["a,Ann,1", "a,Ann,0"], "image,person,distorted", "line 3: Ann has judged a before"),
+        (["a,,1"], "image,person,distorted", "person ''"),
+        (["a,Ann"], "image,person,distorted", "distorted ''"),
+        ([], "image,person,distorted", "holds no votes"),
+    ],
+)
 def test_votes_that_can_not_be_counted_are_named_by_line(tmp_path, monkeypatch, rows, header, message):
     monkeypatch.chdir(tmp_path)
     write_votes(rows, header)
