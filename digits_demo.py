@@ -35,7 +35,9 @@ def run(out, seed=0, quiet=False):
             Image.fromarray(pixels[i]).save(folder / f"{i:04d}.png")
 
     encoding.encode(out / "digits" / "train", out / "pixels", res=8, pixels=True, workers=0, quiet=quiet)
-    training.train(out / "run", out / "pixels", "demo", {"seed": seed}, device="cpu", quiet=quiet)
+    trained = training.train(out / "run", out / "pixels", "demo", {"seed": seed}, device="cpu", quiet=quiet)
+    if trained["stopped"]:
+        raise UserError(f"stopped by {trained['stopped']} at step {trained['step']}; delete {out} and start again")
 
     generator = sampling.load(out / "run", device="cpu")
     classes = [i % 10 for i in range(SAMPLES)]
