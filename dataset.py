@@ -414,10 +414,16 @@ class _Steps(torch.utils.data.Dataset):
             return error
 
 
-def _quiet(_):
-    """A worker leaves signals to stop to the main process, which may have a batch to finish, and ends its workers."""
+def _follow(_):
+    """A worker leaves signals to stop to the main process, which may have a batch to finish, and ends when that does."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _kill(processes):
@@ -437,7 +443,7 @@ def loader(data, steps, workers=None, on_bad="error", pin=False):
         workers = 0 if isinstance(data, Shards) else min(8, max(1, share // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     reader = torch.utils.data.DataLoader(
         _Steps(data, on_bad), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin,
-        worker_init_fn=_quiet, generator=torch.Generator(),  # its own: the global one stays untouched
+        worker_init_fn=_follow, generator=torch.Generator(),  # its own: the global one stays untouched
     )  # fmt: skip
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if main and workers else None

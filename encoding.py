@@ -220,8 +220,8 @@ def _encode(out, folder, plan, numbers, coder, workers, on_bad, batch_size, prog
         for items in chunks(k):
             images, labels, bad = next(batches)
             for message in bad:
-                item = next(i for i in items if message.startswith(folder.paths[i]))
-                reason = message.removeprefix(folder.paths[item]).lstrip(": ")
+                item = next(i for i in items if message.startswith(f"{folder.paths[i]}: "))
+                reason = message.removeprefix(f"{folder.paths[item]}: ")
                 skipped.append({"item": item, "image": folder.paths.name(item), "reason": reason})
             progress.update(len(items))
             if not len(images):

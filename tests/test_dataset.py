@@ -363,6 +363,22 @@ def test_a_process_that_abandons_its_loader_still_ends(folder):
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60).returncode == 3
 
 
+def test_workers_end_with_a_killed_process(folder):
+    script = f"""
+        import multiprocessing, time, torch, dataset
+        torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 10**6  # PyTorch's own check, which a kill at the start misleads
+        batches = dataset.loader(dataset.ImageFolder({str(folder)!r}), (([0], [False]) for _ in range(10**9)), 3)
+        next(batches)
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        time.sleep(600)
+    """
+    process = subprocess.Popen([sys.executable, "-Wignore", "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    workers = process.stdout.readline().split()
+    process.kill()
+    assert len(workers) == 3
+    assert process.communicate(timeout=60) == ("", None)  # their copies of the pipe are closed, so they are gone
+
+
 # shards
 
 
