@@ -93,8 +93,8 @@ def load_tensors(path):
         try:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a whole safetensors file that can be read ({error}); fetch it again") from None
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever an untrusted file makes the parser raise, the file is at fault

@@ -160,9 +160,13 @@ def fill_the_disk(life, rng):
 
 
 def start_a_second(life, rng):
-    rival = subprocess.run([sys.executable, "-m", "cli", "train", "--out", str(life.out)], capture_output=True, text=True, timeout=PATIENCE,
-                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert not life.alive() or not life.ranks() or (rival.returncode == 1 and "in use by process" in rival.stderr), rival.stderr
+    """It is refused, unless the first is no more when it asks; then it finds nothing to do."""
+    owner = life.ranks().get(0)
+    rival = subprocess.run([sys.executable, "-m", "cli", "train", "--out", str(life.out), "--steps", "1"], capture_output=True, text=True,
+                           timeout=PATIENCE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    refused = rival.returncode == 1 and "in use by process" in rival.stderr
+    assert refused or (rival.returncode == 0 and life.ranks().get(0) != owner), rival.stderr
+    return refused
 
 
 FAULTS = [kill_one, kill_inside_a_save, kill_inside_a_save, kill_all, stop_all, stop_one, fill_the_disk, start_a_second]
@@ -238,7 +242,7 @@ def one_round(folder, number, steps, deadline, rng, count):
                 fault = rng.choice(FAULTS)
                 print(f"  step {trained(out):6}: {fault.__name__.replace('_', ' ')}", file=sys.stderr)
                 inside = fault(life, rng)
-                count[fault.__name__.replace("_", " ") + (" (missed it)" if inside is False else "")] += 1
+                count[fault.__name__.replace("_", " ") + (" (too late)" if inside is False else "")] += 1
         text = life.end()
         count["saves that failed and were reported"] += text.count("NOT saved")
         count["restarts by torchrun itself"] += max(0, text.count("going on from") - (begun_at > 0))

@@ -9,6 +9,8 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -50,7 +52,8 @@ def png_that_claims(width, height):
 
 
 def digest(folder):
-    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*")) if path.name != ".lock"}
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
+            if path.name != ".lock" and not path.is_symlink()}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,9 @@ def world(trained, tmp_path_factory):
     (w / "one" / "a").mkdir(parents=True)
     shutil.copy(w / "good" / "a" / "0.png", w / "one" / "a")
     (w / "empty").mkdir()
+    shutil.copytree(w / "good", w / "unreadable")
+    for name in ("unreadable/b/io.png", "io.safetensors", "io.pth"):
+        (w / name).symlink_to("/proc/self/mem")  # a file that can be opened, and reading it fails as on a broken disk
     (w / "text").write_text("hello")
     for name, damage in {"shards": None, "cutshard": "cut", "lostshard": "lost", "badindex": "index"}.items():
         invoke("encode --data {good}", dict(good=w / "good", out=w / name))
@@ -132,10 +138,12 @@ def places(world, tmp_path, monkeypatch):
 
 
 IMAGES = [("{missing}", "missing"), ("{empty}", "empty|no images"), ("{text}", "text"), ("{hollow}", "hollow/c|fill or remove"),
-          ("{cut}", "cut.png"), ("{zero}", "zero.png|is empty"), ("{fake}", "fake.png|is not a JPEG"), ("{bomb}", "bomb.png|pixels")]  # fmt: skip
+          ("{cut}", "cut.png"), ("{zero}", "zero.png|is empty"), ("{fake}", "fake.png|is not a JPEG"), ("{bomb}", "bomb.png|pixels"),
+          ("{unreadable}", "io.png|Input/output error")]  # fmt: skip
 WEIGHTS = [("{missing}", "missing"), ("{empty}", "empty"), ("{cut.safetensors}", "cut.safetensors|not a whole safetensors"),
            ("{zero.safetensors}", "zero.safetensors"), ("{text.safetensors}", "text.safetensors"), ("{cut.pth}", "cut.pth|nothing in it was run"),
-           ("{code.pth}", "code.pth|nothing in it was run"), ("{huge.safetensors}", "huge.safetensors")]  # fmt: skip
+           ("{code.pth}", "code.pth|nothing in it was run"), ("{huge.safetensors}", "huge.safetensors"), ("{io.safetensors}", "io.safetensors"),
+           ("{io.pth}", "io.pth")]  # fmt: skip
 NETWORKS = WEIGHTS + [("{nan.safetensors}", "nan.safetensors|branches.0.position"), ("{other.safetensors}", "other.safetensors|does not fit"),
                       ("{else.safetensors}", "else.safetensors|does not fit")]  # fmt: skip
 PLACES = [("{readonly}", "readonly|/sys/dimr"), ("{text}/x", "text")]
@@ -182,7 +190,8 @@ TABLE = [  # command line, exit status, words of the message
 
     *[(f"{EVAL.format('fid')} {samples} --ref {{images.npz}}", 1, words) for samples, words in
       [("{missing}", "missing"), ("{empty}", "empty"), ("{text}", "text"), ("{cut.npz}", "cut.npz"), ("{cut}", "cut.png"), ("{zero}", "zero.png"),
-       ("{fake}", "fake.png"), ("{bomb}", "bomb.png"), ("{cutshard}", "shard-00000"), ("{one}", "at least 2")]],
+       ("{fake}", "fake.png"), ("{bomb}", "bomb.png"), ("{cutshard}", "shard-00000"), ("{one}", "at least 2"),
+       ("{unreadable}", "io.png")]],
     *[(f"{EVAL.format('fid')} {{images.npz}} --ref {ref}", 1, words) for ref, words in
       [("{missing}", "missing"), ("{empty}", "empty"), ("{cut.npz}", "cut.npz"), ("{cut.safetensors}", "cut.safetensors"),
        ("{huge.safetensors}", "huge.safetensors"), ("{fake}", "fake.png")]],
@@ -258,6 +267,24 @@ def test_a_reading_process_that_is_killed_is_an_error_and_no_wait(places, tmp_pa
     monkeypatch.setattr(dataset, "read_image", fatal)
     monkeypatch.setitem(DEFAULTS, line.split()[0], DEFAULTS[line.split()[0]].replace("--workers 0", "--workers 1"))
     check(invoke(line, places), 1, "worker|fewer --workers", tmp_path)
+
+
+HOLD = """
+import runs, sys
+with runs.locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("line", ["train --data {good}", "encode --data {good}"])
+def test_a_folder_in_use_names_its_owner_and_is_free_once_that_is_killed(places, tmp_path, line):
+    owner = subprocess.Popen([sys.executable, "-c", HOLD, places["out"]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert owner.stdout.readline() == b"held\n"
+    check(invoke(line, places), 1, f"in use by process {owner.pid}", tmp_path)
+    owner.kill()
+    owner.communicate()
+    check(invoke(line, places), 0, "out", tmp_path)
 
 
 def test_an_unforeseen_error_keeps_its_traceback(places, monkeypatch):

@@ -157,6 +157,22 @@ def test_a_killed_process_is_named_and_ends_all(digits, tmp_path):
     assert re.search(r"rank\s*: 1", stderr) and "-9" in stderr
 
 
+def test_sampling_names_a_killed_process_and_goes_on_from_there(trained, tmp_path):
+    command = ["sample", "--weights", trained, "--balanced", "-n", "80", "--batch-size", "2", "--steps", "10", "--device", "cpu", "--out"]
+    process = start_torchrun("--standalone", "--nproc-per-node", 2, "-m", "cli", *command, tmp_path / "set.npz")
+    noted = tmp_path / "set.npz.partial" / "done-1"
+    while not noted.exists() or noted.read_text().count("\n") < 2:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and re.search(r"rank\s*: 1", stderr) and str(ROOT / "sampling.py") not in stderr
+    assert not (tmp_path / "set.npz").exists() and noted.exists()
+    dimr_command(*command, tmp_path / "set.npz")
+    with np.load(tmp_path / "set.npz") as arrays:
+        assert len(arrays["arr_0"]) == 80 and arrays["arr_0"].reshape(80, -1).any(1).all()
+
+
 def test_torchrun_picks_a_killed_run_up_by_itself(digits, tmp_path):
     options = ["-m", "cli", "train", "--data", digits, *SMALL, "--steps", 120]
     calm = start_torchrun("--standalone", "--nproc-per-node", 2, *options, "--out", tmp_path / "calm")
