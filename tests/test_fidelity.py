@@ -17,7 +17,8 @@ from timm.data import create_transform, resolve_data_config
 import cli
 import fidelity
 import imagesets
-from conftest import dimr_command, relative
+import sampling
+from conftest import relative
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +131,8 @@ def test_the_threshold_decides_and_nothing_marked_leaves_no_sheet(small):
 
 
 def test_classes_come_from_samples_names_and_from_folders(small, trained):
-    dimr_command(
-        "sample", "--weights", trained, "-n", "12", "--steps", "2", "--out", Path.cwd() / "drawn", "--device", "cpu"
-    )
+    generator = sampling.load(trained, device="cpu")
+    sampling.sample(generator, [i % 10 for i in range(12)], range(12), sampling.Settings(steps=2), "drawn", quiet=True)
     assert json.loads(run("fidelity", "drawn", "--classifier", small, "--json").stdout)["images"] == 12
     found = imagesets.open_set("drawn")
     assert sorted(found.labels) == sorted(i % 10 for i in range(12))
