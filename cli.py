@@ -264,7 +264,7 @@ def train(variant, data, out, init, res, exif, on_bad, device, workers, sample_e
                                 keep, max_time and max_time * 60, evaluate)
     finally:
         parallel.stop()
-    report(result, as_json, f"{result['out']}: step {result['step']:,} of {result['steps']:,}, loss {result['loss']:.4f}, "
+    report(result, as_json, f"{result['out']}: step {result['step']:,} of {result['steps']:,}, loss {result['loss'] or math.nan:.4f}, "
            f"{result['seconds']:.0f} s" + (f"; stopped by {result['stopped']}, run the same command to go on" if result["stopped"] else
                                            f"; now: dimr sample --weights {result['out']}"))
     if result["stopped"]:

@@ -307,7 +307,7 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
         if main:
             write_json(out / "config.json", {**record, "processes": parallel.world_size(), "device": str(device), "versions": versions(),
                                              "command": sys.argv})
-            truncate_metrics(out, state.step)
+        last = truncate_metrics(out, state.step) if main else {}
 
         idle = torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cuda" else 0
         if idle > 0:
@@ -325,7 +325,7 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
         starts = (step * recipe.batch_size + offset + k * micro for step in range(state.step, recipe.steps) for k in range(passes))
         reads = ((indices, flips & recipe.flip) for indices, flips in (order(first, first + micro) for first in starts))
         batches = dataset.loader(data, reads, workers, on_bad, pin=device.type == "cuda")
-        log, stopped, skipped = Log(out, state, say), None, set()
+        log, stopped, skipped = Log(out, state, say, last), None, set()
         bar = stack.enter_context(tqdm(total=recipe.steps, initial=state.step, unit="step", desc=out.name, disable=quiet or not main, file=stderr,
                                        mininterval=0.5 if sys.stderr.isatty() else 30))
         stop = stack.enter_context(Stop())
@@ -364,7 +364,7 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
             plot(out)
             for message in skipped:
                 say(f"skipped {message}")
-        return {"out": str(out), "step": state.step, "steps": recipe.steps, "stopped": stopped, "loss": log.last.get("loss"),
+        return {"out": str(out), "step": state.step, "steps": recipe.steps, "stopped": stopped, "loss": finite(log.last.get("loss")),
                 "params": sum(p.numel() for p in state.parameters.values()), "seconds": round(time.monotonic() - begun, 1),
                 "skipped_steps": log.bad, "skipped_images": len(skipped), "peak_bytes": peak_memory(device)}
 
@@ -410,9 +410,9 @@ class Lenient:
 class Log:
     """Collects losses on the device and every few steps reads them at once into metrics.jsonl, a line per step."""
 
-    def __init__(self, out, state, say):
+    def __init__(self, out, state, say, last):
         self.path, self.state, self.say, self.pending, self.lines = out / "metrics.jsonl", state, say, [], []
-        self.last, self.bad, self.bad_run, self.remarks = next(iter(read_metrics(out)[-1:]), {}), 0, 0, {}
+        self.last, self.bad, self.bad_run, self.remarks = last, 0, 0, {}
         self.restart_clock()
 
     def restart_clock(self):
@@ -442,11 +442,11 @@ class Log:
         peak = peak_flops(state.device)
         for step, (loss, *branches, norm, bad) in enumerate(rows, state.step - count + 1):
             self.bad, self.bad_run = self.bad + int(bad), self.bad_run + 1 if bad else 0
-            self.last = {"step": step, "loss": loss, "loss_branches": branches, "lr": learning_rate(recipe, step - 1),
+            self.last = {"step": step, "loss": loss, "loss_branches": [finite(branch) for branch in branches], "lr": learning_rate(recipe, step - 1),
                          "gradient_norm": norm, "skipped": bool(bad), "images_per_second": round(speed, 2),
                          "share_of_peak": round(flops / peak, 4) if peak else None, "peak_bytes": peak_memory(state.device),
                          **(self.remarks if step == state.step else {})}
-            self.lines.append(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.last.items()}))
+            self.lines.append(json.dumps({k: finite(v) for k, v in self.last.items()}))
             if self.bad_run >= BAD_STEPS:
                 break
         figures = {k: f"{v:.2f}" for k, v in self.remarks.items() if k == "fid"}
@@ -482,33 +482,51 @@ class Log:
         self.lines = []
 
 
+def finite(value):
+    """`value`, or None where it is a number that JSON can't hold."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def truncate_metrics(out, step):
-    """Keep the lines of steps up to `step`: those after it will be trained again."""
-    path = out / "metrics.jsonl"
-    if path.exists():
-        with open(path, "rb") as lines, writing(path) as file:
-            for line in lines:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+    """Keep the lines of steps up to `step`: those after it will be trained again. Returns the last one, or {}."""
+    last = {}
+    with writing(out / "metrics.jsonl") as file:
+        for line, text in metrics(out):
+            if line["step"] > step:
+                break
+            file.write(text)
+            last = line
+    return last
+
+
+def metrics(out):
+    """Yield (dict, its bytes) for each step of a run's metrics; a half-written last line is left out. Raises UserError."""
+    path = Path(out) / "metrics.jsonl"
+    if path.is_file():
+        with open(path, "rb") as lines:
+            for number, text in enumerate(lines, 1):
+                if not text.endswith(b"\n"):
                     break
-                file.write(line)
+                try:
+                    line = json.loads(text)
+                    line["step"], line["loss"]
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f"{path}: line {number} is damaged; restore it, or delete it and those after it") from None
+                yield line, text
 
 
 def read_metrics(out):
-    """A run's metrics, a dict per step; a half-written last line is left out."""
-    path = Path(out) / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    """A run's metrics, a dict per step."""
+    return [line for line, _ in metrics(out)]
 
 
 def plot(out):
     """Write loss.png from metrics.jsonl; returns its path. Raises UserError if there are no metrics."""
-    lines = [line for line in read_metrics(out) if line["loss"] is not None]
-    if not lines:
+    rows = np.array([(line["step"], line["loss"], *line["loss_branches"]) for line, _ in metrics(out) if line["loss"] is not None])
+    if not len(rows):
         raise UserError(f"{out} holds no metrics yet; expected a run folder that train wrote")
-    steps = [line["step"] for line in lines]
-    series = {"loss": (steps, [line["loss"] for line in lines])}
-    for r in range(len(lines[0]["loss_branches"])):
-        series[f"branch {r + 1}"] = steps, [line["loss_branches"][r] for line in lines]
+    names = ["loss", *(f"branch {r + 1}" for r in range(rows.shape[1] - 2))]
+    series = {name: (rows[:, 0], rows[:, k + 1]) for k, name in enumerate(names)}
     path = Path(out) / "loss.png"
     pictures.save(pictures.curves(series, f"{Path(out).name}: multi-scale loss"), path)
     return path

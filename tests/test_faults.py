@@ -77,6 +77,8 @@ def world(trained, tmp_path_factory):
     shutil.copy(w / "good" / "a" / "0.png", w / "one" / "a")
     (w / "empty").mkdir()
     shutil.copytree(w / "good", w / "unreadable")
+    (w / "badmetrics").mkdir()
+    (w / "badmetrics" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "loss_branches": []}\n{"step": 2, "los\n')
     for name in ("unreadable/b/io.png", "io.safetensors", "io.pth"):
         (w / name).symlink_to("/proc/self/mem")  # a file that can be opened, and reading it fails as on a broken disk
     (w / "text").write_text("hello")
@@ -184,7 +186,7 @@ TABLE = [  # command line, exit status, words of the message
     *[(f"convert {{ema}} {out}/a.safetensors", 1, words) for out, words in PLACES], ("convert {ema} {out}.bin", 1, ".safetensors"),
     ("convert xl2r {out}.safetensors", 1, "xl2r"), ("convert {ema}", 2, "OUT"),
 
-    ("curves {missing}", 1, "missing"), ("curves {empty}", 1, "no metrics"), ("curves {text}", 1, "text"), ("curves", 1, "no run"),
+    ("curves {missing}", 1, "missing"), ("curves {empty}", 1, "no metrics"), ("curves {badmetrics}", 1, "metrics.jsonl: line 2 is damaged"), ("curves {text}", 1, "text"), ("curves", 1, "no run"),
     ("info --variant xxl", 2, "xl2r"), ("weights get xxl", 2, "xl2r"), ("weights get xl2r", 1, "DIMR_OFFLINE"),
     *[(f"demo --out {out}", 1, words) for out, words in PLACES], ("demo --out {good}", 1, "not empty"), ("demo --seed -1", 2, "--seed"),
 
