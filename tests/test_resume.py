@@ -136,7 +136,7 @@ def test_a_stop_signal_saves_and_the_run_goes_on_from_there(digits, tmp_path, di
 
 def test_a_second_interrupt_ends_at_once_without_damage(digits, tmp_path, dimr_process):
     out = tmp_path / "run"
-    options = ["--out", out, "--data", digits, *NETWORK, "--batch-size", "4096", "--micro-batch", "2", "--save-every", "1"]  # seconds a step
+    options = ["--out", out, "--data", digits, *NETWORK, "--batch-size", "1024", "--micro-batch", "2", "--save-every", "1"]  # seconds a step
     process = dimr_process("train", *options, "--steps", "1000", wait=False)
     wait_for_step(out, 1)
     time.sleep(0.1)
