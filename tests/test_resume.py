@@ -21,7 +21,7 @@ import dimr
 import runs
 import solver
 import training
-from storage import UserError, save_tensors
+from storage import save_tensors
 
 KILLS = int(os.environ.get("DIMR_KILLS", 6))  # a third of them inside a save; more by hand
 NETWORK = ["--variant", "demo", "--layers", "1,1", "--dims", "16,8", "--heads", "2", "--batch-size", "8", "--warmup", "2", "--workers", "0",
