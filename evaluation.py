@@ -49,8 +49,7 @@ METRICS = {
     "kid": ["kid", "kid_deviation"],
 }
 METRICS["all"] = [key for keys in METRICS.values() for key in keys]
-NAMES = {"fid": "FID", "sfid": "sFID",
-         "inception_score": "Inception Score", "kid": "KID", "kid_deviation": "KID's deviation"}
+NAMES = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "kid": "KID", "kid_deviation": "KID (sd)"}
 
 # Published results by variant: (what, {metric: value}). Tables 5 to 7 of the paper, and the release's page for g2r.
 PAPER = {
@@ -68,7 +67,7 @@ PAPER = {
         ("400 epochs, none", {"fid": 8.56}),
         ("800 epochs, none", {"fid": 7.93}),
     ],
-    "g2r": [("800 epochs, guidance", {"fid": 1.63})],
+    "g2r": [("800 epochs", {"fid": 1.63})],
 }
 
 
@@ -100,7 +99,7 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, images):
-        with _foreseen(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its rounding shows in a FID
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its rounding shows in a small FID
             return self.function(images.to(self.device, non_blocking=True))
 
 
@@ -128,7 +127,7 @@ def custom(spec, device="cpu"):
         features = function(images)
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
             got, count = getattr(features, "shape", type(features).__name__), len(images)
-            raise ValueError(f"--features {spec} gave {got} for {count} images; expected a tensor ({count}, D)")
+            raise UserError(f"--features {spec} gave {got} for {count} images; expected a tensor ({count}, D)")
         return features.float(), None, None
 
     return Extractor(extract, torch.device(device), f"features of {spec}", f"custom {spec}", False)
@@ -198,12 +197,9 @@ class Collector:
         self.features[first] = pool[torch.from_numpy(self.kept[numbers])].cpu()
 
     def merge(self, other):
-        """Take in what another process collected."""
+        """Take in what another process collected, if anything; this one has."""
         for name, theirs in other.statistics.items():
-            if name in self.statistics:
-                self.statistics[name].merge(theirs)
-            else:
-                self.statistics[name] = theirs
+            self.statistics[name].merge(theirs)
         self.score.merge(other.score)
         self.features |= other.features
         self.predicted |= other.predicted
@@ -253,13 +249,21 @@ def _place(key):
 
 
 def _cached(path, compute, source):
-    """The `Measured` at `path` on rank 0, computed and written there if it is not (path None: never written)."""
-    if path and parallel.broadcast(path.is_file()):
-        return dataclasses.replace(Measured.load(path), source=source) if parallel.is_main() else None
-    measured = compute()
-    if measured and path:
-        measured.save(path)
-    return measured
+    """The `Measured` at `path` on rank 0, else None, computed and written there if it is not (path None: not written).
+    A damaged file is replaced, and one that can't be written costs no result."""
+    found = None
+    if path and path.is_file() and parallel.is_main():
+        with contextlib.suppress(UserError):
+            found = dataclasses.replace(Measured.load(path), source=source)
+    if parallel.broadcast(found is not None):
+        return found
+    found = compute()
+    if found and path:
+        try:
+            found.save(path)
+        except OSError as error:
+            tqdm.write(f"WARNING: {path} NOT written ({error.strerror}); the next call measures again", file=sys.stderr)
+    return found
 
 
 def measure(images, extractor, keep=None, batch_size=None, quiet=False):
@@ -424,9 +428,9 @@ def check_fair(images):
     """Raise UserError if the images show but one of the classes that their network knows: no fair set."""
     known, weights_file = images.about.get("num_classes", 1), images.about.get("source")
     if known > 1 and images.labels is not None and len(np.unique(images.labels)) == 1:
-        command = f"dimr sample --balanced -n {COUNT} --weights {weights_file}"
-        raise UserError(f"{images.path} holds {len(images):,} images of class {images.labels[0]} alone, and the reference "
-                        f"has {known:,} classes; make a fair set: {command}")
+        found = f"{len(images):,} images of class {images.labels[0]} alone"
+        raise UserError(f"{images.path} holds {found}, and the reference has {known:,} classes; make a fair set: "
+                        f"dimr sample --balanced -n {COUNT} --weights {weights_file}")
 
 
 def check_held(keys, reference):
@@ -507,7 +511,6 @@ def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, g
         found = generate(generator, count, settings, extractor, batch_size, quiet=quiet)
     if not parallel.is_main():
         return None
-
     return {**compare(metrics, found, against), "label": label(found), "samples": describe(found),
             "reference": describe(against), "features": found.extractor, "identity": found.identity,
             "remarks": remarks(metrics, found, against), "version": VERSION}

@@ -269,6 +269,20 @@ def test_what_was_measured_once_is_not_measured_again(oracle, inception_file, mo
     assert isinstance(result.exception, AssertionError)
 
 
+def test_a_damaged_cache_is_replaced_and_an_unwritable_one_costs_no_result(oracle, inception_file, home, monkeypatch):
+    save_npz("samples.npz", oracle[0]["samples"][:2])
+    arguments = "is", "samples.npz", "--inception", inception_file
+    before = measured(*arguments)["inception_score"]
+    (cached,) = (home / "features").iterdir()
+    content = cached.read_bytes()
+    cached.write_bytes(content[: len(content) // 2])
+    assert measured(*arguments)["inception_score"] == before and cached.read_bytes() == content
+    Path("file").touch()
+    monkeypatch.setenv("DIMR_HOME", "file")  # no folder can be made there
+    result = run(*arguments)
+    assert f"{before:.4f}" in result.stdout and "NOT written" in result.stderr
+
+
 def test_statistics_made_once_serve_as_reference(oracle, inception_file):
     sets, _, _ = oracle
     save_folder("reference", sets["reference"])
