@@ -173,18 +173,6 @@ def test_sampling_names_a_killed_process_and_goes_on_from_there(trained, tmp_pat
         assert len(arrays["arr_0"]) == 80 and arrays["arr_0"].reshape(80, -1).any(1).all()
 
 
-def test_torchrun_picks_a_killed_run_up_by_itself(digits, tmp_path):
-    options = ["-m", "cli", "train", "--data", digits, *SMALL, "--steps", 120]
-    calm = start_torchrun("--standalone", "--nproc-per-node", 2, *options, "--out", tmp_path / "calm")
-    process = start_torchrun("--standalone", "--nproc-per-node", 2, "--max-restarts", 1, *options, "--out", tmp_path / "run")
-    wait_for_step(tmp_path / "run", 10, process)
-    os.kill(children(process.pid)[0], signal.SIGKILL)
-    for torchrun in (calm, process):
-        stdout, stderr = torchrun.communicate(timeout=120)
-        assert torchrun.returncode == 0, stderr
-    assert "going on from" in stderr and "step 120 of 120" in stdout and outcome(tmp_path / "run") == outcome(tmp_path / "calm")
-
-
 def test_torchrun_hands_on_the_signals_it_is_told_to(digits, tmp_path):
     process = start_torchrun("--standalone", "--nproc-per-node", 2, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "-m", "cli", "train",
                              "--data", digits, "--out", tmp_path / "run", *SMALL, "--steps", 100000)  # fmt: skip
