@@ -70,7 +70,7 @@ RECIPES = {
     "xl2r": Recipe(),
     "xl3r": Recipe(),
     "g2r": Recipe(),
-    "demo": Recipe(lr=8e-3, steps=4400, batch_size=32, warmup=200, betas=(0.9, 0.98), ema=0.998, weight_decay=0.01, flip=False),
+    "demo": Recipe(lr=8e-3, steps=3800, batch_size=32, warmup=200, betas=(0.9, 0.98), ema=0.998, weight_decay=0.01, flip=False),
 }
 
 
