@@ -4,7 +4,10 @@ torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process o
 
 import contextlib
 import datetime
+import importlib
 import os
+import time
+import uuid
 import warnings
 
 import torch
@@ -12,6 +15,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from storage import UserError
+
+JOIN = 1800  # seconds for all processes to come
 
 
 def rank():
@@ -45,8 +50,39 @@ def pick_device(name="auto"):
 def start(device, minutes=30):
     """Join the other processes (NCCL on GPUs, gloo on CPUs). A lost peer is an error after that many at most."""
     if world_size() > 1 and not dist.is_initialized():
+        # Functions in there keep, as defaults, the group that exists when they are defined. DistributedDataParallel
+        # imports them late; the group's threads would then outlive stop() and now and then abort Python's exit.
+        importlib.import_module("torch.distributed.nn.functional")
+        store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN)))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
+        dist.init_process_group(backend, store=_fresh(store), rank=rank(), world_size=world_size(),
+                                timeout=datetime.timedelta(minutes=minutes))  # fmt: skip
+
+
+def _fresh(store):
+    """A part of the store that is new to all processes. torchrun keeps one store over its restarts: processes would
+    find, and try to reach, those that came before them (pytorch issue 135712).
+
+    Each process leaves a word that was never used before; rank 0 answers each with its own until that is confirmed."""
+    word = uuid.uuid4().hex
+    store.set(f"word/{rank()}", word)
+    if not is_main():
+        common = store.get(word).decode()
+        store.set(common + word, "")
+        return dist.PrefixStore(common, store)
+    others, answered, deadline = list(range(1, world_size())), None, time.monotonic() + JOIN
+    while others:
+        other = store.get(f"word/{others[-1]}").decode()
+        if other != answered:  # else the last start's, or one that has not come to confirm
+            store.set(other, word)
+            answered = other
+        if store.check([word + other]):
+            others.pop()
+        elif time.monotonic() > deadline:
+            raise UserError(f"rank {others[-1]} did not join within {JOIN // 60} minutes; see its own message")
+        else:
+            time.sleep(0.005)
+    return dist.PrefixStore(word, store)
 
 
 def is_lost_peer(error):

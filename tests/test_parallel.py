@@ -71,6 +71,28 @@ def test_demo_has_the_same_losses_on_one_two_and_four_processes_and_two_nodes(di
         assert difference < 1e-5
 
 
+LEAVE = """
+import sys
+from pathlib import Path
+import torch
+import parallel
+device = torch.device("cpu")
+parallel.start(device)
+parallel.wrap(torch.nn.Linear(2, 2), device)(torch.ones(1, 2)).sum().backward()
+parallel.stop()
+names = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in names), names
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are read from /proc")
+def test_no_thread_of_the_process_group_outlives_it(tmp_path):
+    """One that did would now and then abort Python's exit."""
+    (tmp_path / "leave.py").write_text(LEAVE)
+    process = start_torchrun("--standalone", "--nproc-per-node", 2, tmp_path / "leave.py")
+    assert process.wait(timeout=120) == 0, process.communicate()[1]
+
+
 def test_a_run_goes_on_on_another_number_of_processes(trained, digits, tmp_path):
     out = tmp_path / "small"
     shutil.copytree(trained, out)
@@ -171,6 +193,18 @@ def test_sampling_names_a_killed_process_and_goes_on_from_there(trained, tmp_pat
     dimr_command(*command, tmp_path / "set.npz")
     with np.load(tmp_path / "set.npz") as arrays:
         assert len(arrays["arr_0"]) == 80 and arrays["arr_0"].reshape(80, -1).any(1).all()
+
+
+def test_torchrun_picks_a_killed_run_up_by_itself(digits, tmp_path):
+    options = ["-m", "cli", "train", "--data", digits, *SMALL, "--steps", 120]
+    calm = start_torchrun("--standalone", "--nproc-per-node", 2, *options, "--out", tmp_path / "calm")
+    process = start_torchrun("--standalone", "--nproc-per-node", 2, "--max-restarts", 1, *options, "--out", tmp_path / "run")
+    wait_for_step(tmp_path / "run", 10, process)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    for torchrun in (calm, process):
+        stdout, stderr = torchrun.communicate(timeout=120)
+        assert torchrun.returncode == 0, stderr
+    assert "going on from" in stderr and "step 120 of 120" in stdout and outcome(tmp_path / "run") == outcome(tmp_path / "calm")
 
 
 def test_torchrun_hands_on_the_signals_it_is_told_to(digits, tmp_path):
