@@ -3,11 +3,13 @@
 `dimr COMMAND` and `python -m cli COMMAND` are the same; `torchrun --nproc-per-node N -m cli COMMAND`
 spreads train, encode, sample and eval over processes."""
 
+import ctypes
 import dataclasses
 import errno
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -133,6 +135,15 @@ def default_data(space, size):
     return next((path for path in encoded + images if path.is_dir()), None)
 
 
+def tune_memory():
+    """On Linux: big tensors on huge pages, and freed memory kept for the next. Page faults otherwise take up to a fifth of
+    a training step on CPUs (docs/performance.md)."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's; read at its first big tensor
+    if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: below it memory comes from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much of the heap stays
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(VERSION)
 def main():
@@ -145,6 +156,7 @@ def main():
     dimr sample --class 388 --cfg 1.5          draw images from the newest run -> samples/
     dimr eval fid                              measure it
     """
+    tune_memory()
 
 
 @main.command()

@@ -89,6 +89,15 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
+def for_inference(model, precision):
+    """`model` in eval mode. For "bf16" the weights that autocast would round for every call are kept rounded."""
+    if precision == "bf16":
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                module.to(torch.bfloat16)
+    return model.eval()
+
+
 def solve(model, schedule, classes, seeds, settings, device, precision="fp32", callback=None):
     """Samples (B, C, H, W) in the network's space, float32, for equally long `classes` and `seeds`."""
     y = torch.tensor(classes, device=device)
@@ -233,7 +242,7 @@ def load(source=None, ema=True, device="auto", precision=None, vae=None, heads=1
     path = find_weights(source, ema)
     model, facts = runs.read_weights(path, heads)
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
-    return Generator(model.to(device), device, precision, facts.get("classes", []), str(path), sha256(path), facts,
+    return Generator(for_inference(model.to(device), precision), device, precision, facts.get("classes", []), str(path), sha256(path), facts,
                      vae_source=vae or facts.get("vae"))
 
 
