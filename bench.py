@@ -512,7 +512,7 @@ def machine(device):
 @click.option("--seconds", type=click.FloatRange(min=0), default=20, show_default=True, help="For each comparison, at least.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON on stdout.")
 def main(parts, device, variant, batch, against, seconds, as_json):
-    cli.tune_memory()
+    cli.keep_memory()
     bench = Bench(parallel.pick_device(device), seconds, against, variant, batch)
     click.echo(machine(bench.device), err=True)
     for part in parts or PARTS:

@@ -135,12 +135,11 @@ def default_data(space, size):
     return next((path for path in encoded + images if path.is_dir()), None)
 
 
-def tune_memory():
-    """On Linux: big tensors on huge pages, and freed memory kept for the next. Page faults otherwise take up to a fifth of
-    a training step on CPUs (docs/performance.md)."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's; read at its first big tensor
+def keep_memory():
+    """On Linux, keep the memory of freed tensors for the next ones. Otherwise the C library hands it back, and page faults
+    take up to a fifth of a training step on CPUs (docs/performance.md)."""
     if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: below it memory comes from the heap
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: what is smaller comes from the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much of the heap stays
 
 
@@ -156,7 +155,7 @@ def main():
     dimr sample --class 388 --cfg 1.5          draw images from the newest run -> samples/
     dimr eval fid                              measure it
     """
-    tune_memory()
+    keep_memory()
 
 
 @main.command()
