@@ -37,7 +37,6 @@ FEATURES = ("pool", "spatial", "logits")  # what an extractor gives
 BYTES = 4 * (fid.POOL + fid.SPATIAL + fid.LOGITS)  # of them, per image
 REFERENCE_IMAGES = 10_000  # whose features are kept for precision, recall and KID, as in ADM's references
 COUNT = 50_000  # images that a published FID is made of
-ENOUGH = fid.POOL  # images from which on the covariance has full rank
 ORDER_SEED = 0  # permutes a folder's images over the Inception Score's splits, and picks the reference's
 BATCH_SIZE = {"cuda": 128, "mps": 32, "cpu": 16}
 
@@ -471,8 +470,8 @@ def remarks(metrics, samples, against):
     if "OTHER" in samples.extractor:
         lines.append(f"{samples.extractor}: these numbers compare with nothing published")
     for what, one in (("samples", samples), ("reference images", against)):
-        if one and one.count and one.count < ENOUGH and keys != ["inception_score"]:
-            lines.append(f"{one.count:,} {what} are fewer than the {ENOUGH:,} features: distances are biased upwards")
+        if one and one.count and one.count < len(one.mean) and keys != ["inception_score"]:
+            lines.append(f"{one.count:,} {what} are fewer than the {len(one.mean):,} features: distances are biased upwards")
     if samples.count != COUNT:
         lines.append(f"published numbers are of {COUNT:,} samples, these of {samples.count:,}")
     if against and against.size and samples.size and against.size != samples.size:

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import dimr_command
+from inception_weights import weights
 from PIL import Image
 from safetensors.torch import save_file
 from test_vae import reference
@@ -16,7 +18,7 @@ PHOTOGRAPHS = {"people": ["astronaut"], "animals": ["chelsea"], "things": ["coff
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder to work in: photographs under data/imagenet/train, and a random full-size VAE."""
+    """A folder to work in: photographs under data/imagenet/train, a random full-size VAE and Inception."""
     from skimage import data
     from sklearn.datasets import load_sample_image
 
@@ -28,10 +30,11 @@ def place(tmp_path_factory):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{name}.jpg", quality=95)
     save_file(reference(vae.WIDTHS).state_dict(), root / "vae.safetensors")
+    torch.save(weights(), root / "inception.pth")
     return root
 
 
-def test_encode_train_sample_each_find_the_others_output(place):
+def test_encode_train_sample_eval_each_find_the_others_output(place):
     done = dimr_command("encode", "--res", "256", "--vae", "vae.safetensors", cwd=place, env={"OMP_NUM_THREADS": "2"})
     assert "data/latents-256" in done.stdout
     index = json.loads((place / "data" / "latents-256" / "index.json").read_text())
@@ -51,3 +54,8 @@ def test_encode_train_sample_each_find_the_others_output(place):
         facts = json.loads(image.text["dimr"])
         assert image.size == (256, 256) and facts["class_name"] == "animals" and facts["cfg"] == 1.5
         assert np.asarray(image).std() > 0
+
+    done = dimr_command("eval", "fid", "--inception", "inception.pth", "-n", "4", "--steps", "2", "--device", "cpu", "--json", cwd=place)
+    result = json.loads(done.stdout)
+    assert "runs/xl2r" in result["samples"]["source"] and result["samples"]["count"] == 4 and result["fid"] > 0
+    assert result["reference"]["source"].endswith("data/imagenet/train") and result["reference"]["count"] == 5

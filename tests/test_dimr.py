@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import DATA, relative
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -13,6 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dimr
+import sampling
+import solver
+import training
 
 NETWORKS = ["network_2r", "network_3r", "network_2r_ln", "network_3r_ln"]
 TABLE = {  # parameters with tdln and tdrms, GMAC
@@ -177,6 +181,23 @@ def test_one_graph_without_breaks(norm):
         args = torch.randn(3, 2, 8, 8), tau, torch.tensor([0, 1, 5])
         for ours, plain in zip(compiled(*args), model(*args)):
             torch.testing.assert_close(ours, plain)
+
+
+def test_training_and_sampling_compile_one_graph_each():
+    """Other values of the same shapes, and another learning rate or guided time, compile nothing anew."""
+    model = build(dataclasses.replace(SMALL, channels=1))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model.compile(backend=counter)
+    schedule, recipe = solver.SCHEDULES["pixel"](), training.Recipe(precision="fp32")
+    for step in range(4):
+        images, labels = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8), torch.randint(5, (4,))
+        sums, _ = training.losses(model.train(), model.config, schedule, recipe, images, labels, 4 * step)
+        sums.sum().backward()
+    assert counter.frame_count == 1
+    settings = sampling.Settings(cfg=2, steps=6).resolved(model.config)
+    for seed in range(3):
+        sampling.solve(model.eval(), schedule, [1, 2], [seed, seed + 9], settings, torch.device("cpu"))
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("norm", dimr.NORMS)

@@ -362,7 +362,7 @@ def test_few_images_and_unequal_sizes_are_remarked_on():
     save_npz("samples.npz", photographs(20, 16))
     save_npz("ref.npz", photographs(30, 8))
     remarks = "\n".join(measured("fid", "samples.npz", "--ref", "ref.npz", *PLAIN)["remarks"])
-    assert "20 samples are fewer than the 2,048 features" in remarks and "30 reference images are fewer" in remarks
+    assert "20 samples are fewer than the 48 features" in remarks and "30 reference images are fewer" in remarks
     assert "samples are 16×16, reference images 8×8" in remarks
 
 
