@@ -1,8 +1,8 @@
 """How fast each part is, and how close to what the machine can do.
 
     python bench.py                                  # every part, on CUDA if there is one
-    python bench.py network training --against ../DiMR        # beside the authors' release, in a checkout of theirs
-    python bench.py training --variant xl2r --batch 128 --json > training.json
+    python bench.py network train --against ../DiMR  # beside the authors' release, in a checkout of theirs
+    python bench.py train --variant xl2r --batch 128 --json > train.json
 
 What is compared runs in turns, A B A B …, in one process, together with the ceiling: a large matrix product of random
 numbers. Reported are medians over the rounds, with half the distance between the quartiles (±). *Share* is operations per second
@@ -130,9 +130,8 @@ class Bench:
                 with FlopCounterMode(display=False) as counter:
                     functions[-1]()
                 candidate.flops = counter.get_total_flops()
-            for _ in range(2):  # warm: caches, compilation, the allocator
-                functions[-1]()
-            self.wait()
+            if self.timed(functions[-1]) < 10:  # warm: compilation, the allocator, caches
+                self.timed(functions[-1])
             peaks.append(max(self.memory(peak=True) - before, 0))
         top, top_flops = self.ceiling(precision) if any(c.flops for c in candidates) else (lambda: None, 0)
         top()
@@ -405,13 +404,12 @@ def inception(bench):
     images = torch.randint(256, (batch, 256, 256, 3), dtype=torch.uint8, device=bench.device)
     planes, unit = images.permute(0, 3, 1, 2).contiguous(), images.permute(0, 3, 1, 2).float() / 255
     models = {"dimr": (fid.Inception().to(memory_format=torch.channels_last), images)}
+    unloaded = mock.patch.object(nn.Module, "load_state_dict")  # their weights would be downloaded
     if found := others("torch_fidelity.feature_extractor_inceptionv3"):
-        extractor = found[0].FeatureExtractorInceptionV3
-        with mock.patch.object(found[0], "load_state_dict_from_url", return_value={}), mock.patch.object(extractor, "load_state_dict"):
-            models["torch-fidelity"] = (extractor("random", ["2048", "logits_unbiased"]), planes)
+        with mock.patch.object(found[0], "load_state_dict_from_url", return_value={}), unloaded:
+            models["torch-fidelity"] = (found[0].FeatureExtractorInceptionV3("random", ["2048", "logits_unbiased"]), planes)
     if found := others("pytorch_fid.inception"):
-        with (mock.patch.object(found[0], "load_state_dict_from_url", return_value={}),
-              mock.patch.object(found[0].FIDInceptionA.__mro__[-2], "load_state_dict")):  # fmt: skip
+        with mock.patch.object(found[0], "load_state_dict_from_url", return_value={}), unloaded:
             models["pytorch-fid"] = (found[0].InceptionV3([3]), unit)
 
     def call(model, value):
@@ -505,8 +503,15 @@ def machine(device):
     return f"{name}{threads}, PyTorch {torch.__version__}, Python {platform.python_version()}, dimr {VERSION}"
 
 
-@click.command(help=__doc__.replace("\n\n    python", "\n\n\b\n    python"))
-@click.argument("parts", nargs=-1, type=click.Choice(list(PARTS)), metavar=f"[{'|'.join(PARTS)}]...")
+def about():
+    """The text of --help: this file's, with its examples and the parts as they are."""
+    examples = __doc__.replace("\n\n    python", "\n\n\b\n    python")
+    parts = "\n".join(f"    {name:12} {part.__doc__.splitlines()[0]}" for name, part in PARTS.items())
+    return f"{examples}\n\n\b\nParts:\n{parts}"
+
+
+@click.command(help=about(), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 130})
+@click.argument("parts", nargs=-1, type=click.Choice(list(PARTS)), metavar="[PART]...")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--variant", type=click.Choice(list(dimr.VARIANTS)), help="For network, train and sample [default: those of docs/performance.md].")
 @click.option("--batch", type=click.IntRange(min=1), help="Images of one call [default: by part and device].")
