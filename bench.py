@@ -7,7 +7,7 @@
 What is compared runs in turns, A B A B …, in one process, together with the ceiling: a large matrix product of random
 numbers. Reported are medians over the rounds, with half the distance between the quartiles (±). *Share* is operations per second
 over those of the ceiling in the same round. *Ratio* is how many times as long as the line above it without one. *Peak* is
-what it takes beyond what was there before: on CUDA of the allocator, on Linux of resident memory. Needs more than the product does for comparison
+the most memory held, on CUDA the allocator's; on Linux what resident memory grew by, with the weights. Needs more than the product does for comparison
 with others (`pip install -e '.[bench]'`, and tests/requirements.txt); what is not installed is left out and named."""
 
 import contextlib
@@ -67,11 +67,13 @@ class Row:
 
 @dataclasses.dataclass
 class Candidate:
-    """Something to time: `build()` gives a function; `flops` are of one call (None: counted; 0: not of interest)."""
+    """Something to time: `build()` gives a function; `flops` are of one call (None: counted; 0: not of interest);
+    `model` is a network that holds memory already."""
 
     name: str
     build: object
     flops: float | None = 0
+    model: nn.Module | None = None
 
 
 class Bench:
@@ -132,7 +134,8 @@ class Bench:
                 candidate.flops = counter.get_total_flops()
             if self.timed(functions[-1]) < 10:  # warm: compilation, the allocator, caches
                 self.timed(functions[-1])
-            peaks.append(max(self.memory(peak=True) - before, 0))
+            held = sum(p.numel() * p.element_size() for p in candidate.model.parameters()) if candidate.model else 0
+            peaks.append(max(self.memory(peak=True) - before, 0) + held)
         top, top_flops = self.ceiling(precision) if any(c.flops for c in candidates) else (lambda: None, 0)
         top()
         times, tops, begun = [[] for _ in functions], [], time.perf_counter()
@@ -280,7 +283,7 @@ def network(bench):
             model.eval().requires_grad_(False)
             if name == "dimr":
                 model = sampling.for_inference(model, precision)
-            candidates.append(Candidate(name, lambda model=model: forward(bench, model, config, batch, precision), flops))
+            candidates.append(Candidate(name, lambda model=model: forward(bench, model, config, batch, precision), flops, model))
         bench.compare(f"forward {variant}", candidates, precision, batch)
 
 
@@ -304,7 +307,8 @@ def train(bench):
         jobs = [("digits", DIGITS, bench.batch or 128, "fp32"), ("demo", dimr.VARIANTS["demo"], 32, "fp32")]
     for name, config, batch, precision in jobs:
         recipe = training.Recipe(batch_size=batch, precision=precision, compile=bench.cuda)
-        candidates = [Candidate(who, lambda model=model, who=who: steps(bench, model, recipe, who == "dimr"), 6 * sum(config.macs) * batch)
+        flops = 6 * sum(config.macs) * batch
+        candidates = [Candidate(who, lambda model=model, who=who: steps(bench, model, recipe, who == "dimr"), flops, model)
                       for who, model in networks(bench, config)]
         bench.compare(f"training step {name}", candidates, precision, batch)
 
@@ -346,7 +350,7 @@ def sample(bench):
             if name == "dimr":
                 model = sampling.for_inference(model, precision)
             candidates.append(Candidate(name, lambda model=model: solved(bench, model, config, settings, batch, precision),
-                                        settings.steps * (1 + config.null_class) * 2 * sum(config.macs) * batch))
+                                        settings.steps * (1 + config.null_class) * 2 * sum(config.macs) * batch, model))
         bench.compare(f"sampling {variant}, {settings.solver} {settings.steps} NFE", candidates, precision, batch, rounds=1)
 
 
