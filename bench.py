@@ -81,8 +81,9 @@ class Bench:
 
     SIDE = {"cuda": 8192, "cpu": 4096}  # of the ceiling's matrices
 
-    def __init__(self, device, seconds, against, variant, batch):
+    def __init__(self, device, seconds=20, against=None, variant=None, batch=None, compiled=False):
         self.device, self.seconds, self.against, self.variant, self.batch, self.rows = device, seconds, against, variant, batch, []
+        self.compiled = compiled
         self.cuda = device.type == "cuda"
 
     @property
@@ -282,7 +283,7 @@ def network(bench):
         for name, model in list(networks(bench, config)):  # all have their weights before ours are rounded
             model.eval().requires_grad_(False)
             if name == "dimr":
-                model = sampling.for_inference(model, precision)
+                model = sampling.for_inference(model, precision, bench.compiled)
             candidates.append(Candidate(name, lambda model=model: forward(bench, model, config, batch, precision), flops, model))
         bench.compare(f"forward {variant}", candidates, precision, batch)
 
@@ -306,7 +307,7 @@ def train(bench):
     else:
         jobs = [("digits", DIGITS, bench.batch or 128, "fp32"), ("demo", dimr.VARIANTS["demo"], 32, "fp32")]
     for name, config, batch, precision in jobs:
-        recipe = training.Recipe(batch_size=batch, precision=precision, compile=bench.cuda)
+        recipe = training.Recipe(batch_size=batch, precision=precision, compile=bench.cuda or bench.compiled)
         flops = 6 * sum(config.macs) * batch
         candidates = [Candidate(who, lambda model=model, who=who: steps(bench, model, recipe, who == "dimr"), flops, model)
                       for who, model in networks(bench, config)]
@@ -348,7 +349,7 @@ def sample(bench):
         for name, model in made:
             model.eval().requires_grad_(False)
             if name == "dimr":
-                model = sampling.for_inference(model, precision)
+                model = sampling.for_inference(model, precision, bench.compiled)
             candidates.append(Candidate(name, lambda model=model: solved(bench, model, config, settings, batch, precision),
                                         settings.steps * (1 + config.null_class) * 2 * sum(config.macs) * batch, model))
         bench.compare(f"sampling {variant}, {settings.solver} {settings.steps} NFE", candidates, precision, batch, rounds=1)
@@ -521,10 +522,11 @@ def about():
 @click.option("--batch", type=click.IntRange(min=1), help="Images of one call [default: by part and device].")
 @click.option("--against", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout of the authors' release.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=20, show_default=True, help="For each comparison, at least.")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile for our network (in training on CUDA always).")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON on stdout.")
-def main(parts, device, variant, batch, against, seconds, as_json):
+def main(parts, device, variant, batch, against, seconds, compiled, as_json):
     cli.keep_memory()
-    bench = Bench(parallel.pick_device(device), seconds, against, variant, batch)
+    bench = Bench(parallel.pick_device(device), seconds, against, variant, batch, compiled)
     click.echo(machine(bench.device), err=True)
     for part in parts or PARTS:
         PARTS[part](bench)

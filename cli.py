@@ -297,6 +297,7 @@ sampling_options = shared(
     click.option("--vae", help="The VAE of latent models: a name or a file [default: the run's, else sd-vae-ft-ema]."),
     click.option("--batch-size", type=POSITIVE, help="Images at once, per process."),
     precision_option,
+    click.option("--compile", "compiled", is_flag=True, help="torch.compile: a minute at the start, then faster; for thousands of images."),
     device_option,
 )
 
@@ -311,7 +312,7 @@ sampling_options = shared(
 @click.option("--out", help="Folder, or with --npz a file [default: samples/WEIGHTS-cfgSCALE].")
 @sampling_options
 @json_option
-def sample(classes, count, seed, seeds, balanced, npz, out, weights, ema, vae, batch_size, precision, device, as_json, **settings):
+def sample(classes, count, seed, seeds, balanced, npz, out, weights, ema, vae, batch_size, precision, compiled, device, as_json, **settings):
     """Draw images of given classes.
 
     Each image has a seed of its own: asking for that class and seed alone gives it back.
@@ -329,7 +330,7 @@ def sample(classes, count, seed, seeds, balanced, npz, out, weights, ema, vae, b
         raise click.UsageError("--balanced takes every class in turn; leave out --class")
     if seeds and count and len(seeds) != count:
         raise click.UsageError(f"--seeds names {len(seeds)} seeds and -n says {count}; give one of the two")
-    generator = sampling.load(weights, ema, device, precision, vae)
+    generator = sampling.load(weights, ema, device, precision, vae, compiled=compiled)
     known = [sampling.class_index(name, generator) for name in classes] or list(range(generator.config.num_classes))
     seeds = seeds or list(range(seed, seed + (count or 16)))
     parallel.start(generator.device)
@@ -548,7 +549,7 @@ def metric_command(name, what):
     @res_option
     @sampling_options
     @json_option
-    def command(samples, ref, against, count, keep, inception, features, res, weights, ema, vae, batch_size, precision, device, as_json, **settings):
+    def command(samples, ref, against, count, keep, inception, features, res, weights, ema, vae, batch_size, precision, compiled, device, as_json, **settings):
         import evaluation
         import imagesets
         import parallel
@@ -562,7 +563,7 @@ def metric_command(name, what):
                 samples = evaluation.newest_balanced()
             generator, count, settings = None, count or evaluation.COUNT, sampling.Settings(**settings)
             if samples is None:
-                generator = sampling.load(weights, ema, device, precision, vae)
+                generator = sampling.load(weights, ema, device, precision, vae, compiled=compiled)
             if keep:
                 classes = [i % generator.config.num_classes for i in range(count)]
                 samples = sampling.sample(generator, classes, range(count), settings, None, batch_size, npz=True, balanced=True)["npz"]

@@ -89,12 +89,15 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def for_inference(model, precision):
-    """`model` in eval mode. For "bf16" the weights that autocast would round for every call are kept rounded."""
+def for_inference(model, precision, compiled=False):
+    """`model` in eval mode, compiled if asked. For "bf16" the weights that autocast would round in every call are kept
+    rounded."""
     if precision == "bf16":
         for module in model.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
                 module.to(torch.bfloat16)
+    if compiled:
+        model.compile()
     return model.eval()
 
 
@@ -126,6 +129,7 @@ class Generator:
     facts: dict
     vae: object = None  # loaded on first use
     vae_source: object = None
+    compiled: bool = False
 
     @property
     def config(self):
@@ -235,15 +239,15 @@ def find_weights(source=None, ema=True):
     return weights.find(str(source))
 
 
-def load(source=None, ema=True, device="auto", precision=None, vae=None, heads=16):
+def load(source=None, ema=True, device="auto", precision=None, vae=None, heads=16, compiled=False):
     """A Generator from a run folder, a weights file (ours, or a released state dict with `heads`), or a name; None takes
     the newest run under runs/, else the released xl2r. `vae`: name or path, for latent models. Raises UserError."""
     device = parallel.pick_device(device)
     path = find_weights(source, ema)
     model, facts = runs.read_weights(path, heads)
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
-    return Generator(for_inference(model.to(device), precision), device, precision, facts.get("classes", []), str(path), sha256(path), facts,
-                     vae_source=vae or facts.get("vae"))
+    return Generator(for_inference(model.to(device), precision, compiled), device, precision, facts.get("classes", []), str(path), sha256(path),
+                     facts, vae_source=vae or facts.get("vae"), compiled=compiled)
 
 
 def save_grid(path, images, captions=None, columns=None):
@@ -265,7 +269,7 @@ def describe(generator, settings):
     """What an image's metadata says of how it was made, besides its class and seed."""
     return {"weights": generator.hash, "source": generator.source, "step": generator.facts.get("step"),
             "num_classes": generator.config.num_classes,
-            **dataclasses.asdict(settings), "precision": generator.precision, "device": generator.device.type,
+            **dataclasses.asdict(settings), "precision": generator.precision, "compiled": generator.compiled, "device": generator.device.type,
             "dimr": VERSION, "torch": torch.__version__}
 
 

@@ -29,7 +29,7 @@ def test_rows_say_what_was_measured(monkeypatch):
 
 def test_a_share_is_of_the_ceiling_and_a_ratio_of_the_first(monkeypatch):
     monkeypatch.setitem(bench.Bench.SIDE, "cpu", 1024)
-    measured = bench.Bench(torch.device("cpu"), 0.2, None, None, None)
+    measured = bench.Bench(torch.device("cpu"), seconds=0.2)
     top, flops = measured.ceiling("fp32")
 
     def twice():

@@ -80,6 +80,17 @@ def test_decoded_values_are_rounded_and_clamped():
     assert sampling.to_uint8(x).flatten().tolist() == [0, 0, 128, 128, 255, 255]
 
 
+def test_a_compiled_network_draws_the_same_and_says_so(trained, generator, monkeypatch):
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager"))
+    compiled = sampling.load(trained, device="cpu", compiled=True)
+    assert compiled.model._compiled_call_impl is not None and generator.model._compiled_call_impl is None
+    images = [g.images([3, 5], [0, 1], cfg=2, steps=4).astype(int) for g in (compiled, generator)]
+    assert np.abs(images[0] - images[1]).max() <= 1
+    settings = sampling.Settings().resolved(generator.config)
+    assert [sampling.describe(g, settings)["compiled"] for g in (compiled, generator)] == [True, False]
+
+
 # files
 
 
