@@ -224,7 +224,7 @@ def full_disk(room):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-FULL = ["train --data {good}", "sample --weights {ema}", "sample --weights {ema} --npz --out {out}/set.npz", "encode --data {good}",
+FULL = ["train --data {good}", "sample --weights {ema} -n 60", "sample --weights {ema} --npz --out {out}/set.npz", "encode --data {good}",
         "convert {ema} {out}/a.safetensors", "convert {ema} {out}/a.pth", "demo --out {out}", "curves {copy}",
         "eval stats {good} {out}/a.safetensors --features plain_features:pooled"]  # fmt: skip
 
@@ -239,6 +239,30 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(places, tmp_pat
     check(result, 1, "File too large", tmp_path)
     finals = [path for suffix in ("safetensors", "pth", "npz") for path in places["out"].rglob(f"*.{suffix}")]
     assert not finals and not runs.checkpoints(places["out"])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with room for 16 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system takes root")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize("line", [line for line in FULL if "{copy}" not in line])
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_half_written(places, small_disk, line):
+    places["out"] = small_disk / "out"
+    if "{out}/" in line:
+        places["out"].mkdir()
+    check(invoke(line, places), 1, "No space left", small_disk)
+    assert not [*small_disk.rglob("*.pth"), *runs.checkpoints(places["out"])]
+    for path in small_disk.rglob("*.safetensors"):  # what was written before the disk was full is whole
+        load_tensors(path)
+    for path in small_disk.rglob("*.npz"):
+        assert len(np.load(path)["arr_0"]) == 2
 
 
 # what happens meanwhile
