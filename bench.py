@@ -5,10 +5,11 @@
     python bench.py train --variant xl2r --batch 128 --json > train.json
 
 What is compared runs in turns, A B A B …, in one process, together with the ceiling: a large matrix product of random
-numbers. Reported are medians over the rounds, with half the distance between the quartiles (±). *Share* is operations per second
-over those of the ceiling in the same round. *Ratio* is how many times as long as the line above it without one. *Peak* is
-the most memory held, on CUDA the allocator's; on Linux what resident memory grew by, with the weights. Needs more than the product does for comparison
-with others (`pip install -e '.[bench]'`, and tests/requirements.txt); what is not installed is left out and named."""
+numbers. Reported are medians over the rounds, with half the distance between the quartiles (±). *Share* is operations per
+second over those of the ceiling in the same round. *Ratio* is how many times as long as the line above it without one.
+*Peak* is the most memory held, weights included: on CUDA the allocator's, on Linux what resident memory grew by. Needs more
+than the product does for comparison with others (`pip install -e '.[bench]'`, and tests/requirements.txt); what is not
+installed is left out and named."""
 
 import contextlib
 import dataclasses
@@ -29,6 +30,7 @@ from unittest import mock
 import click
 import numpy as np
 import torch
+import torch._dynamo
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -114,28 +116,34 @@ class Bench:
             if not peak:
                 torch.cuda.reset_peak_memory_stats()
             return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-        status = Path("/proc/self/status")
-        if not status.exists():
-            return 0
-        if not peak:
-            gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        field = "VmHWM:" if peak else "VmRSS:"
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(field))
+        with contextlib.suppress(OSError, StopIteration):  # not everywhere told
+            if not peak:
+                gc.collect()
+                Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            field = "VmHWM:" if peak else "VmRSS:"
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(entry.split()[1]) * 1024 for entry in lines if entry.startswith(field))
+        return 0
 
     def compare(self, part, candidates, precision="fp32", batch=1, items=None, unit="img/s", rounds=3):
         """Time candidates in turns, the ceiling between them, and add a row for each. `items` of one call: `batch`."""
         functions, peaks = [], []
-        for candidate in candidates:
+        for candidate in list(candidates):
             before = self.memory()
-            functions.append(candidate.build())
-            if candidate.flops is None:
-                with FlopCounterMode(display=False) as counter:
-                    functions[-1]()
-                candidate.flops = counter.get_total_flops()
-            if self.timed(functions[-1]) < 10:  # warm: compilation, the allocator, caches
-                self.timed(functions[-1])
+            try:
+                function = candidate.build()
+                if candidate.flops is None:
+                    with FlopCounterMode(display=False) as counter:
+                        function()
+                    candidate.flops = counter.get_total_flops()
+                if self.timed(function) < 10:  # warm: compilation, the allocator, caches
+                    self.timed(function)
+            except torch.cuda.OutOfMemoryError:
+                click.echo(f"left out, for it takes too much memory: {part}, {candidate.name}", err=True)
+                candidates.remove(candidate)
+                continue
             held = sum(p.numel() * p.element_size() for p in candidate.model.parameters()) if candidate.model else 0
+            functions.append(function)
             peaks.append(max(self.memory(peak=True) - before, 0) + held)
         top, top_flops = self.ceiling(precision) if any(c.flops for c in candidates) else (lambda: None, 0)
         top()
@@ -171,17 +179,22 @@ def line(row):
     return " ".join(cells).rstrip()
 
 
-def others(*names):
-    """Modules to compare with, or None where one is not installed, which is said."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):  # torchvision, which they import, expects them; a CPU build of PyTorch beside it has none
-        with contextlib.suppress(RuntimeError):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    others.library = library  # the definitions last as long as this does
+TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
+
+
+def other(name, attribute):
+    """Something to compare with, or None where it is not installed, which is said."""
     try:
-        return [importlib.import_module(name) for name in names]
-    except ImportError as error:
-        click.echo(f"not compared with {names[0].split('.')[0]}: {error}", err=True)
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torchvision")
+    except RuntimeError:  # it expects two compiled operators, which one beside a CPU build of PyTorch does not have
+        for operator in ("nms", "qnms"):
+            with contextlib.suppress(RuntimeError):
+                TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    try:
+        return getattr(importlib.import_module(name), attribute)
+    except (ImportError, RuntimeError) as error:
+        click.echo(f"not compared with {name.split('.')[0]}: {error}", err=True)
         return None
 
 
@@ -217,7 +230,7 @@ class Release(nn.Module):
         absent = {name: module for name, module in strangers.items() if name not in sys.modules}
         sys.modules.update(absent)
         try:
-            with mock.patch.object(sys, "path", [str(checkout), *sys.path]):
+            with mock.patch.object(sys, "path", [str(checkout), *sys.path]), torch._dynamo.config.patch(suppress_errors=False):  # it sets that
                 return importlib.import_module("libs.core.blocks")
         except ImportError as error:
             raise click.ClickException(f"--against {checkout}: {error}; expected a checkout of the authors' release") from None
@@ -242,7 +255,7 @@ def networks(bench, config):
     yield "dimr", ours
     if bench.against:
         released = dimr.to_released(ours)
-        for name, tuned in (("release as it is", False), ("release without recomputation", True)):
+        for name, tuned in (("release as it is", False), ("release without recomputation, warnings", True)):
             theirs = Release(bench.against, config, tuned).to(bench.device)
             theirs.net.load_state_dict(released)
             x, tau, y = inputs(config, 2, bench.device)
@@ -301,12 +314,14 @@ def forward(bench, model, config, batch, precision):
 def train(bench):
     """Training steps: forward and backward pass, AdamW, EMA."""
     if bench.cuda:
-        jobs = [(v, dimr.VARIANTS[v], bench.batch or 64, "bf16") for v in ([bench.variant] if bench.variant else ["xl2r", "m3r", "xl3r"])]
+        jobs = [(v, dimr.VARIANTS[v], bench.batch or (32 if v == "xl3r" else 64), "bf16")
+                for v in ([bench.variant] if bench.variant else ["xl2r", "m3r", "xl3r"])]
     elif bench.variant:
         jobs = [(bench.variant, dimr.VARIANTS[bench.variant], bench.batch or 1, "fp32")]
     else:
-        jobs = [("digits", DIGITS, bench.batch or 128, "fp32"), ("demo", dimr.VARIANTS["demo"], 32, "fp32")]
+        jobs = [("digits", DIGITS, bench.batch or 128, "fp32"), ("demo", dimr.VARIANTS["demo"], bench.batch or 32, "fp32")]
     for name, config, batch, precision in jobs:
+        torch._dynamo.reset()
         recipe = training.Recipe(batch_size=batch, precision=precision, compile=bench.cuda or bench.compiled)
         flops = 6 * sum(config.macs) * batch
         candidates = [Candidate(who, lambda model=model, who=who: steps(bench, model, recipe, who == "dimr"), flops, model)
@@ -382,9 +397,9 @@ def autoencoder(bench):
     precision, batch = bench.precisions[0], bench.batch or (16 if bench.cuda else 1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     torch.manual_seed(0)
-    models, found = {"dimr": vae.VAE()}, others("diffusers")
-    if found:
-        models["diffusers"] = found[0].AutoencoderKL(
+    models = {"dimr": vae.VAE()}
+    if found := other("diffusers", "AutoencoderKL"):
+        models["diffusers"] = found(
             in_channels=3, out_channels=3, latent_channels=4, layers_per_block=2, block_out_channels=vae.WIDTHS,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     models = {k: m.eval().requires_grad_(False).to(bench.device, dtype) for k, m in models.items()}
@@ -400,7 +415,8 @@ def autoencoder(bench):
         return function
 
     for direction, value in (("encode", x), ("decode", z)):
-        bench.compare(f"VAE {direction}", [Candidate(k, lambda m=m: call(m, direction, value), None) for k, m in models.items()], precision, batch)
+        bench.compare(f"VAE {direction}", [Candidate(k, lambda m=m: call(m, direction, value), None, m) for k, m in models.items()],
+                      precision, batch)
 
 
 def inception(bench):
@@ -409,24 +425,24 @@ def inception(bench):
     images = torch.randint(256, (batch, 256, 256, 3), dtype=torch.uint8, device=bench.device)
     planes, unit = images.permute(0, 3, 1, 2).contiguous(), images.permute(0, 3, 1, 2).float() / 255
     models = {"dimr": (fid.Inception().to(memory_format=torch.channels_last), images)}
-    unloaded = mock.patch.object(nn.Module, "load_state_dict")  # their weights would be downloaded
-    if found := others("torch_fidelity.feature_extractor_inceptionv3"):
-        with mock.patch.object(found[0], "load_state_dict_from_url", return_value={}), unloaded:
-            models["torch-fidelity"] = (found[0].FeatureExtractorInceptionV3("random", ["2048", "logits_unbiased"]), planes)
-    if found := others("pytorch_fid.inception"):
-        with mock.patch.object(found[0], "load_state_dict_from_url", return_value={}), unloaded:
-            models["pytorch-fid"] = (found[0].InceptionV3([3]), unit)
+    for name, module, kind, options, value in (
+        ("torch-fidelity", "torch_fidelity.feature_extractor_inceptionv3", "FeatureExtractorInceptionV3", ("random", ["2048", "logits_unbiased"]), planes),
+        ("pytorch-fid", "pytorch_fid.inception", "InceptionV3", ([3],), unit),
+    ):
+        if found := other(module, kind):  # without their weights, which would be downloaded
+            with mock.patch(f"{module}.load_state_dict_from_url", return_value={}), mock.patch.object(nn.Module, "load_state_dict"):
+                models[name] = (found(*options), value)
+    for model, _ in models.values():
+        model.eval().requires_grad_(False).to(bench.device)
 
     def call(model, value):
-        model = model.eval().requires_grad_(False).to(bench.device)
-
         def function():
             with torch.inference_mode():
                 model(value)
 
         return function
 
-    bench.compare("Inception features", [Candidate(k, lambda m=m: call(*m), None) for k, m in models.items()], "fp32", batch)
+    bench.compare("Inception features", [Candidate(k, lambda m=m: call(*m), None, m[0]) for k, m in models.items()], "fp32", batch)
 
 
 def metrics(bench):
@@ -526,13 +542,18 @@ def about():
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON on stdout.")
 def main(parts, device, variant, batch, against, seconds, compiled, as_json):
     cli.keep_memory()
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means it, as in the product
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     bench = Bench(parallel.pick_device(device), seconds, against, variant, batch, compiled)
     click.echo(machine(bench.device), err=True)
-    for part in parts or PARTS:
-        PARTS[part](bench)
-        gc.collect()
-    if as_json:
-        click.echo(json.dumps([dataclasses.asdict(row) for row in bench.rows], indent=1))
+    try:
+        for part in parts or PARTS:
+            PARTS[part](bench)
+            gc.collect()
+    finally:
+        if as_json:
+            click.echo(json.dumps([dataclasses.asdict(row) for row in bench.rows], indent=1))
 
 
 if __name__ == "__main__":

@@ -297,7 +297,7 @@ sampling_options = shared(
     click.option("--vae", help="The VAE of latent models: a name or a file [default: the run's, else sd-vae-ft-ema]."),
     click.option("--batch-size", type=POSITIVE, help="Images at once, per process."),
     precision_option,
-    click.option("--compile", "compiled", is_flag=True, help="torch.compile: a minute at the start, then faster; for thousands of images."),
+    click.option("--compile", "compiled", is_flag=True, help="torch.compile for the network: about a minute at the start, then faster; for thousands of images."),
     device_option,
 )
 

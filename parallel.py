@@ -4,7 +4,6 @@ torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process o
 
 import contextlib
 import datetime
-import importlib
 import os
 import time
 import uuid
@@ -12,11 +11,16 @@ import warnings
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  (see below)
 from torch.nn.parallel import DistributedDataParallel
 
 from storage import UserError
 
 JOIN = 1800  # seconds for all processes to come
+
+# Functions in torch.distributed.nn keep, as defaults, the process group that exists when they are imported, and
+# DistributedDataParallel imports them: after start(), if not above. The group's threads then outlive stop(), and now and
+# then abort Python's exit.
 
 
 def rank():
@@ -48,15 +52,14 @@ def pick_device(name="auto"):
 
 
 def start(device, minutes=30):
-    """Join the other processes (NCCL on GPUs, gloo on CPUs). A lost peer is an error after that many at most."""
+    """Join the other processes (NCCL on GPUs, gloo on CPUs), which have to come within JOIN. Later a lost peer is an error
+    after `minutes` at most."""
     if world_size() > 1 and not dist.is_initialized():
-        # Functions in there keep, as defaults, the group that exists when they are defined. DistributedDataParallel
-        # imports them late; the group's threads would then outlive stop() and now and then abort Python's exit.
-        importlib.import_module("torch.distributed.nn.functional")
         store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN)))
+        store, timeout = _fresh(store), datetime.timedelta(minutes=minutes)
+        store.set_timeout(timeout)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_fresh(store), rank=rank(), world_size=world_size(),
-                                timeout=datetime.timedelta(minutes=minutes))  # fmt: skip
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout)
 
 
 def _fresh(store):
@@ -64,23 +67,17 @@ def _fresh(store):
     find, and try to reach, those that came before them (pytorch issue 135712).
 
     Each process leaves a word that was never used before; rank 0 answers each with its own until that is confirmed."""
-    word = uuid.uuid4().hex
+    word, deadline = uuid.uuid4().hex, time.monotonic() + JOIN
     store.set(f"word/{rank()}", word)
     if not is_main():
         common = store.get(word).decode()
         store.set(common + word, "")
         return dist.PrefixStore(common, store)
-    others, answered, deadline = list(range(1, world_size())), None, time.monotonic() + JOIN
-    while others:
-        other = store.get(f"word/{others[-1]}").decode()
-        if other != answered:  # else the last start's, or one that has not come to confirm
-            store.set(other, word)
-            answered = other
-        if store.check([word + other]):
-            others.pop()
-        elif time.monotonic() > deadline:
-            raise UserError(f"rank {others[-1]} did not join within {JOIN // 60} minutes; see its own message")
-        else:
+    for other in range(1, world_size()):
+        while not store.check([word + (theirs := store.get(f"word/{other}").decode())]):
+            store.set(theirs, word)  # it may be the last start's word, which its own replaces
+            if time.monotonic() > deadline:
+                raise UserError(f"rank {other} did not join within {JOIN // 60} minutes; see its own message")
             time.sleep(0.005)
     return dist.PrefixStore(word, store)
 

@@ -1,4 +1,4 @@
-"""The benchmark script: its rows, its ceilings, and the comparison with a checkout of the release."""
+"""The benchmark script: its rows and what it counts. The comparison with the release needs a checkout and is not tested."""
 
 import json
 
@@ -23,22 +23,20 @@ def test_rows_say_what_was_measured(monkeypatch):
     assert [row["name"] for row in rows] == ["training step demo, dimr", "sampling demo, 2m 25 NFE, dimr", "sampling demo, dpm-fast 50 NFE, dimr"]
     for row in rows:
         assert {"name", "device", "precision", "batch", "seconds", "throughput", "share", "peak_bytes", "ratio"} <= row.keys()
-        assert row["device"] == "cpu" and row["batch"] == 8 and row["ratio"] is None and 0 < row["share"] < 1.5
+        assert row["device"] == "cpu" and row["batch"] == 8 and row["ratio"] is None and row["share"] > 0
         assert row["throughput"] == pytest.approx(8 / row["seconds"]) and row["name"] in done.stderr
 
 
 def test_a_share_is_of_the_ceiling_and_a_ratio_of_the_first(monkeypatch):
-    monkeypatch.setitem(bench.Bench.SIDE, "cpu", 1024)
-    measured = bench.Bench(torch.device("cpu"), seconds=0.2)
-    top, flops = measured.ceiling("fp32")
-
-    def twice():
-        top()
-        top()
-
-    measured.compare("product", [bench.Candidate("once", lambda: top, flops), bench.Candidate("twice", lambda: twice, flops)])
-    once, doubled = measured.rows
-    assert once.ratio is None and 0.7 < once.share < 1.4 and 0.35 < doubled.share < 0.7 and 1.5 < doubled.ratio < 2.7
+    """On a clock of our own: the ceiling takes 2 seconds, the candidates 4 and 10."""
+    clock = iter([4, 4, 10, *3 * [2, 4, 10]])  # both warm, the first twice; then three rounds
+    monkeypatch.setattr(bench.Bench, "timed", lambda self, function: next(clock))
+    monkeypatch.setattr(bench.Bench, "ceiling", lambda self, precision: (lambda: None, 600))
+    measured = bench.Bench(torch.device("cpu"), seconds=0)
+    measured.compare("product", [bench.Candidate("one", lambda: print, 900), bench.Candidate("other", lambda: print, 300)], batch=8)
+    one, other = measured.rows
+    assert (one.seconds, one.throughput, one.share, one.ratio, one.spread) == (4, 2, 900 / 4 / (600 / 2), None, 0)
+    assert (other.seconds, other.share, other.ratio) == (10, 300 / 10 / (600 / 2), 2.5)
 
 
 def test_anything_but_a_checkout_is_refused_in_one_line(tmp_path):

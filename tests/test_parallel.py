@@ -72,7 +72,7 @@ def test_demo_has_the_same_losses_on_one_two_and_four_processes_and_two_nodes(di
 
 
 LEAVE = """
-import sys
+import contextlib
 from pathlib import Path
 import torch
 import parallel
@@ -80,8 +80,9 @@ device = torch.device("cpu")
 parallel.start(device)
 parallel.wrap(torch.nn.Linear(2, 2), device)(torch.ones(1, 2)).sum().backward()
 parallel.stop()
-names = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
-assert not any("gloo" in name for name in names), names
+for task in Path("/proc/self/task").glob("*/comm"):
+    with contextlib.suppress(FileNotFoundError):  # others may end meanwhile
+        assert "gloo" not in task.read_text()
 """
 
 
