@@ -414,10 +414,15 @@ class _Steps(torch.utils.data.Dataset):
             return error
 
 
+STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+HELD = STOPS | {signal.SIGCHLD}  # while workers start
+
+
 def _follow(_):
     """A worker leaves signals to stop to the main process, which may have a batch to finish, and ends when that does."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
     def wait():
         multiprocessing.parent_process().join()
@@ -447,13 +452,17 @@ def loader(data, steps, workers=None, on_bad="error", pin=False):
     )  # fmt: skip
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if main and workers else None
-    others = set(multiprocessing.active_children())
-    batches = iter(reader)
-    kill = functools.partial(_kill, set(multiprocessing.active_children()) - others)
-    atexit.register(kill)  # or Python would wait for ever, at its end, for workers that ignore its SIGTERM
-    if handler is not None:  # PyTorch's would raise for a dead worker wherever the main thread is, not only here
-        signal.signal(signal.SIGCHLD, handler)
+    others, kill = set(multiprocessing.active_children()), None
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # a worker that is not yet deaf to them would die of them
     try:
+        try:
+            batches = iter(reader)
+            kill = functools.partial(_kill, set(multiprocessing.active_children()) - others)
+            atexit.register(kill)  # or Python would wait for ever, at its end, for workers that ignore its SIGTERM
+            if handler is not None:  # PyTorch's would raise for a dead worker wherever the main thread is, not only here
+                signal.signal(signal.SIGCHLD, handler)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch

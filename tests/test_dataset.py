@@ -363,6 +363,20 @@ def test_a_process_that_abandons_its_loader_still_ends(folder):
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60).returncode == 3
 
 
+def test_a_worker_told_to_stop_as_it_starts_goes_on(folder, monkeypatch):
+    follow = dataset._follow
+
+    def told(number):
+        for stop in dataset.STOPS:
+            os.kill(os.getpid(), stop)
+        follow(number)
+
+    monkeypatch.setattr(dataset, "_follow", told)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert len(list(dataset.loader(dataset.ImageFolder(folder), [([0], [False])] * 5, 2))) == 5
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
 def test_workers_end_with_a_killed_process(folder):
     script = f"""
         import multiprocessing, time, torch, dataset
