@@ -415,14 +415,13 @@ class _Steps(torch.utils.data.Dataset):
 
 
 STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-HELD = STOPS | {signal.SIGCHLD}  # while workers start
 
 
 def _follow(_):
     """A worker leaves signals to stop to the main process, which may have a batch to finish, and ends when that does."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
     def wait():
         multiprocessing.parent_process().join()
@@ -453,7 +452,7 @@ def loader(data, steps, workers=None, on_bad="error", pin=False):
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if main and workers else None
     others, kill = set(multiprocessing.active_children()), None
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # a worker that is not yet deaf to them would die of them
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a worker that is not yet deaf to them would die of them
     try:
         try:
             batches = iter(reader)
