@@ -324,16 +324,16 @@ def train(bench):
         torch._dynamo.reset()
         recipe = training.Recipe(batch_size=batch, precision=precision, compile=bench.cuda or bench.compiled)
         flops = 6 * sum(config.macs) * batch
-        candidates = [Candidate(who, lambda model=model, who=who: steps(bench, model, recipe, who == "dimr"), flops, model)
+        candidates = [Candidate(who, lambda model=model: steps(bench, model, recipe), flops, model)
                       for who, model in networks(bench, config)]
         bench.compare(f"training step {name}", candidates, precision, batch)
 
 
-def steps(bench, model, recipe, compiled):
+def steps(bench, model, recipe):
     config, device = model.config, bench.device
     with mock.patch.object(dimr, "DiMR", lambda _: model):
         state = training.State(config, recipe, device)
-    if recipe.compile and compiled:
+    if recipe.compile and not isinstance(model, Release):
         model.compile()
     model.train()
     schedule, count = solver.SCHEDULES[config.space](), recipe.batch_size

@@ -414,7 +414,7 @@ class _Steps(torch.utils.data.Dataset):
             return error
 
 
-STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # signals that ask to save and end
 
 
 def _follow(_):

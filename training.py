@@ -370,12 +370,12 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
 
 
 class Stop(contextlib.AbstractContextManager):
-    """Remembers the first of SIGTERM, SIGINT, SIGUSR1 as `reason`, so that the loop can finish its step and save. A second
+    """Remembers the first of the signals to stop as `reason`, so that the loop can finish its step and save. A second
     SIGINT ends at once."""
 
     def __enter__(self):
         self.reason, self.interrupted = None, False
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        self.before = {n: signal.signal(n, self.note) for n in dataset.STOPS}
         return self
 
     def note(self, number, frame):

@@ -366,6 +366,13 @@ def test_few_images_and_unequal_sizes_are_remarked_on():
     assert "samples are 16×16, reference images 8×8" in remarks
 
 
+@pytest.mark.parametrize("count, warned", [(2047, True), (2048, False)])
+def test_fewer_images_than_inceptions_features_are_remarked_on(count, warned):
+    one = evaluation.Measured("", "", 256, count, evaluation.STANDARD, "", torch.zeros(2048), torch.zeros(1, 1))
+    found = [line for line in evaluation.remarks("fid", one, None) if "fewer" in line]
+    assert found == [f"{count:,} samples are fewer than the 2,048 features: distances are biased upwards"] * warned
+
+
 def test_the_papers_row_stands_beside():
     save_npz("samples.npz", photographs(20, 16))
     arguments = "fid", "samples.npz", "--ref", "samples.npz", "--against", "xl2r", *PLAIN
