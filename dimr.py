@@ -103,6 +103,13 @@ MLPS = {"geglu": GEGLU}
 # --------------------------------------------------------------------------------------------- blocks
 
 
+def attention(q, k, v):
+    """softmax(q·kᵀ/√d)·v over (B, heads, L, d)."""
+    if q.is_cpu and q.dtype == torch.float32 and q.shape[-2] <= 64:  # few tokens: the fused kernel's overhead is most of its time
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens."""
 
@@ -114,7 +121,7 @@ class Attention(nn.Module):
 
     def forward(self, x):  # (B, L, D)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class TransformerBlock(nn.Module):
@@ -185,7 +192,7 @@ class Branch(nn.Module):
         """`image` (B, C, H, W), `y` the branch before's features or None; `run(block, x, condition)` applies a block.
 
         Returns the noise at this resolution (B, C, h, w) and this branch's features (B, h·w, (blocks + 1)·D)."""
-        x = self.patchify(image).flatten(2).transpose(1, 2) + self.position  # (B, h·w, D)
+        x = self.patchify(image).flatten(2).transpose(1, 2).contiguous() + self.position  # (B, h·w, D), channels last for good
         if self.tokens:
             x = torch.cat([self.class_token(condition.y)[:, None], x], dim=1)
         else:

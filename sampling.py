@@ -10,6 +10,7 @@ batch size, nor number of processes, nor what else is drawn changes it."""
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -91,14 +92,22 @@ def autocast(device, precision):
 
 def for_inference(model, precision, compiled=False):
     """`model` in eval mode, compiled if asked. For "bf16" the weights that autocast would round in every call are kept
-    rounded."""
-    if precision == "bf16":
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-                module.to(torch.bfloat16)
+    rounded. For "fp32" on CPUs Linear layers without gradients run in oneDNN, which takes a tenth less time."""
+    onednn = precision == "fp32" and not compiled and torch.backends.mkldnn.is_available()
+    for module in model.modules():
+        if precision == "bf16" and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.to(torch.bfloat16)
+        elif onednn and isinstance(module, torch.nn.Linear) and module.weight.is_cpu:
+            module.forward = functools.partial(onednn_linear, module)
     if compiled:
         model.compile()
     return model.eval()
+
+
+def onednn_linear(module, x):
+    if torch.is_grad_enabled():
+        return torch.nn.functional.linear(x, module.weight, module.bias)
+    return torch.ops.mkldnn._linear_pointwise(x, module.weight, module.bias, "none", [], "")
 
 
 def solve(model, schedule, classes, seeds, settings, device, precision="fp32", callback=None):

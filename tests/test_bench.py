@@ -1,4 +1,5 @@
-"""The benchmark script: its rows and what it counts. The comparison with the release needs a checkout and is not tested."""
+"""The benchmark script: its rows and what it counts, and the fast paths it led to. The comparison with the release needs
+a checkout and is not tested."""
 
 import json
 
@@ -53,3 +54,23 @@ def test_weights_rounded_once_give_what_autocast_rounds_every_time():
         found = sampling.for_inference(model, "bf16")(x, tau, y)
     assert model.branches[0].out.weight.dtype == torch.bfloat16 and model.branches[0].blocks[0].norm1.gamma.p1.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_linear_layers_in_onednn_compute_the_same_and_leave_gradients_right():
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch was built without oneDNN")
+    torch.manual_seed(0)
+    model = dimr.DiMR(dimr.VARIANTS["demo"]).eval()
+    x, tau, y = bench.inputs(model.config, 4, torch.device("cpu"))
+
+    def passes():
+        with torch.inference_mode():
+            out = model(x, tau, y)
+        return [*out, *torch.autograd.grad(model(x, tau, y)[-1].square().sum(), model.branches[0].blocks[0].mlp.w0.weight)]
+
+    expected = passes()
+    sampling.for_inference(model, "fp32")
+    found = passes()
+    assert model.branches[0].blocks[0].mlp.w0.forward.func is sampling.onednn_linear
+    for ours, plain in zip(found, expected):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)

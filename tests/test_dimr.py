@@ -200,6 +200,26 @@ def test_training_and_sampling_compile_one_graph_each():
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("tokens", [1, 17, 64, 65])
+def test_attention_is_pytorchs_for_any_number_of_tokens(tokens):
+    torch.manual_seed(0)
+    qkv, results = torch.randn(3, 2, 4, tokens, 12, requires_grad=True), []
+    for function in (dimr.attention, torch.nn.functional.scaled_dot_product_attention):
+        out = function(*qkv)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), qkv)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_features_lie_channels_last_throughout():
+    """In the other order a depthwise convolution takes several times as long, and each norm copies."""
+    model, strides = build(dataclasses.replace(SMALL, layers=(3, 5))), []
+    for module in model.modules():
+        if isinstance(module, dimr.TransformerBlock | dimr.ConvNeXtBlock):
+            module.register_forward_pre_hook(lambda _, inputs: strides.append(inputs[0].is_contiguous()))
+    model(torch.randn(3, 2, 8, 8), torch.randn(3), torch.tensor([0, 1, 5]))
+    assert strides == [True] * 8
+
+
 @pytest.mark.parametrize("norm", dimr.NORMS)
 def test_norms_keep_their_statistics_in_float32_under_bf16(norm):
     torch.manual_seed(0)
