@@ -19,6 +19,7 @@ from storage import VERSION, UserError
 # What the machine refuses (full, read-only or forbidden storage) is foreseen; any other OSError is a bug of ours.
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
             errno.EEXIST}  # fmt: skip
+NO_ROOM = "No usable temporary directory"  # how Python begins to say that it can write none, which PyTorch asks for
 
 
 class Group(click.Group):
@@ -32,7 +33,7 @@ class Group(click.Group):
         except UserError as error:
             raise click.ClickException(rank + " ".join(str(error).split())) from None
         except OSError as error:
-            if error.errno not in REFUSALS:
+            if error.errno not in REFUSALS and not str(error.strerror).startswith(NO_ROOM):
                 raise
             what = f"{error.filename or 'output'}: {error.strerror}; free space or choose another place"
             raise click.ClickException(rank + what) from None

@@ -241,6 +241,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(places, tmp_pat
     assert not finals and not runs.checkpoints(places["out"])
 
 
+def test_no_room_for_temporary_files_is_one_line():
+    """PyTorch asks for a folder for them when it first imports its compiler."""
+    with full_disk(0):
+        done = subprocess.run([sys.executable, "-m", "cli", "info", "--variant", "demo", "--micro-batch", "4"], capture_output=True,
+                              text=True, cwd=Path(cli.__file__).parent, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r"Error: output: No usable temporary directory found in .*; free space or choose another place\n", done.stderr)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of its own with room for 16 kB."""
