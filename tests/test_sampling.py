@@ -141,7 +141,7 @@ def test_processes_share_the_work_and_write_the_same_set(trained, tmp_path):
 
 
 def test_an_interrupted_set_goes_on_where_it_stopped(trained, tmp_path):
-    command = ["sample", "--weights", str(trained), "--balanced", "-n", "400", "--batch-size", "2", "--steps", "20", "--device", "cpu", "--out"]
+    command = ["sample", "--weights", str(trained), "--balanced", "-n", "200", "--batch-size", "2", "--steps", "20", "--device", "cpu", "--out"]
     victim = subprocess.Popen([sys.executable, "-m", "cli", *command, str(tmp_path / "cut.npz")], cwd=tmp_path, stderr=subprocess.DEVNULL,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     log = tmp_path / "cut.npz.partial" / "done-0"
@@ -151,12 +151,11 @@ def test_an_interrupted_set_goes_on_where_it_stopped(trained, tmp_path):
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     before = log.read_text().split("\n")[:-1]
-    assert 5 <= len(before) < 200 and not (tmp_path / "cut.npz").exists()
-    stopped = (tmp_path / "cut.npz.partial" / "images.npy").stat().st_mtime_ns
+    assert 5 <= len(before) < 100 and not (tmp_path / "cut.npz").exists()
     dimr_command(*command, tmp_path / "cut.npz")
     dimr_command(*command, tmp_path / "whole.npz")
     cut, whole = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("cut", "whole"))
-    assert np.array_equal(cut, whole) and stopped
+    assert np.array_equal(cut, whole)
 
 
 def test_a_set_drawn_otherwise_is_not_mixed_in(trained, tmp_path):
