@@ -150,7 +150,7 @@ def main():
     """DiMR: multi-resolution diffusion for class-conditional images (arXiv:2406.09416).
 
     \b
-    dimr demo                                  everything at once, on handwritten digits, in three minutes
+    dimr demo                                  everything at once, on handwritten digits, in two minutes
     dimr encode --res 256                      ImageNet to latents            -> data/latents-256
     torchrun -m cli train --variant xl2r       train on them                  -> runs/xl2r
     dimr sample --class 388 --cfg 1.5          draw images from the newest run -> samples/
@@ -420,7 +420,7 @@ def curves(run):
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @json_option
 def demo(out, seed, as_json):
-    """The whole tool on real handwritten digits, offline, in about three minutes on two cores.
+    """The whole tool on real handwritten digits, offline, in about two minutes on two cores.
 
     Writes scikit-learn's digits as PNGs, trains a two-branch DiMR on half of them, draws a guided grid and judges it with
     a classifier that saw only the other half. Needs the extra `demo` (scikit-learn).
