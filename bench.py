@@ -47,7 +47,16 @@ import vae
 from storage import VERSION, write_json, writing
 
 # The digits network of the targets.
-DIGITS = dimr.Config(size=8, channels=1, layers=(5, 3), dims=(128, 64), heads=4, num_classes=10, null_class=True, space="pixel")
+DIGITS = dimr.Config(
+    size=8,
+    channels=1,
+    layers=(5, 3),
+    dims=(128, 64),
+    heads=4,
+    num_classes=10,
+    null_class=True,
+    space="pixel",
+)
 
 
 @dataclasses.dataclass
@@ -84,7 +93,14 @@ class Bench:
     SIDE = {"cuda": 8192, "cpu": 4096}  # of the ceiling's matrices
 
     def __init__(self, device, seconds=20, against=None, variant=None, batch=None, compiled=False):
-        self.device, self.seconds, self.against, self.variant, self.batch, self.rows = device, seconds, against, variant, batch, []
+        self.device, self.seconds, self.against, self.variant, self.batch, self.rows = (
+            device,
+            seconds,
+            against,
+            variant,
+            batch,
+            [],
+        )
         self.compiled = compiled
         self.cuda = device.type == "cuda"
 
@@ -94,7 +110,10 @@ class Bench:
 
     def ceiling(self, precision):
         """A function that multiplies two large random matrices, and its operations."""
-        n, dtype = self.SIDE[self.device.type], {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        n, dtype = (
+            self.SIDE[self.device.type],
+            {"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
+        )
         a, b, out = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(3))
         return lambda: torch.mm(a, b, out=out), 2 * n**3
 
@@ -125,7 +144,9 @@ class Bench:
             return next(int(entry.split()[1]) * 1024 for entry in lines if entry.startswith(field))
         return 0
 
-    def compare(self, part, candidates, precision="fp32", batch=1, items=None, unit="img/s", rounds=3):
+    def compare(
+        self, part, candidates, precision="fp32", batch=1, items=None, unit="img/s", rounds=3
+    ):
         """Time candidates in turns, the ceiling between them, and add a row for each. `items` of one call: `batch`."""
         functions, peaks = [], []
         for candidate in list(candidates):
@@ -139,13 +160,21 @@ class Bench:
                 if self.timed(function) < 10:  # warm: compilation, the allocator, caches
                     self.timed(function)
             except torch.cuda.OutOfMemoryError:
-                click.echo(f"left out, for it takes too much memory: {part}, {candidate.name}", err=True)
+                click.echo(
+                    f"left out, for it takes too much memory: {part}, {candidate.name}", err=True
+                )
                 candidates.remove(candidate)
                 continue
-            held = sum(p.numel() * p.element_size() for p in candidate.model.parameters()) if candidate.model else 0
+            held = (
+                sum(p.numel() * p.element_size() for p in candidate.model.parameters())
+                if candidate.model
+                else 0
+            )
             functions.append(function)
             peaks.append(max(self.memory(peak=True) - before, 0) + held)
-        top, top_flops = self.ceiling(precision) if any(c.flops for c in candidates) else (lambda: None, 0)
+        top, top_flops = (
+            self.ceiling(precision) if any(c.flops for c in candidates) else (lambda: None, 0)
+        )
         top()
         times, tops, begun = [[] for _ in functions], [], time.perf_counter()
         while len(tops) < rounds or time.perf_counter() - begun < self.seconds:
@@ -153,11 +182,34 @@ class Bench:
             for spent, function in zip(times, functions):
                 spent.append(self.timed(function))
         for candidate, spent, peak in zip(candidates, times, peaks):
-            share = statistics.median(candidate.flops / s / (top_flops / t) for s, t in zip(spent, tops)) if candidate.flops else None
-            ratio = statistics.median(s / first for s, first in zip(spent, times[0])) if spent is not times[0] else None
+            share = (
+                statistics.median(
+                    candidate.flops / s / (top_flops / t) for s, t in zip(spent, tops)
+                )
+                if candidate.flops
+                else None
+            )
+            ratio = (
+                statistics.median(s / first for s, first in zip(spent, times[0]))
+                if spent is not times[0]
+                else None
+            )
             seconds = statistics.median(spent)
-            self.add(Row(f"{part}, {candidate.name}", self.device.type, precision, batch, seconds, spread(spent),
-                         (items or batch) / seconds, unit, share, peak or None, ratio))
+            self.add(
+                Row(
+                    f"{part}, {candidate.name}",
+                    self.device.type,
+                    precision,
+                    batch,
+                    seconds,
+                    spread(spent),
+                    (items or batch) / seconds,
+                    unit,
+                    share,
+                    peak or None,
+                    ratio,
+                )
+            )
 
     def add(self, row):
         self.rows.append(row)
@@ -173,9 +225,13 @@ def spread(values):
 
 
 def line(row):
-    cells = [f"{row.name:<58} {row.precision:<5} {row.batch:>6} {row.seconds * 1e3:>11,.2f} ms ±{row.spread:>4.0%} "
-             f"{row.throughput:>11,.4g} {row.unit:<7}", f"{row.share:6.3f}" if row.share else " " * 6,
-             f"{row.peak_bytes / 1e9:8.2f} GB" if row.peak_bytes else " " * 11, f"× {row.ratio:.2f}" if row.ratio else ""]
+    cells = [
+        f"{row.name:<58} {row.precision:<5} {row.batch:>6} {row.seconds * 1e3:>11,.2f} ms ±{row.spread:>4.0%} "
+        f"{row.throughput:>11,.4g} {row.unit:<7}",
+        f"{row.share:6.3f}" if row.share else " " * 6,
+        f"{row.peak_bytes / 1e9:8.2f} GB" if row.peak_bytes else " " * 11,
+        f"× {row.ratio:.2f}" if row.ratio else "",
+    ]
     return " ".join(cells).rstrip()
 
 
@@ -187,10 +243,14 @@ def other(name, attribute):
     try:
         with contextlib.suppress(ImportError):
             importlib.import_module("torchvision")
-    except RuntimeError:  # it expects two compiled operators, which one beside a CPU build of PyTorch does not have
+    except (
+        RuntimeError
+    ):  # it expects two compiled operators, which one beside a CPU build of PyTorch does not have
         for operator in ("nms", "qnms"):
             with contextlib.suppress(RuntimeError):
-                TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                TORCHVISION.define(
+                    f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                )
     try:
         return getattr(importlib.import_module(name), attribute)
     except (ImportError, RuntimeError) as error:
@@ -214,8 +274,15 @@ class Release(nn.Module):
             input_feature_ratio=config.size // grid, final_kernel_size=3, dropout_prob=0)
             for r, (dim, layers, grid) in enumerate(zip(config.dims, config.layers, config.grids))]  # fmt: skip
         norm = {"tdln": "LN", "tdrms": "TDRMSN"}[config.norm]
-        self.net = blocks.MRModel(types.SimpleNamespace(channels=config.channels, num_classes=config.embeddings, norm_type=norm,
-                                                        block_grad_to_lowres=False, stage_configs=stages))
+        self.net = blocks.MRModel(
+            types.SimpleNamespace(
+                channels=config.channels,
+                num_classes=config.embeddings,
+                norm_type=norm,
+                block_grad_to_lowres=False,
+                stage_configs=stages,
+            )
+        )
         self.config, self.tuned = config, tuned
         if tuned:
             for block in (b for stage in self.net.stages for b in stage.blocks):
@@ -226,14 +293,21 @@ class Release(nn.Module):
         """Its module of blocks; stand-ins for what that imports of others."""
         layers = types.ModuleType("timm.models.layers")
         layers.trunc_normal_ = nn.init.trunc_normal_
-        strangers = {name: types.ModuleType(name) for name in ("timm", "timm.models", "einops")} | {layers.__name__: layers}
+        strangers = {name: types.ModuleType(name) for name in ("timm", "timm.models", "einops")} | {
+            layers.__name__: layers
+        }
         absent = {name: module for name, module in strangers.items() if name not in sys.modules}
         sys.modules.update(absent)
         try:
-            with mock.patch.object(sys, "path", [str(checkout), *sys.path]), torch._dynamo.config.patch(suppress_errors=False):  # it sets that
+            with (
+                mock.patch.object(sys, "path", [str(checkout), *sys.path]),
+                torch._dynamo.config.patch(suppress_errors=False),
+            ):  # it sets that
                 return importlib.import_module("libs.core.blocks")
         except ImportError as error:
-            raise click.ClickException(f"--against {checkout}: {error}; expected a checkout of the authors' release") from None
+            raise click.ClickException(
+                f"--against {checkout}: {error}; expected a checkout of the authors' release"
+            ) from None
         finally:
             for name in absent:
                 del sys.modules[name]
@@ -255,7 +329,10 @@ def networks(bench, config):
     yield "dimr", ours
     if bench.against:
         released = dimr.to_released(ours)
-        for name, tuned in (("release as it is", False), ("release without recomputation, warnings", True)):
+        for name, tuned in (
+            ("release as it is", False),
+            ("release without recomputation, warnings", True),
+        ):
             theirs = Release(bench.against, config, tuned).to(bench.device)
             theirs.net.load_state_dict(released)
             x, tau, y = inputs(config, 2, bench.device)
@@ -269,7 +346,11 @@ def inputs(config, batch, device):
     """Noisy images, one time for all, classes."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, config.channels, config.size, config.size, generator=generator)
-    return x.to(device), torch.full((1,), 0.3, device=device), (torch.arange(batch) % config.num_classes).to(device)
+    return (
+        x.to(device),
+        torch.full((1,), 0.3, device=device),
+        (torch.arange(batch) % config.num_classes).to(device),
+    )
 
 
 # --------------------------------------------------------------------------------------------- parts
@@ -278,12 +359,25 @@ def inputs(config, batch, device):
 def ceilings(bench):
     """What the machine can do: matrix products and copies."""
     for precision in ("fp32", "bf16"):
-        bench.compare("ceiling", [Candidate("matrix product", lambda: bench.ceiling(precision)[0])], precision, 0,
-                      bench.ceiling(precision)[1] / 1e12, "TFLOP/s")
+        bench.compare(
+            "ceiling",
+            [Candidate("matrix product", lambda: bench.ceiling(precision)[0])],
+            precision,
+            0,
+            bench.ceiling(precision)[1] / 1e12,
+            "TFLOP/s",
+        )
     n = 2**30 if bench.cuda else 2**28
     source = torch.randn(n // 4, device=bench.device)
     target = torch.empty_like(source)
-    bench.compare("ceiling", [Candidate("copy, read and written", lambda: lambda: target.copy_(source))], "fp32", 0, 2 * n / 1e9, "GB/s")
+    bench.compare(
+        "ceiling",
+        [Candidate("copy, read and written", lambda: lambda: target.copy_(source))],
+        "fp32",
+        0,
+        2 * n / 1e9,
+        "GB/s",
+    )
 
 
 def network(bench):
@@ -293,11 +387,20 @@ def network(bench):
     flops = 2 * sum(config.macs) * batch
     for precision in bench.precisions:
         candidates = []
-        for name, model in list(networks(bench, config)):  # all have their weights before ours are rounded
+        for name, model in list(
+            networks(bench, config)
+        ):  # all have their weights before ours are rounded
             model.eval().requires_grad_(False)
             if name == "dimr":
                 model = sampling.for_inference(model, precision, bench.compiled)
-            candidates.append(Candidate(name, lambda model=model: forward(bench, model, config, batch, precision), flops, model))
+            candidates.append(
+                Candidate(
+                    name,
+                    lambda model=model: forward(bench, model, config, batch, precision),
+                    flops,
+                    model,
+                )
+            )
         bench.compare(f"forward {variant}", candidates, precision, batch)
 
 
@@ -314,18 +417,27 @@ def forward(bench, model, config, batch, precision):
 def train(bench):
     """Training steps: forward and backward pass, AdamW, EMA."""
     if bench.cuda:
-        jobs = [(v, dimr.VARIANTS[v], bench.batch or (32 if v == "xl3r" else 64), "bf16")
-                for v in ([bench.variant] if bench.variant else ["xl2r", "m3r", "xl3r"])]
+        jobs = [
+            (v, dimr.VARIANTS[v], bench.batch or (32 if v == "xl3r" else 64), "bf16")
+            for v in ([bench.variant] if bench.variant else ["xl2r", "m3r", "xl3r"])
+        ]
     elif bench.variant:
         jobs = [(bench.variant, dimr.VARIANTS[bench.variant], bench.batch or 1, "fp32")]
     else:
-        jobs = [("digits", DIGITS, bench.batch or 128, "fp32"), ("demo", dimr.VARIANTS["demo"], bench.batch or 32, "fp32")]
+        jobs = [
+            ("digits", DIGITS, bench.batch or 128, "fp32"),
+            ("demo", dimr.VARIANTS["demo"], bench.batch or 32, "fp32"),
+        ]
     for name, config, batch, precision in jobs:
         torch._dynamo.reset()
-        recipe = training.Recipe(batch_size=batch, precision=precision, compile=bench.cuda or bench.compiled)
+        recipe = training.Recipe(
+            batch_size=batch, precision=precision, compile=bench.cuda or bench.compiled
+        )
         flops = 6 * sum(config.macs) * batch
-        candidates = [Candidate(who, lambda model=model: steps(bench, model, recipe), flops, model)
-                      for who, model in networks(bench, config)]
+        candidates = [
+            Candidate(who, lambda model=model: steps(bench, model, recipe), flops, model)
+            for who, model in networks(bench, config)
+        ]
         bench.compare(f"training step {name}", candidates, precision, batch)
 
 
@@ -339,13 +451,17 @@ def steps(bench, model, recipe):
     schedule, count = solver.SCHEDULES[config.space](), recipe.batch_size
     generator, shape = torch.Generator().manual_seed(2), (config.channels, config.size, config.size)
     if config.space == "pixel":
-        images = torch.randint(256, (count, *shape), generator=generator, dtype=torch.uint8).to(device)
+        images = torch.randint(256, (count, *shape), generator=generator, dtype=torch.uint8).to(
+            device
+        )
     else:
         images = torch.randn(count, 2, *shape, generator=generator).half().to(device)
     labels = (torch.arange(count) % config.num_classes).to(device)
 
     def function():
-        sums, _ = training.losses(model, config, schedule, recipe, images, labels, state.step * count)
+        sums, _ = training.losses(
+            model, config, schedule, recipe, images, labels, state.step * count
+        )
         loss = sums.sum() / count
         loss.backward(1 + 0 * loss.detach())
         state.update()
@@ -359,15 +475,29 @@ def sample(bench):
     config, precision = dimr.VARIANTS[variant], bench.precisions[0]
     made = list(networks(bench, config))
     for preset in ("everyday", "paper"):
-        settings = sampling.Settings(cfg=1.5 if config.null_class else 1, preset=preset).resolved(config)
+        settings = sampling.Settings(cfg=1.5 if config.null_class else 1, preset=preset).resolved(
+            config
+        )
         candidates = []
         for name, model in made:
             model.eval().requires_grad_(False)
             if name == "dimr":
                 model = sampling.for_inference(model, precision, bench.compiled)
-            candidates.append(Candidate(name, lambda model=model: solved(bench, model, config, settings, batch, precision),
-                                        settings.steps * (1 + config.null_class) * 2 * sum(config.macs) * batch, model))
-        bench.compare(f"sampling {variant}, {settings.solver} {settings.steps} NFE", candidates, precision, batch, rounds=1)
+            candidates.append(
+                Candidate(
+                    name,
+                    lambda model=model: solved(bench, model, config, settings, batch, precision),
+                    settings.steps * (1 + config.null_class) * 2 * sum(config.macs) * batch,
+                    model,
+                )
+            )
+        bench.compare(
+            f"sampling {variant}, {settings.solver} {settings.steps} NFE",
+            candidates,
+            precision,
+            batch,
+            rounds=1,
+        )
 
 
 def solved(bench, model, config, settings, batch, precision):
@@ -387,7 +517,15 @@ def solved(bench, model, config, settings, batch, precision):
 
     def function():
         with mock.patch.object(solver, "denoiser", denoiser):
-            sampling.solve(model, solver.SCHEDULES[config.space](), classes, range(batch), settings, bench.device, precision)
+            sampling.solve(
+                model,
+                solver.SCHEDULES[config.space](),
+                classes,
+                range(batch),
+                settings,
+                bench.device,
+                precision,
+            )
 
     return function
 
@@ -400,8 +538,14 @@ def autoencoder(bench):
     models = {"dimr": vae.VAE()}
     if found := other("diffusers", "AutoencoderKL"):
         models["diffusers"] = found(
-            in_channels=3, out_channels=3, latent_channels=4, layers_per_block=2, block_out_channels=vae.WIDTHS,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            layers_per_block=2,
+            block_out_channels=vae.WIDTHS,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
     models = {k: m.eval().requires_grad_(False).to(bench.device, dtype) for k, m in models.items()}
     models["dimr"].to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, 256, 256, device=bench.device, dtype=dtype)
@@ -415,8 +559,15 @@ def autoencoder(bench):
         return function
 
     for direction, value in (("encode", x), ("decode", z)):
-        bench.compare(f"VAE {direction}", [Candidate(k, lambda m=m: call(m, direction, value), None, m) for k, m in models.items()],
-                      precision, batch)
+        bench.compare(
+            f"VAE {direction}",
+            [
+                Candidate(k, lambda m=m: call(m, direction, value), None, m)
+                for k, m in models.items()
+            ],
+            precision,
+            batch,
+        )
 
 
 def inception(bench):
@@ -426,11 +577,20 @@ def inception(bench):
     planes, unit = images.permute(0, 3, 1, 2).contiguous(), images.permute(0, 3, 1, 2).float() / 255
     models = {"dimr": (fid.Inception().to(memory_format=torch.channels_last), images)}
     for name, module, kind, options, value in (
-        ("torch-fidelity", "torch_fidelity.feature_extractor_inceptionv3", "FeatureExtractorInceptionV3", ("random", ["2048", "logits_unbiased"]), planes),
+        (
+            "torch-fidelity",
+            "torch_fidelity.feature_extractor_inceptionv3",
+            "FeatureExtractorInceptionV3",
+            ("random", ["2048", "logits_unbiased"]),
+            planes,
+        ),
         ("pytorch-fid", "pytorch_fid.inception", "InceptionV3", ([3],), unit),
     ):
         if found := other(module, kind):  # without their weights, which would be downloaded
-            with mock.patch(f"{module}.load_state_dict_from_url", return_value={}), mock.patch.object(nn.Module, "load_state_dict"):
+            with (
+                mock.patch(f"{module}.load_state_dict_from_url", return_value={}),
+                mock.patch.object(nn.Module, "load_state_dict"),
+            ):
                 models[name] = (found(*options), value)
     for model, _ in models.values():
         model.eval().requires_grad_(False).to(bench.device)
@@ -442,7 +602,12 @@ def inception(bench):
 
         return function
 
-    bench.compare("Inception features", [Candidate(k, lambda m=m: call(*m), None, m[0]) for k, m in models.items()], "fp32", batch)
+    bench.compare(
+        "Inception features",
+        [Candidate(k, lambda m=m: call(*m), None, m[0]) for k, m in models.items()],
+        "fp32",
+        batch,
+    )
 
 
 def metrics(bench):
@@ -452,25 +617,50 @@ def metrics(bench):
     generator = torch.Generator().manual_seed(0)
     moments = []
     for count in (5000, 5000):
-        rows = torch.randn(count, fid.POOL, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 2, fid.POOL)
+        rows = torch.randn(
+            count, fid.POOL, generator=generator, dtype=torch.float64
+        ) * torch.linspace(0.1, 2, fid.POOL)
         moments += [rows.mean(0).numpy(), np.cov(rows.numpy(), rowvar=False)]
 
     def scipys():
         mean_1, covariance_1, mean_2, covariance_2 = moments
         root = scipy.linalg.sqrtm(covariance_1 @ covariance_2)
-        return ((mean_1 - mean_2) ** 2).sum() + np.trace(covariance_1 + covariance_2 - 2 * root.real)
+        return ((mean_1 - mean_2) ** 2).sum() + np.trace(
+            covariance_1 + covariance_2 - 2 * root.real
+        )
 
     ours = fid.frechet_distance(*moments)
     if not np.isclose(ours, scipys(), rtol=1e-6):
         raise click.ClickException(f"Fréchet distance {ours}, by SciPy {scipys()}")
-    bench.compare("Fréchet distance, 2,048 features", [Candidate("dimr", lambda: lambda: fid.frechet_distance(*moments)),
-                                                       Candidate("scipy.linalg.sqrtm", lambda: scipys)], "fp64", 1, unit="/s")
-    real, fake = (torch.randn(n, fid.POOL, generator=generator).to(bench.device) for n in (50_000, 10_000))
+    bench.compare(
+        "Fréchet distance, 2,048 features",
+        [
+            Candidate("dimr", lambda: lambda: fid.frechet_distance(*moments)),
+            Candidate("scipy.linalg.sqrtm", lambda: scipys),
+        ],
+        "fp64",
+        1,
+        unit="/s",
+    )
+    real, fake = (
+        torch.randn(n, fid.POOL, generator=generator).to(bench.device) for n in (50_000, 10_000)
+    )
     before = bench.memory()
     seconds = bench.timed(lambda: fid.manifold_metrics(real, fake))
     held = (real.numel() + fake.numel()) * 4
-    bench.add(Row("precision and recall, 50,000 × 10,000", bench.device.type, "fp32", 1, seconds, 0, 60_000 / seconds, "img/s",
-                  peak_bytes=bench.memory(peak=True) - before + held))
+    bench.add(
+        Row(
+            "precision and recall, 50,000 × 10,000",
+            bench.device.type,
+            "fp32",
+            1,
+            seconds,
+            0,
+            60_000 / seconds,
+            "img/s",
+            peak_bytes=bench.memory(peak=True) - before + held,
+        )
+    )
 
 
 def readers(bench):
@@ -481,20 +671,36 @@ def readers(bench):
         (folder / "photographs" / "one").mkdir(parents=True)
         coarse = rng.integers(0, 256, (64, 24, 32, 3), np.uint8)
         for i, pixels in enumerate(coarse):
-            Image.fromarray(pixels).resize((500, 375), Image.BICUBIC).save(folder / "photographs" / "one" / f"{i}.jpg", quality=90)
-        write_shards(folder / "latents", "latents", rng.standard_normal((4096, 2, 2, 4, 32, 32), np.float32).astype(np.float16))
+            Image.fromarray(pixels).resize((500, 375), Image.BICUBIC).save(
+                folder / "photographs" / "one" / f"{i}.jpg", quality=90
+            )
+        write_shards(
+            folder / "latents",
+            "latents",
+            rng.standard_normal((4096, 2, 2, 4, 32, 32), np.float32).astype(np.float16),
+        )
         write_shards(folder / "pixels", "pixels", rng.integers(0, 256, (8192, 64, 64, 3), np.uint8))
         for name, data, batch, count in (
             ("latent shards, 256 × 256", dataset.open_data(folder / "latents"), 64, 64),
             ("pixel shards, 64 × 64", dataset.open_data(folder / "pixels"), 64, 64),
-            ("photographs of 500 × 375, cropped to 64", dataset.open_data(folder / "photographs", 64), 16, 16),
+            (
+                "photographs of 500 × 375, cropped to 64",
+                dataset.open_data(folder / "photographs", 64),
+                16,
+                16,
+            ),
         ):
+
             def read(data=data, batch=batch, count=count):
                 order = dataset.Order(len(data), 0)
-                for _ in dataset.loader(data, (order(k * batch, (k + 1) * batch) for k in range(count))):
+                for _ in dataset.loader(
+                    data, (order(k * batch, (k + 1) * batch) for k in range(count))
+                ):
                     pass
 
-            bench.compare("reading", [Candidate(name, lambda read=read: read)], "-", batch, batch * count)
+            bench.compare(
+                "reading", [Candidate(name, lambda read=read: read)], "-", batch, batch * count
+            )
 
 
 def write_shards(root, kind, data):
@@ -510,35 +716,75 @@ def write_shards(root, kind, data):
         "shards": [{"file": "0.safetensors", "count": len(data), "sha256": ""}]})  # fmt: skip
 
 
-PARTS = {part.__name__: part for part in (ceilings, network, train, sample, autoencoder, inception, metrics, readers)}
+PARTS = {
+    part.__name__: part
+    for part in (ceilings, network, train, sample, autoencoder, inception, metrics, readers)
+}
 
 
 def machine(device):
     """What was measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     with contextlib.suppress(OSError, StopIteration):
         if device.type == "cpu":
             lines = Path("/proc/cpuinfo").read_text().splitlines()
-            name = next(entry.split(":")[1].strip() for entry in lines if entry.startswith("model name"))
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else f", CUDA {torch.version.cuda}"
+            name = next(
+                entry.split(":")[1].strip() for entry in lines if entry.startswith("model name")
+            )
+    threads = (
+        f", {torch.get_num_threads()} threads"
+        if device.type == "cpu"
+        else f", CUDA {torch.version.cuda}"
+    )
     return f"{name}{threads}, PyTorch {torch.__version__}, Python {platform.python_version()}, dimr {VERSION}"
 
 
 def about():
     """The text of --help: this file's, with its examples and the parts as they are."""
     examples = __doc__.replace("\n\n    python", "\n\n\b\n    python")
-    parts = "\n".join(f"    {name:12} {part.__doc__.splitlines()[0]}" for name, part in PARTS.items())
+    parts = "\n".join(
+        f"    {name:12} {part.__doc__.splitlines()[0]}" for name, part in PARTS.items()
+    )
     return f"{examples}\n\n\b\nParts:\n{parts}"
 
 
-@click.command(help=about(), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 130})
+@click.command(
+    help=about(), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 130}
+)
 @click.argument("parts", nargs=-1, type=click.Choice(list(PARTS)), metavar="[PART]...")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--variant", type=click.Choice(list(dimr.VARIANTS)), help="For network, train and sample [default: those of docs/performance.md].")
-@click.option("--batch", type=click.IntRange(min=1), help="Images of one call [default: by part and device].")
-@click.option("--against", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout of the authors' release.")
-@click.option("--seconds", type=click.FloatRange(min=0), default=20, show_default=True, help="For each comparison, at least.")
-@click.option("--compile", "compiled", is_flag=True, help="torch.compile for our network (in training on CUDA always).")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+@click.option(
+    "--variant",
+    type=click.Choice(list(dimr.VARIANTS)),
+    help="For network, train and sample [default: those of docs/performance.md].",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), help="Images of one call [default: by part and device]."
+)
+@click.option(
+    "--against",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A checkout of the authors' release.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=20,
+    show_default=True,
+    help="For each comparison, at least.",
+)
+@click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="torch.compile for our network (in training on CUDA always).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON on stdout.")
 def main(parts, device, variant, batch, against, seconds, compiled, as_json):
     cli.keep_memory()

@@ -29,9 +29,23 @@ FORMAT = 1  # of the shard set
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 KNOWN = ", ".join(EXTENSIONS)
 FORMATS = ("JPEG", "PNG", "WEBP")  # told by content, not by extension
-GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}  # Pillow's modes without colour
+GREY = {
+    "1",
+    "L",
+    "LA",
+    "La",
+    "I",
+    "I;16",
+    "I;16L",
+    "I;16B",
+    "I;16N",
+}  # Pillow's modes without colour
 PROBED = 64  # images whose headers tell size and channels of a folder
-DTYPES = {"U8": np.uint8, "F16": np.float16, "I64": np.int64}  # safetensors' names, as far as shards use them
+DTYPES = {
+    "U8": np.uint8,
+    "F16": np.float16,
+    "I64": np.int64,
+}  # safetensors' names, as far as shards use them
 DATA_DTYPE = {"pixels": "U8", "latents": "F16"}
 HEADER = 512  # bytes before a shard's data
 
@@ -56,7 +70,9 @@ def center_crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    )
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -69,7 +85,9 @@ def read_image(path, size, channels=3, exif=False):
     fault, UserError where it can't be reached or is in colour though `channels` is 1."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on harmless damage, such as odd EXIF blocks
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow's remarks on harmless damage, such as odd EXIF blocks
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 image.load()
@@ -77,7 +95,9 @@ def read_image(path, size, channels=3, exif=False):
                     image = ImageOps.exif_transpose(image)
     except MemoryError:
         raise
-    except Exception as error:  # whatever an untrusted file makes the decoder raise, the file is at fault
+    except (
+        Exception
+    ) as error:  # whatever an untrusted file makes the decoder raise, the file is at fault
         raise _blame(path, error) from None
     if max(image.size) / min(image.size) * size**2 > Image.MAX_IMAGE_PIXELS:
         raise BadImage(path, f"is too elongated to crop ({image.width}×{image.height})")
@@ -85,7 +105,9 @@ def read_image(path, size, channels=3, exif=False):
     if channels == 1 and image.mode == "RGB":
         red, green, blue = image.split()
         if not red.tobytes() == green.tobytes() == blue.tobytes():
-            raise UserError(f"{path} is in colour but the data was taken for grey; remove it or read 3 channels")
+            raise UserError(
+                f"{path} is in colour but the data was taken for grey; remove it or read 3 channels"
+            )
     image = image.convert("L" if channels == 1 else "RGB")
     return np.asarray(center_crop(image, size)).reshape(size, size, channels)
 
@@ -93,9 +115,13 @@ def read_image(path, size, channels=3, exif=False):
 def _blame(path, error):
     """The UserError for what Pillow raised on opening or decoding `path`."""
     if isinstance(error, OSError) and error.errno is not None:
-        return UserError(f"{path} can't be read ({error.strerror}); has it been moved, or is the disk failing?")
+        return UserError(
+            f"{path} can't be read ({error.strerror}); has it been moved, or is the disk failing?"
+        )
     if isinstance(error, UnidentifiedImageError):
-        return BadImage(path, "is not a JPEG, PNG or WebP image" if os.path.getsize(path) else "is empty")
+        return BadImage(
+            path, "is not a JPEG, PNG or WebP image" if os.path.getsize(path) else "is empty"
+        )
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return BadImage(path, f"claims more than {Image.MAX_IMAGE_PIXELS:,} pixels")
     return BadImage(path, " ".join(str(error).split()) or type(error).__name__)
@@ -105,7 +131,9 @@ def _plain(image):
     """A PIL image of any mode as L or RGB, 8 bits."""
     grey = image.mode in GREY
     if image.mode.startswith("I"):
-        image = Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
+        image = Image.fromarray(
+            ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
+        )
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -150,9 +178,13 @@ class ImageFolder:
         folders, images = _list(self.root)
         if folders and images:
             mixed = f"images ({images[0]}) and folders ({folders[0]})"
-            raise UserError(f"{root} mixes {mixed}; expected one folder of images per class, or images alone")
+            raise UserError(
+                f"{root} mixes {mixed}; expected one folder of images per class, or images alone"
+            )
         if not folders and not images:
-            raise UserError(f"{root} holds no images ({KNOWN}); expected one folder of them per class, or images alone")
+            raise UserError(
+                f"{root} holds no images ({KNOWN}); expected one folder of them per class, or images alone"
+            )
         self.classes = folders or [self.root.resolve().name]
         groups = [_list_class(self.root, folder) for folder in folders] or [images]
         self.labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
@@ -169,7 +201,11 @@ class ImageFolder:
         """Hex SHA-256 of relative paths and file sizes, in order."""
         digest = hashlib.sha256()
         for index, path in enumerate(self.paths):
-            digest.update(f"{self.paths.name(index)}\0{os.stat(path).st_size}\n".encode(errors="surrogateescape"))
+            digest.update(
+                f"{self.paths.name(index)}\0{os.stat(path).st_size}\n".encode(
+                    errors="surrogateescape"
+                )
+            )
         return digest.hexdigest()
 
     def _probe(self, default_size):
@@ -180,7 +216,9 @@ class ImageFolder:
                 with Image.open(self.paths[index], formats=FORMATS) as image:
                     sizes[image.size] = self.paths[index]
                     grey &= image.mode in GREY
-            except Exception as error:  # as in read_image; the file is met again, and reported, on reading
+            except (
+                Exception
+            ) as error:  # as in read_image; the file is met again, and reported, on reading
                 failure = _blame(self.paths[index], error)
         if not sizes:
             raise failure
@@ -191,7 +229,9 @@ class ImageFolder:
                 width = default_size
             elif others or width != height:
                 found = ", ".join(f"{path} is {w}×{h}" for (w, h), path in list(sizes.items())[:2])
-                raise UserError(f"{self.root}: not of one square size ({found}); give --res, the size to crop to")
+                raise UserError(
+                    f"{self.root}: not of one square size ({found}); give --res, the size to crop to"
+                )
             self.size = width
 
     def read(self, index):
@@ -220,8 +260,12 @@ class ImageFolder:
                     break
             else:
                 if not drop:
-                    raise UserError(f"{self.root}: none of the {len(self):,} images can be read; the last: {bad[-1]}")
-        return _pixels(images[: len(items)], np.asarray(flips, bool)[rows]), torch.from_numpy(self.labels[items])
+                    raise UserError(
+                        f"{self.root}: none of the {len(self):,} images can be read; the last: {bad[-1]}"
+                    )
+        return _pixels(images[: len(items)], np.asarray(flips, bool)[rows]), torch.from_numpy(
+            self.labels[items]
+        )
 
 
 def _list(folder):
@@ -230,7 +274,9 @@ def _list(folder):
         with os.scandir(folder) as entries:
             entries = [entry for entry in entries if not entry.name.startswith(".")]
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is not a folder; expected images, one folder per class, or a shard set") from None
+        raise UserError(
+            f"{folder} is not a folder; expected images, one folder per class, or a shard set"
+        ) from None
     images = sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and e.is_file())
     return sorted(e.name for e in entries if e.is_dir()), images
 
@@ -240,7 +286,9 @@ def _list_class(root, name):
     folders, images = _list(root / name)
     if not images:
         advice = f"choose one of the folders in {root}" if folders else "fill or remove it"
-        raise UserError(f"{root / name} holds no images ({KNOWN}) though its place makes it a class; {advice}")
+        raise UserError(
+            f"{root / name} holds no images ({KNOWN}) though its place makes it a class; {advice}"
+        )
     return [os.path.join(name, image) for image in images]
 
 
@@ -260,14 +308,21 @@ class Shards:
     def __init__(self, root):
         self.root = Path(root)
         self.index = index = read_index(root)
-        self.kind, self.size, self.channels, self.classes = (index[k] for k in ("kind", "size", "channels", "classes"))
+        self.kind, self.size, self.channels, self.classes = (
+            index[k] for k in ("kind", "size", "channels", "classes")
+        )
         item, self.data, labels = item_shape(index), [], []
         for shard in index["shards"]:
             data, numbers = map_shard(self.root / shard["file"])
             if data.dtype != DTYPES[DATA_DTYPE[self.kind]] or data.shape != (shard["count"], *item):
-                raise damaged(self.root / shard["file"], f"holds {data.dtype} {data.shape}, index.json says otherwise")
+                raise damaged(
+                    self.root / shard["file"],
+                    f"holds {data.dtype} {data.shape}, index.json says otherwise",
+                )
             if ((numbers < 0) | (numbers >= len(self.classes))).any():
-                raise damaged(self.root / shard["file"], f"has labels beyond its {len(self.classes)} classes")
+                raise damaged(
+                    self.root / shard["file"], f"has labels beyond its {len(self.classes)} classes"
+                )
             self.data.append(data)
             labels.append(numbers)
         self.labels = np.concatenate(labels)
@@ -306,10 +361,18 @@ def read_index(root, name="index.json"):
     missing or of another format."""
     path = Path(root) / name
     if not path.is_file() and (path.parent / "plan.json").is_file():
-        raise UserError(f"{root} is an unfinished encode; run the same dimr encode again, and it goes on where it was")
+        raise UserError(
+            f"{root} is an unfinished encode; run the same dimr encode again, and it goes on where it was"
+        )
     index = read_json(path)
-    if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("kind") not in DATA_DTYPE:
-        raise UserError(f"{path} is not of shard format {FORMAT}; encode elsewhere, or use the dimr that wrote it")
+    if (
+        not isinstance(index, dict)
+        or index.get("format") != FORMAT
+        or index.get("kind") not in DATA_DTYPE
+    ):
+        raise UserError(
+            f"{path} is not of shard format {FORMAT}; encode elsewhere, or use the dimr that wrote it"
+        )
     return index
 
 
@@ -339,7 +402,9 @@ def map_shard(path):
             header = json.loads(file.read(length)) if length < 1 << 20 else {}
         arrays, spans = {}, []
         for name in ("data", "labels"):
-            dtype, shape, (first, last) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+            dtype, shape, (first, last) = (
+                header[name][key] for key in ("dtype", "shape", "data_offsets")
+            )
             if last - first != np.prod(shape, dtype=int) * np.dtype(DTYPES[dtype]).itemsize:
                 raise ValueError(f"the offsets of {name} do not fit its shape")
             arrays[name] = DTYPES[dtype], tuple(shape), 8 + length + first
@@ -350,13 +415,18 @@ def map_shard(path):
         raise damaged(path, "is missing") from None
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, f"is not a whole shard ({error})") from None
-    (dtype, shape, start), (label_dtype, label_shape, label_start) = arrays["data"], arrays["labels"]
+    (dtype, shape, start), (label_dtype, label_shape, label_start) = (
+        arrays["data"],
+        arrays["labels"],
+    )
     data = np.memmap(path, dtype, "r", start, shape) if 0 not in shape else np.empty(shape, dtype)
     return data, np.fromfile(path, label_dtype, label_shape[0], offset=label_start)
 
 
 def damaged(path, reason):
-    return UserError(f"{path} {reason}; run the dimr encode that wrote it again, which redoes damaged shards")
+    return UserError(
+        f"{path} {reason}; run the dimr encode that wrote it again, which redoes damaged shards"
+    )
 
 
 def open_data(path, size=None, channels=None, exif=False, default_size=None):
@@ -367,7 +437,9 @@ def open_data(path, size=None, channels=None, exif=False, default_size=None):
         sizes = {shards.size, shards.index["options"]["res"]}
         if size not in {None, *sizes} or channels not in {None, shards.channels}:
             held = f"{shards.kind} of size {shards.size} with {shards.channels} channels"
-            raise UserError(f"{path} holds {held}, not size {size}, channels {channels}; encode those elsewhere")
+            raise UserError(
+                f"{path} holds {held}, not size {size}, channels {channels}; encode those elsewhere"
+            )
         return shards
     return ImageFolder(path, size, channels, exif, default_size)
 
@@ -409,7 +481,12 @@ class _Steps(torch.utils.data.Dataset):
     def __getitem__(self, step):
         bad = []
         try:
-            return (*self.data.batch(*step, None if self.on_bad == "error" else bad, self.on_bad == "drop"), bad)
+            return (
+                *self.data.batch(
+                    *step, None if self.on_bad == "error" else bad, self.on_bad == "drop"
+                ),
+                bad,
+            )
         except UserError as error:
             return error
 
@@ -444,7 +521,11 @@ def loader(data, steps, workers=None, on_bad="error", pin=False):
     memory, for copies to CUDA."""
     if workers is None:
         share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = 0 if isinstance(data, Shards) else min(8, max(1, share // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        workers = (
+            0
+            if isinstance(data, Shards)
+            else min(8, max(1, share // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        )
     reader = torch.utils.data.DataLoader(
         _Steps(data, on_bad), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin,
         worker_init_fn=_follow, generator=torch.Generator(),  # its own: the global one stays untouched
@@ -452,13 +533,19 @@ def loader(data, steps, workers=None, on_bad="error", pin=False):
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if main and workers else None
     others, kill = set(multiprocessing.active_children()), None
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a worker that is not yet deaf to them would die of them
+    held = signal.pthread_sigmask(
+        signal.SIG_BLOCK, STOPS
+    )  # a worker that is not yet deaf to them would die of them
     try:
         try:
             batches = iter(reader)
             kill = functools.partial(_kill, set(multiprocessing.active_children()) - others)
-            atexit.register(kill)  # or Python would wait for ever, at its end, for workers that ignore its SIGTERM
-            if handler is not None:  # PyTorch's would raise for a dead worker wherever the main thread is, not only here
+            atexit.register(
+                kill
+            )  # or Python would wait for ever, at its end, for workers that ignore its SIGTERM
+            if (
+                handler is not None
+            ):  # PyTorch's would raise for a dead worker wherever the main thread is, not only here
                 signal.signal(signal.SIGCHLD, handler)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
@@ -470,7 +557,9 @@ def loader(data, steps, workers=None, on_bad="error", pin=False):
         if not str(error).startswith("DataLoader worker"):
             raise
         reason = str(error).splitlines()[0]
-        raise UserError(f"{reason.rstrip('. ')}; out of memory, perhaps: run again with fewer --workers") from None
+        raise UserError(
+            f"{reason.rstrip('. ')}; out of memory, perhaps: run again with fewer --workers"
+        ) from None
     finally:
         batches = None  # ends the workers now, though a traceback may hold this frame
         atexit.unregister(kill)

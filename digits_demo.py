@@ -20,7 +20,9 @@ def run(out, seed=0, quiet=False):
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("the demo needs scikit-learn for its digits; pip install 'dimr[demo]'") from None
+        raise UserError(
+            "the demo needs scikit-learn for its digits; pip install 'dimr[demo]'"
+        ) from None
     begun = time.monotonic()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; delete it or choose another --out")
@@ -34,15 +36,30 @@ def run(out, seed=0, quiet=False):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[i]).save(folder / f"{i:04d}.png")
 
-    encoding.encode(out / "digits" / "train", out / "pixels", res=8, pixels=True, workers=0, quiet=quiet)
-    trained = training.train(out / "run", out / "pixels", "demo", {"seed": seed}, device="cpu", quiet=quiet)
+    encoding.encode(
+        out / "digits" / "train", out / "pixels", res=8, pixels=True, workers=0, quiet=quiet
+    )
+    trained = training.train(
+        out / "run", out / "pixels", "demo", {"seed": seed}, device="cpu", quiet=quiet
+    )
     if trained["stopped"]:
-        raise UserError(f"stopped by {trained['stopped']} at step {trained['step']}; delete {out} and start again")
+        raise UserError(
+            f"stopped by {trained['stopped']} at step {trained['step']}; delete {out} and start again"
+        )
 
     generator = sampling.load(out / "run", device="cpu")
     classes = [i % 10 for i in range(SAMPLES)]
-    drawn = sampling.sample(generator, classes, list(range(SAMPLES)), sampling.Settings(), out / "samples.npz", batch_size=100, npz=True,
-                            balanced=True, quiet=quiet)
+    drawn = sampling.sample(
+        generator,
+        classes,
+        list(range(SAMPLES)),
+        sampling.Settings(),
+        out / "samples.npz",
+        batch_size=100,
+        npz=True,
+        balanced=True,
+        quiet=quiet,
+    )
     with np.load(drawn["npz"]) as arrays:
         generated = arrays["arr_0"][..., 0]
     return {
@@ -59,15 +76,21 @@ def judge(kept, kept_labels, made, classes, trained):
     images, relative to kept ones (near 1: no copies)."""
     from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-    kept, made, trained = (images.reshape(len(images), -1).astype(np.float64) for images in (kept, made, trained))
+    kept, made, trained = (
+        images.reshape(len(images), -1).astype(np.float64) for images in (kept, made, trained)
+    )
     classifier = KNeighborsClassifier(NEIGHBOUR).fit(kept[::2], kept_labels[::2])
     real = kept[: len(made)]
-    radius = NearestNeighbors(n_neighbors=NEIGHBOUR + 1).fit(real).kneighbors(real)[0][:, -1]  # the first is itself
+    radius = (
+        NearestNeighbors(n_neighbors=NEIGHBOUR + 1).fit(real).kneighbors(real)[0][:, -1]
+    )  # the first is itself
     nearest_made = NearestNeighbors(n_neighbors=1).fit(made).kneighbors(real)[0][:, 0]
     to_trained = NearestNeighbors(n_neighbors=1).fit(trained)
     return {
         "accuracy_real": float(classifier.score(kept[1::2], kept_labels[1::2])),
         "accuracy_generated": float(classifier.score(made, classes)),
         "coverage": float((nearest_made <= radius).mean()),
-        "nearest_train": float(np.median(to_trained.kneighbors(made)[0]) / np.median(to_trained.kneighbors(kept)[0])),
+        "nearest_train": float(
+            np.median(to_trained.kneighbors(made)[0]) / np.median(to_trained.kneighbors(kept)[0])
+        ),
     }

@@ -76,7 +76,10 @@ class TDRMS(Norm):
         self.gamma = TimeVector(dim, 1)
 
     def forward(self, x, condition):
-        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) * x.shape[-1] ** -0.5
+        rms = (
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            * x.shape[-1] ** -0.5
+        )
         return x * (1 / (rms + 1e-8)).to(x.dtype) * self.gamma(condition.tau).to(x.dtype)[:, None]
 
 
@@ -91,7 +94,11 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.w0, self.w1, self.w2 = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+        self.w0, self.w1, self.w2 = (
+            nn.Linear(dim, 2 * dim),
+            nn.Linear(dim, 2 * dim),
+            nn.Linear(2 * dim, dim),
+        )
 
     def forward(self, x):
         return self.w2(F.gelu(self.w0(x)) * self.w1(x))
@@ -105,7 +112,9 @@ MLPS = {"geglu": GEGLU}
 
 def attention(q, k, v):
     """softmax(q·kᵀ/√d)·v over (B, heads, L, d)."""
-    if q.is_cpu and q.dtype == torch.float32 and q.shape[-2] <= 64:  # few tokens: the fused kernel's overhead is most of its time
+    if (
+        q.is_cpu and q.dtype == torch.float32 and q.shape[-2] <= 64
+    ):  # few tokens: the fused kernel's overhead is most of its time
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -120,7 +129,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x):  # (B, L, D)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # each (B, heads, L, d)
         return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -146,7 +157,9 @@ class ConvNeXtBlock(nn.Module):
         self.depthwise = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm, self.mlp = NORMS[norm](dim), MLPS[mlp](dim)
 
-    def forward(self, x, condition):  # (B, H·W, D), which the convolution sees as channels-last (B, D, H, W)
+    def forward(
+        self, x, condition
+    ):  # (B, H·W, D), which the convolution sees as channels-last (B, D, H, W)
         image = x.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
         x = x + self.depthwise(image).permute(0, 2, 3, 1).flatten(1, 2)
         return self.norm.residual(x, condition, self.mlp)
@@ -161,11 +174,17 @@ class Upsample(nn.Module):
     def __init__(self, dim_in, dim, grid):
         super().__init__()
         self.grid = grid  # of the input
-        self.norm_in, self.linear, self.norm_out = TDLN(dim_in), nn.Linear(dim_in, 4 * dim), TDLN(dim)
+        self.norm_in, self.linear, self.norm_out = (
+            TDLN(dim_in),
+            nn.Linear(dim_in, 4 * dim),
+            TDLN(dim),
+        )
 
     def forward(self, y, condition):  # (B, h·w, dim_in) -> (B, 2h·2w, D)
         y = self.linear(self.norm_in(y, condition))
-        y = y.unflatten(-1, (2, 2, -1)).unflatten(1, (self.grid, self.grid))  # (B, h, w, row, column, D)
+        y = y.unflatten(-1, (2, 2, -1)).unflatten(
+            1, (self.grid, self.grid)
+        )  # (B, h, w, row, column, D)
         return self.norm_out(y.transpose(2, 3).flatten(1, 4), condition)
 
 
@@ -181,9 +200,13 @@ class Branch(nn.Module):
         if r == 0:
             self.class_token = nn.Embedding(config.embeddings, dim)
         else:
-            self.upsample = Upsample((config.blocks[r - 1] + 1) * config.dims[r - 1], dim, config.grids[r - 1])
+            self.upsample = Upsample(
+                (config.blocks[r - 1] + 1) * config.dims[r - 1], dim, config.grids[r - 1]
+            )
         block = TransformerBlock if r == 0 else ConvNeXtBlock
-        self.blocks = nn.ModuleList(block(dim, config.heads, grid, config.norm, config.mlp) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            block(dim, config.heads, grid, config.norm, config.mlp) for _ in range(blocks)
+        )
         self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(blocks // 2))
         self.out_norm, self.out = TDLN(dim), nn.Conv2d(dim, config.channels, 3, padding=1)
         self.grid, self.tokens = grid, int(r == 0)  # tokens in front of the grid's own
@@ -192,7 +215,9 @@ class Branch(nn.Module):
         """`image` (B, C, H, W), `y` the branch before's features or None; `run(block, x, condition)` applies a block.
 
         Returns the noise at this resolution (B, C, h, w) and this branch's features (B, h·w, (blocks + 1)·D)."""
-        x = self.patchify(image).flatten(2).transpose(1, 2).contiguous() + self.position  # (B, h·w, D), channels last for good
+        x = (
+            self.patchify(image).flatten(2).transpose(1, 2).contiguous() + self.position
+        )  # (B, h·w, D), channels last for good
         if self.tokens:
             x = torch.cat([self.class_token(condition.y)[:, None], x], dim=1)
         else:
@@ -205,7 +230,11 @@ class Branch(nn.Module):
             if i < middle:
                 long_skips.append(x)
             features.append(x[:, self.tokens :])
-        noise = self.out_norm(features[-1], condition).unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        noise = (
+            self.out_norm(features[-1], condition)
+            .unflatten(1, (self.grid, self.grid))
+            .permute(0, 3, 1, 2)
+        )
         return self.out(noise), features
 
 
@@ -229,15 +258,39 @@ class Config:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         R = len(self.dims)
         for wrong, message in (
-            (R < 1 or len(self.layers) != R, f"layers {self.layers} and dims {self.dims} need one entry per branch each"),
-            (min((*self.layers, *self.dims, self.heads, self.num_classes, self.channels, self.size), default=0) < 1,
-             "layers, dims, heads, num_classes, channels and size must be at least 1"),
-            (self.size % 2 ** max(R - 1, 0), f"size {self.size} does not halve {R - 1} times, as {R} branches need"),
-            (self.dims and self.heads > 0 and self.dims[0] % self.heads,
-             f"heads {self.heads} does not divide the first branch's width {self.dims[:1]}"),
+            (
+                R < 1 or len(self.layers) != R,
+                f"layers {self.layers} and dims {self.dims} need one entry per branch each",
+            ),
+            (
+                min(
+                    (
+                        *self.layers,
+                        *self.dims,
+                        self.heads,
+                        self.num_classes,
+                        self.channels,
+                        self.size,
+                    ),
+                    default=0,
+                )
+                < 1,
+                "layers, dims, heads, num_classes, channels and size must be at least 1",
+            ),
+            (
+                self.size % 2 ** max(R - 1, 0),
+                f"size {self.size} does not halve {R - 1} times, as {R} branches need",
+            ),
+            (
+                self.dims and self.heads > 0 and self.dims[0] % self.heads,
+                f"heads {self.heads} does not divide the first branch's width {self.dims[:1]}",
+            ),
             (self.norm not in NORMS, f"norm {self.norm!r} is not one of {', '.join(NORMS)}"),
             (self.mlp not in MLPS, f"mlp {self.mlp!r} is not one of {', '.join(MLPS)}"),
-            (self.space not in ("latent", "pixel"), f"space {self.space!r} is neither 'latent' nor 'pixel'"),
+            (
+                self.space not in ("latent", "pixel"),
+                f"space {self.space!r} is neither 'latent' nor 'pixel'",
+            ),
         ):
             if wrong:
                 raise ValueError(message)
@@ -265,8 +318,13 @@ class Config:
             cells = grid * grid
             tokens = cells + (r == 0)
             mixing = 4 * dim * dim + 2 * tokens * dim if r == 0 else 49 * dim
-            count = cells * dim * self.channels * (self.size // grid) ** 2 + 9 * cells * dim * self.channels
-            count += blocks * tokens * (mixing + 6 * dim * dim) + blocks // 2 * tokens * 2 * dim * dim
+            count = (
+                cells * dim * self.channels * (self.size // grid) ** 2
+                + 9 * cells * dim * self.channels
+            )
+            count += (
+                blocks * tokens * (mixing + 6 * dim * dim) + blocks // 2 * tokens * 2 * dim * dim
+            )
             if r:
                 count += cells // 4 * (self.blocks[r - 1] + 1) * self.dims[r - 1] * 4 * dim
             counts.append(count)
@@ -279,7 +337,9 @@ class DiMR(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False  # recompute each block in the backward pass instead of keeping activations
+        self.checkpoint_blocks = (
+            False  # recompute each block in the backward pass instead of keeping activations
+        )
         self.branches = nn.ModuleList(Branch(config, r) for r in range(len(config.dims)))
         self.apply(initialise)
 
@@ -290,11 +350,17 @@ class DiMR(nn.Module):
         Raises ValueError for wrong shapes; values are the caller's to check, since that would wait for the device."""
         c = self.config
         if x.dim() != 4 or tuple(x.shape[1:]) != (c.channels, c.size, c.size):
-            raise ValueError(f"x is {tuple(x.shape)}; expected (B, {c.channels}, {c.size}, {c.size})")
+            raise ValueError(
+                f"x is {tuple(x.shape)}; expected (B, {c.channels}, {c.size}, {c.size})"
+            )
         if tau.dim() != 1 or tau.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"tau is {tuple(tau.shape)}; expected ({x.shape[0]},), or (1,) for one time for all")
+            raise ValueError(
+                f"tau is {tuple(tau.shape)}; expected ({x.shape[0]},), or (1,) for one time for all"
+            )
         if y.shape != x.shape[:1] or y.is_floating_point():
-            raise ValueError(f"y is {tuple(y.shape)} of {y.dtype}; expected ({x.shape[0]},) class indices")
+            raise ValueError(
+                f"y is {tuple(y.shape)} of {y.dtype}; expected ({x.shape[0]},) class indices"
+            )
         condition, features, predictions = Condition(tau, y), None, []
         run = recompute if self.checkpoint_blocks and self.training else apply
         for branch in self.branches:
@@ -308,7 +374,10 @@ class DiMR(nn.Module):
         groups = {True: [], False: []}
         for name, parameter in self.named_parameters():
             groups[not name.endswith((".w_minus_1", "gamma.b", "beta.b"))].append(parameter)
-        return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+        return [
+            {"params": groups[True], "weight_decay": weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ]
 
 
 def apply(block, x, condition):
@@ -338,8 +407,16 @@ VARIANTS = {  # paper, Table 3; g2r is on the release's page only
     "xl2r": Config(layers=(39, 20), dims=(960, 480), **_LATENT),
     "xl3r": Config(layers=(39, 20, 20), dims=(960, 480, 240), **{**_LATENT, "size": 64}),
     "g2r": Config(layers=(57, 29), dims=(1152, 576), **_LATENT),
-    "demo": Config(layers=(3, 2), dims=(64, 32), size=8, channels=1, heads=4, num_classes=10, null_class=True,
-                   space="pixel"),
+    "demo": Config(
+        layers=(3, 2),
+        dims=(64, 32),
+        size=8,
+        channels=1,
+        heads=4,
+        num_classes=10,
+        null_class=True,
+        space="pixel",
+    ),
 }
 
 
@@ -387,25 +464,44 @@ def _released_config(shapes, heads, space, null_class):
     """Read a configuration off the shapes of a released state dict, by vote where several tensors tell the same."""
 
     def vote(pattern, axis, default=1):
-        found = [shape[axis] for name, shape in shapes.items() if re.fullmatch(pattern, name) and len(shape) > axis]
+        found = [
+            shape[axis]
+            for name, shape in shapes.items()
+            if re.fullmatch(pattern, name) and len(shape) > axis
+        ]
         return max(set(found), key=found.count, default=default)
 
     stages = [int(m[1]) for name in shapes if (m := re.match(r"stages\.(\d+)\.", name))]
     if not stages:
-        raise ValueError("this is no released DiMR state dict: no tensor's name begins with 'stages.'")
+        raise ValueError(
+            "this is no released DiMR state dict: no tensor's name begins with 'stages.'"
+        )
     dims, layers = [], []
     for r in range(max(stages) + 1):
-        indices = [int(m[1]) for name in shapes if (m := re.match(rf"stages\.{r}\.blocks\.(\d+)\.", name))]
+        indices = [
+            int(m[1]) for name in shapes if (m := re.match(rf"stages\.{r}\.blocks\.(\d+)\.", name))
+        ]
         layers.append(max(indices, default=0) + 1)
         dims.append(vote(rf"stages\.{r}\.(blocks\.\d+\.block2\.w2\.bias|input_layer\.1\.bias)", 0))
     channels = vote(r"stages\.\d+\.(output_layer\.2\.bias)", 0)
-    size = round(vote(rf"stages\.{max(stages)}\.input_layer\.3\.position_embeddings\.weight", 0) ** 0.5)
+    size = round(
+        vote(rf"stages\.{max(stages)}\.input_layer\.3\.position_embeddings\.weight", 0) ** 0.5
+    )
     space = space or ("latent" if channels == 4 else "pixel")
     null_class = space == "latent" if null_class is None else null_class
     embeddings = vote(r"stages\.0\.class_embeds\.weight", 0)
     norm = "tdrms" if any(".norm.scale." in name for name in shapes) else "tdln"
-    return Config(size=size, channels=channels, layers=layers, dims=dims, heads=heads, norm=norm, space=space,
-                  num_classes=embeddings - null_class, null_class=null_class)
+    return Config(
+        size=size,
+        channels=channels,
+        layers=layers,
+        dims=dims,
+        heads=heads,
+        norm=norm,
+        space=space,
+        num_classes=embeddings - null_class,
+        null_class=null_class,
+    )
 
 
 def from_config(config, state_dict):
@@ -423,10 +519,15 @@ def check_names(expected, tensors):
     """Raise ValueError listing the differences between `expected` (name → shape) and `tensors` (name → tensor)."""
     faults = [f"unknown {name}" for name in tensors if name not in expected]
     faults += [f"missing {name}" for name in expected if name not in tensors]
-    faults += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(shape)}"
-               for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
+    faults += [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
     if faults:
-        raise ValueError(f"{len(faults)} of {len(expected)} tensors don't fit: " + "; ".join(faults))
+        raise ValueError(
+            f"{len(faults)} of {len(expected)} tensors don't fit: " + "; ".join(faults)
+        )
 
 
 def from_released(state_dict, heads=16, space=None, null_class=None, config=None):

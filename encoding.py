@@ -48,7 +48,9 @@ def encode(source, out, res, pixels=False, vae_weights="sd-vae-ft-ema", channels
     device = torch.device("cpu") if pixels else parallel.pick_device(device)
     parallel.start(torch.device("cpu"), minutes=60 * 24 * 30)  # they only meet here and at the end
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())  # which Coder's threads change for all
+        stack.callback(
+            torch.set_num_threads, torch.get_num_threads()
+        )  # which Coder's threads change for all
         folder = plan = None
         if parallel.is_main():
             _check_folders(Path(source), out)
@@ -61,9 +63,15 @@ def encode(source, out, res, pixels=False, vae_weights="sd-vae-ft-ema", channels
         folder, plan = parallel.broadcast((folder, plan))
         rank, world, shards = parallel.rank(), parallel.world_size(), _shards(plan)
 
-        bar = functools.partial(tqdm, disable=quiet or rank > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
+        bar = functools.partial(
+            tqdm, disable=quiet or rank > 0, mininterval=0.5 if sys.stderr.isatty() else 30
+        )
         rows = sorted(_rows(out).items())[rank::world]
-        whole = {k for k, row in bar(rows, desc="checking", unit="shard", leave=False) if _is_whole(out, row)}
+        whole = {
+            k
+            for k, row in bar(rows, desc="checking", unit="shard", leave=False)
+            if _is_whole(out, row)
+        }
         whole = set().union(*parallel.gather(whole))
         todo = [k for k in range(len(shards)) if k not in whole]
         if parallel.is_main():
@@ -80,7 +88,9 @@ def encode(source, out, res, pixels=False, vae_weights="sd-vae-ft-ema", channels
         parallel.barrier()
         if parallel.is_main():
             if todo or not (out / "index.json").is_file():
-                _finish(out, folder, plan, coder or pixels or Coder(_load_vae(plan, device), batch_size))
+                _finish(
+                    out, folder, plan, coder or pixels or Coder(_load_vae(plan, device), batch_size)
+                )
             _remove(out, "plan.json", "shard-*.json", ".lock")
         parallel.barrier()
     index, done = read_json(out / "index.json"), sum(len(shards[k]) for k in todo)
@@ -104,7 +114,12 @@ def verify(out, quiet=False):
             damaged.append(f"{path} is missing")
         elif sha256(path) != row["sha256"]:
             damaged.append(f"{path} does not have the recorded hash")
-    return {"out": str(out), "items": index["items"], "shards": len(index["shards"]), "damaged": damaged}
+    return {
+        "out": str(out),
+        "items": index["items"],
+        "shards": len(index["shards"]),
+        "damaged": damaged,
+    }
 
 
 # The plan
@@ -112,7 +127,9 @@ def verify(out, quiet=False):
 
 def _check_folders(source, out):
     if out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"--out {out} lies in the images' folder {source}; choose a folder outside it")
+        raise UserError(
+            f"--out {out} lies in the images' folder {source}; choose a folder outside it"
+        )
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a new or empty folder")
     there = sorted(path.name for path in out.glob("[!.]*"))
@@ -125,8 +142,10 @@ def _plan(folder, res, exif, shard_size):
     items = len(folder)
     shard_size = shard_size or 64 * -(-items // (64 * SHARDS))
     if items > shard_size * MOST_SHARDS:
-        raise UserError(f"--shard-size {shard_size} makes more than {MOST_SHARDS} shards of {items:,} images; "
-                        f"use {-(-items // MOST_SHARDS):,} or more")
+        raise UserError(
+            f"--shard-size {shard_size} makes more than {MOST_SHARDS} shards of {items:,} images; "
+            f"use {-(-items // MOST_SHARDS):,} or more"
+        )
     return {
         "format": dataset.FORMAT, "kind": "pixels", "size": res, "channels": folder.channels, "classes": folder.classes,
         "source": {"items": items, "fingerprint": folder.fingerprint}, "shard_size": shard_size,
@@ -137,10 +156,14 @@ def _plan(folder, res, exif, shard_size):
 def _plan_latents(plan, name, batch_size, precision, device):
     res = plan["size"]
     if res % vae.DOWN:
-        raise UserError(f"--res {res}: the VAE takes multiples of {vae.DOWN}; use {max(1, res // vae.DOWN) * vae.DOWN}")
+        raise UserError(
+            f"--res {res}: the VAE takes multiples of {vae.DOWN}; use {max(1, res // vae.DOWN) * vae.DOWN}"
+        )
     path = weights.find(name)
     if not path.is_file():
-        raise UserError(f"--vae {name} is a folder; expected a file of SD-VAE weights (.safetensors, .ckpt, .pth)")
+        raise UserError(
+            f"--vae {name} is a folder; expected a file of SD-VAE weights (.safetensors, .ckpt, .pth)"
+        )
     name = name if name in weights.ASSETS else str(path.resolve())
     plan |= {"kind": "latents", "size": res // vae.DOWN, "channels": vae.CHANNELS}
     plan |= {"vae": name, "vae_sha256": sha256(path), "scale": vae.SCALE}
@@ -165,9 +188,21 @@ def _begin(out, plan):
     if before:
         old, new = flat(before), flat(plan)
         for name in new:
-            if old.get(name) != new[name] and name not in ("options", "source", "items", "classes", "vae"):
-                what = "other images" if name == "fingerprint" else f"{name} {old.get(name)}, not {new[name]}"
-                raise UserError(f"{out} was begun with {what}; give what it had, choose another --out, or delete it")
+            if old.get(name) != new[name] and name not in (
+                "options",
+                "source",
+                "items",
+                "classes",
+                "vae",
+            ):
+                what = (
+                    "other images"
+                    if name == "fingerprint"
+                    else f"{name} {old.get(name)}, not {new[name]}"
+                )
+                raise UserError(
+                    f"{out} was begun with {what}; give what it had, choose another --out, or delete it"
+                )
     else:
         write_json(out / "plan.json", plan)
 
@@ -179,7 +214,9 @@ def _check_space(out, plan, todo):
     need = sum(len(shards[k]) * per_item + dataset.HEADER for k in todo)
     free = shutil.disk_usage(out).free
     if need > free:
-        raise UserError(f"{out} needs {_size(need)}, its disk has {_size(free)} free; free some or give another --out")
+        raise UserError(
+            f"{out} needs {_size(need)}, its disk has {_size(free)} free; free some or give another --out"
+        )
     count = f"{len(todo)} of {len(shards)}" if len(todo) < len(shards) else len(shards)
     return f"{plan['source']['items']:,} images; {count} shards to write, {_size(need)}, with {_size(free)} free"
 
@@ -197,7 +234,10 @@ def _rows(out):
     if (out / "index.json").is_file():
         index = read_json(out / "index.json")
         for k, row in enumerate(index["shards"]):
-            rows[k] = {**row, "skipped": [s for s in index["skipped"] if s["item"] // index["shard_size"] == k]}
+            rows[k] = {
+                **row,
+                "skipped": [s for s in index["skipped"] if s["item"] // index["shard_size"] == k],
+            }
     for path in out.glob("shard-*.json"):
         with contextlib.suppress(UserError):  # a damaged row is a shard to do again
             rows[int(path.stem.removeprefix("shard-"))] = read_json(path)
@@ -212,7 +252,9 @@ def _encode(out, folder, plan, numbers, coder, workers, on_bad, batch_size, prog
     """Write the shards of these numbers and their rows."""
     shards = _shards(plan)
     chunks = lambda k: (shards[k][i : i + batch_size] for i in range(0, len(shards[k]), batch_size))
-    steps = ((np.asarray(items), np.zeros(len(items), bool)) for k in numbers for items in chunks(k))
+    steps = (
+        (np.asarray(items), np.zeros(len(items), bool)) for k in numbers for items in chunks(k)
+    )
     pin = coder is not None and coder.device.type == "cuda"
     batches = dataset.loader(folder, steps, workers, "drop" if on_bad == "skip" else "error", pin)
 
@@ -229,13 +271,18 @@ def _encode(out, folder, plan, numbers, coder, workers, on_bad, batch_size, prog
             data = coder.encode(images) if coder else images.permute(0, 2, 3, 1).contiguous()
             if coder and not data.isfinite().all():
                 where = f"{folder.paths[items[0]]} … {folder.paths[items[-1]]}"
-                raise UserError(f"latents beyond half precision among {where}; are {plan['vae']} the right weights?")
+                raise UserError(
+                    f"latents beyond half precision among {where}; are {plan['vae']} the right weights?"
+                )
             yield data.numpy(), labels.numpy()
 
     for k in numbers:
         skipped, path = [], out / f"shard-{k:05}.safetensors"
         count, digest = _write_shard(path, plan, contents(k))
-        write_json(path.with_suffix(".json"), {"file": path.name, "count": count, "sha256": digest, "skipped": skipped})
+        write_json(
+            path.with_suffix(".json"),
+            {"file": path.name, "count": count, "sha256": digest, "skipped": skipped},
+        )
 
 
 def _write_shard(path, plan, batches):
@@ -263,7 +310,9 @@ class Coder:
         self.model, self.batch_size = model, batch_size
         self.device = next(model.parameters()).device
         threads = torch.get_num_threads() if self.device.type == "cpu" else 0
-        self.pool = threads and ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        self.pool = threads and ThreadPoolExecutor(
+            threads, initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def encode(self, images):
         """Latents float16 (B, 2, 2, 4, h, w): of image and flip, mean and log-variance."""
@@ -276,8 +325,13 @@ class Coder:
     def _run(self, function, batch):
         if self.pool:
             return torch.cat(list(self.pool.map(torch.inference_mode(function), batch.split(1))))
-        full = F.pad(batch, (0,) * 7 + (self.batch_size - len(batch),)).to(self.device, non_blocking=True)
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        full = F.pad(batch, (0,) * 7 + (self.batch_size - len(batch),)).to(
+            self.device, non_blocking=True
+        )
+        with (
+            torch.inference_mode(),
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+        ):
             return function(full)[: len(batch)].cpu()
 
     def _encode(self, images):
@@ -295,7 +349,9 @@ class Coder:
 def _load_vae(plan, device):
     path = weights.find(plan["vae"])
     if sha256(path) != plan["vae_sha256"]:
-        raise UserError(f"{path} is not the VAE that {plan['vae']} was at the start; use one file for all processes")
+        raise UserError(
+            f"{path} is not the VAE that {plan['vae']} was at the start; use one file for all processes"
+        )
     try:
         model = vae.load(path, device)
     except ValueError as error:
@@ -330,7 +386,10 @@ def _preview(out, folder, index, coder):
         shard = np.searchsorted(starts, position, "right") - 1
         data, _ = dataset.map_shard(out / index["shards"][shard]["file"])
         mean = torch.from_numpy(data[position - starts[shard], 0, 0].astype(np.float32))
-        pairs += [folder.read(stored[position]), coder.decode(mean[None])[0].permute(1, 2, 0).numpy()]
+        pairs += [
+            folder.read(stored[position]),
+            coder.decode(mean[None])[0].permute(1, 2, 0).numpy(),
+        ]
     return pictures.grid(pairs, columns=4)
 
 

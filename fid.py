@@ -155,7 +155,9 @@ class Inception(nn.Module):
     def forward(self, images):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
             shape = tuple(images.shape)
-            raise ValueError(f"images are {images.dtype} {shape}; expected uint8 (N, H, W, 3), values 0 to 255")
+            raise ValueError(
+                f"images are {images.dtype} {shape}; expected uint8 (N, H, W, 3), values 0 to 255"
+            )
         x = (resize(images, SIDE) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
@@ -176,7 +178,9 @@ def resize(images, side):
         size = images.shape[axis]
         at = torch.arange(side, dtype=torch.float32, device=images.device) * (size / side)
         low = at.long()
-        first, second = (images.index_select(axis, i).float() for i in (low, (low + 1).clamp(max=size - 1)))
+        first, second = (
+            images.index_select(axis, i).float() for i in (low, (low + 1).clamp(max=size - 1))
+        )
         images = first + (second - first) * (at - low).view(-1, *[1] * (3 - axis))
     return images.permute(0, 3, 1, 2)
 
@@ -186,7 +190,9 @@ def from_state_dict(state_dict):
 
     Raises ValueError naming tensors that are missing, unknown or of another shape."""
     inception = Inception()
-    convolutions = {name: module for name, module in inception.named_modules() if isinstance(module, Conv)}
+    convolutions = {
+        name: module for name, module in inception.named_modules() if isinstance(module, Conv)
+    }
     shapes = {"fc.weight": (LOGITS, POOL), "fc.bias": (LOGITS,)}
     for name, module in convolutions.items():
         shapes[f"{name}.conv.weight"] = tuple(module.weight.shape)
@@ -195,15 +201,23 @@ def from_state_dict(state_dict):
     wrong = {
         "missing": sorted(shapes.keys() - found.keys()),
         "unknown": sorted(found.keys() - shapes.keys()),
-        "of another shape": [k for k in shapes if k in found and tuple(found[k].shape) != shapes[k]],
+        "of another shape": [
+            k for k in shapes if k in found and tuple(found[k].shape) != shapes[k]
+        ],
         "not finite": [k for k, v in found.items() if not v.isfinite().all()],
     }
     if any(wrong.values()):
-        faults = "; ".join(f"{len(names)} {fault}: {', '.join(names[:3])}" for fault, names in wrong.items() if names)
+        faults = "; ".join(
+            f"{len(names)} {fault}: {', '.join(names[:3])}"
+            for fault, names in wrong.items()
+            if names
+        )
         raise ValueError(f"not the Inception weights of pytorch-fid ({faults})")
     with torch.no_grad():
         for name, module in convolutions.items():
-            weight, gain, bias, mean, variance = (found[f"{name}.{part}"].double() for part in ("conv.weight", *NORM))
+            weight, gain, bias, mean, variance = (
+                found[f"{name}.{part}"].double() for part in ("conv.weight", *NORM)
+            )
             gain = gain / (variance + EPS).sqrt()
             module.weight.copy_(weight * gain.view(-1, 1, 1, 1))
             module.bias.copy_(bias - mean * gain)
@@ -217,10 +231,14 @@ def load(path, device="cpu"):
         state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except OSError:
         raise
-    except Exception as error:  # whatever an untrusted file makes the parser raise, the file is at fault
+    except (
+        Exception
+    ) as error:  # whatever an untrusted file makes the parser raise, the file is at fault
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} can't be read as plain weights ({reason})") from None
-    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(v, torch.Tensor) for v in state_dict.values()
+    ):
         raise ValueError(f"{path} holds no state dict: expected names mapped to tensors")
     try:
         return from_state_dict(state_dict).to(device)
@@ -263,7 +281,9 @@ class Statistics:
     def add(self, features):
         """Take in rows (N, D). Raises ValueError where one is not finite."""
         if not features.isfinite().all():
-            raise ValueError("features hold NaN or infinity; images, extractor or device are at fault")
+            raise ValueError(
+                "features hold NaN or infinity; images, extractor or device are at fault"
+            )
         self._pending.append(features.to(self._mean.device, copy=True))
         self._flush(self.BLOCK)
 
@@ -303,23 +323,34 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
     With Σ₁ = A Aᵀ, Σ₁ Σ₂ has the eigenvalues of the symmetric Aᵀ Σ₂ A besides zeros. A is Cholesky's factor with
     pivoting and has as many columns as Σ₁ has rank, so fewer images than features cost no accuracy, and less time.
     Raises ValueError."""
-    (mean_1, covariance_1), (mean_2, covariance_2) = _moments(mean_1, covariance_1), _moments(mean_2, covariance_2)
+    (mean_1, covariance_1), (mean_2, covariance_2) = (
+        _moments(mean_1, covariance_1),
+        _moments(mean_2, covariance_2),
+    )
     if mean_1.shape != mean_2.shape:
         counts = f"{len(mean_1)} and of {len(mean_2)}"
-        raise ValueError(f"statistics of {counts} features can't be compared; use one extractor for both")
+        raise ValueError(
+            f"statistics of {counts} features can't be compared; use one extractor for both"
+        )
     factor, other = _cholesky(covariance_1), covariance_2
     if (second := _cholesky(covariance_2)).shape[1] < factor.shape[1]:
         factor, other = second, covariance_1
     eigenvalues = np.linalg.eigvalsh(factor.T @ other @ factor)
     root = np.sqrt(eigenvalues.clip(min=0)).sum()
-    distance = ((mean_1 - mean_2) ** 2).sum() + covariance_1.trace() + covariance_2.trace() - 2 * root
+    distance = (
+        ((mean_1 - mean_2) ** 2).sum() + covariance_1.trace() + covariance_2.trace() - 2 * root
+    )
     return max(float(distance), 0.0)
 
 
 def _moments(mean, covariance):
-    mean, covariance = (np.asarray(torch.as_tensor(a).cpu(), np.float64) for a in (mean, covariance))
+    mean, covariance = (
+        np.asarray(torch.as_tensor(a).cpu(), np.float64) for a in (mean, covariance)
+    )
     if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
-        raise ValueError(f"statistics of shape {mean.shape} and {covariance.shape}; expected (D,) and (D, D)")
+        raise ValueError(
+            f"statistics of shape {mean.shape} and {covariance.shape}; expected (D,) and (D, D)"
+        )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError("statistics hold NaN or infinity; make them anew")
     return mean, covariance
@@ -360,7 +391,9 @@ class InceptionScore:
             self._join(k, *sums)
 
     def _join(self, k, *sums):
-        self.splits[k] = tuple(a + b for a, b in zip(self.splits[k], sums)) if k in self.splits else sums
+        self.splits[k] = (
+            tuple(a + b for a, b in zip(self.splits[k], sums)) if k in self.splits else sums
+        )
 
     @property
     def value(self):
@@ -383,7 +416,10 @@ def kernel_distance(features_1, features_2, subsets=100, size=1000, seed=2020):
         raise ValueError("KID needs at least 2 images on either side")
     values = []
     for _ in range(subsets):
-        x, y = (f[torch.from_numpy(draw.choice(len(f), size, replace=False))] for f in (features_1, features_2))
+        x, y = (
+            f[torch.from_numpy(draw.choice(len(f), size, replace=False))]
+            for f in (features_1, features_2)
+        )
         same = sum(k.sum() - k.diagonal().sum() for k in (_kernel(x, x), _kernel(y, y)))
         values.append(float(same / (size * (size - 1)) - 2 * _kernel(x, y).mean()))
     return float(np.mean(values)), float(np.std(values))
@@ -402,13 +438,23 @@ def manifold_metrics(real, fake, k=3, k_density=5, chunk=2048, progress=iter):
     most = max(k, k_density)
     if min(len(real), len(fake)) <= most:
         counts = f"{len(real)} and {len(fake)}"
-        raise ValueError(f"precision and recall need more than {most} images on either side, not {counts}")
-    real_nearest, fake_nearest = _nearest(real, most, chunk, progress), _nearest(fake, k, chunk, progress)
-    real_radius, wide_radius, fake_radius = (n[:, i - 1] for n, i in
-                                             ((real_nearest, k), (real_nearest, k_density), (fake_nearest, k)))
-    precise, recalled, covered = (points.new_zeros(len(points), dtype=torch.bool) for points in (fake, real, real))
+        raise ValueError(
+            f"precision and recall need more than {most} images on either side, not {counts}"
+        )
+    real_nearest, fake_nearest = (
+        _nearest(real, most, chunk, progress),
+        _nearest(fake, k, chunk, progress),
+    )
+    real_radius, wide_radius, fake_radius = (
+        n[:, i - 1] for n, i in ((real_nearest, k), (real_nearest, k_density), (fake_nearest, k))
+    )
+    precise, recalled, covered = (
+        points.new_zeros(len(points), dtype=torch.bool) for points in (fake, real, real)
+    )
     balls = 0
-    for i, j in progress([(i, j) for i in range(0, len(real), chunk) for j in range(0, len(fake), chunk)]):
+    for i, j in progress(
+        [(i, j) for i in range(0, len(real), chunk) for j in range(0, len(fake), chunk)]
+    ):
         rows, columns = slice(i, i + chunk), slice(j, j + chunk)
         distances = _squared_distances(real[rows], fake[columns])
         within = distances <= wide_radius[rows, None]
@@ -416,8 +462,12 @@ def manifold_metrics(real, fake, k=3, k_density=5, chunk=2048, progress=iter):
         covered[rows] |= within.any(1)
         precise[columns] |= (distances <= real_radius[rows, None]).any(0)
         recalled[rows] |= (distances <= fake_radius[columns]).any(1)
-    return {"precision": float(precise.double().mean()), "recall": float(recalled.double().mean()),
-            "density": float(balls) / (k_density * len(fake)), "coverage": float(covered.double().mean())}
+    return {
+        "precision": float(precise.double().mean()),
+        "recall": float(recalled.double().mean()),
+        "density": float(balls) / (k_density * len(fake)),
+        "coverage": float(covered.double().mean()),
+    }
 
 
 def _nearest(points, k, chunk, progress):

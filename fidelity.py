@@ -42,7 +42,9 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)  # (B, heads, tokens, HEAD) each
+        q, k, v = (
+            self.qkv(x).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
+        )  # (B, heads, tokens, HEAD) each
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -107,7 +109,9 @@ def prepare(images, side):
 
     Resizing uint8 rounds after each axis as Pillow does, which made what the weights were trained on."""
     resized = math.floor(side / CROP)
-    x = F.interpolate(images.permute(0, 3, 1, 2), (resized, resized), mode="bicubic", antialias=True)
+    x = F.interpolate(
+        images.permute(0, 3, 1, 2), (resized, resized), mode="bicubic", antialias=True
+    )
     start = round((resized - side) / 2)
     return x[..., start : start + side, start : start + side] / 127.5 - 1
 
@@ -122,15 +126,21 @@ def mark(images, classifier, digest, out, threshold=THRESHOLD, batch_size=None, 
     a dict with their `share` and a row per class. Raises UserError where the intended classes are not known."""
     labels, known, out = images.labels, classifier.head.out_features, Path(out)
     if labels is None:
-        raise UserError(f"{images.path} doesn't say which class each image was meant to show; expected what sample "
-                        "wrote, an .npz with arr_1, or one folder per class")
+        raise UserError(
+            f"{images.path} doesn't say which class each image was meant to show; expected what sample "
+            "wrote, an .npz with arr_1, or one folder per class"
+        )
     own = images.about.get("num_classes", known)
     if labels.max() >= known or own != known:
-        raise UserError(f"{images.path} shows class {labels.max()} of {own} and the classifier knows {known}; "
-                        "use one of the same classes (--classifier)")
+        raise UserError(
+            f"{images.path} shows class {labels.max()} of {own} and the classifier knows {known}; "
+            "use one of the same classes (--classifier)"
+        )
     device = classifier.head.weight.device
     size = batch_size or BATCH_SIZE[device.type]
-    stretches = [np.arange(first, min(first + size, len(images))) for first in range(0, len(images), size)]
+    stretches = [
+        np.arange(first, min(first + size, len(images))) for first in range(0, len(images), size)
+    ]
     probabilities, waiting, sheets = np.empty(len(images)), [], []
 
     def flush():
@@ -141,7 +151,10 @@ def mark(images, classifier, digest, out, threshold=THRESHOLD, batch_size=None, 
 
     workers = imagesets.workers(images, size)
     batches = dataset.loader(images, ((stretch, None) for stretch in stretches), workers)
-    with torch.inference_mode(), tqdm(total=len(images), desc="classifying", unit="img", disable=quiet or None) as bar:
+    with (
+        torch.inference_mode(),
+        tqdm(total=len(images), desc="classifying", unit="img", disable=quiet or None) as bar,
+    ):
         for stretch, (pixels, *_) in zip(stretches, batches):
             logits = classifier(prepare(pixels, classifier.side).to(device))
             probabilities[stretch] = logits.softmax(1).cpu()[range(len(stretch)), labels[stretch]]
@@ -157,13 +170,31 @@ def mark(images, classifier, digest, out, threshold=THRESHOLD, batch_size=None, 
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["image", "class", "name", "probability"])
         for i in np.flatnonzero(low):
-            rows.writerow([images.name(i), labels[i], name_of(labels[i], known), f"{probabilities[i]:.4f}"])
+            rows.writerow(
+                [images.name(i), labels[i], name_of(labels[i], known), f"{probabilities[i]:.4f}"]
+            )
     counts, marked = np.bincount(labels), np.bincount(labels, weights=low)
-    classes = [{"class": int(c), "name": name_of(c, known), "images": int(counts[c]), "marked": int(marked[c]),
-                "share": float(marked[c] / counts[c])} for c in np.flatnonzero(counts)]
-    return {"share": float(low.mean()), "marked": int(low.sum()), "images": len(images), "threshold": threshold,
-            "source": str(images.path), "classifier_sha256": digest, "out": str(out), "sheets": sheets,
-            "classes": classes}
+    classes = [
+        {
+            "class": int(c),
+            "name": name_of(c, known),
+            "images": int(counts[c]),
+            "marked": int(marked[c]),
+            "share": float(marked[c] / counts[c]),
+        }
+        for c in np.flatnonzero(counts)
+    ]
+    return {
+        "share": float(low.mean()),
+        "marked": int(low.sum()),
+        "images": len(images),
+        "threshold": threshold,
+        "source": str(images.path),
+        "classifier_sha256": digest,
+        "out": str(out),
+        "sheets": sheets,
+        "classes": classes,
+    }
 
 
 def name_of(index, classes):
@@ -175,13 +206,19 @@ def table(result, rows=20):
     """The result of `mark` for people: the share, and the classes that fare worst."""
     worst = sorted(result["classes"], key=lambda row: (-row["share"], row["class"]))
     marked = f"{result['marked']:,} of {result['images']:,} images ({result['share']:.1%})"
-    lines = [f"{marked} have low fidelity: their class has a probability under {result['threshold']:g}",
-             f"{'class':>6}  {'name':30} {'marked':>7} {'of':>6} {'share':>7}"]
-    lines += [f"{row['class']:6}  {row['name'][:30]:30} {row['marked']:7} {row['images']:6} {row['share']:7.1%}"
-              for row in worst[:rows]]
+    lines = [
+        f"{marked} have low fidelity: their class has a probability under {result['threshold']:g}",
+        f"{'class':>6}  {'name':30} {'marked':>7} {'of':>6} {'share':>7}",
+    ]
+    lines += [
+        f"{row['class']:6}  {row['name'][:30]:30} {row['marked']:7} {row['images']:6} {row['share']:7.1%}"
+        for row in worst[:rows]
+    ]
     if len(worst) > rows:
         lines.append(f"        … and {len(worst) - rows} more classes; --json lists all")
-    lines.append(f"marked images: {result['out']}/marked.csv and {len(result['sheets'])} contact sheets beside it")
+    lines.append(
+        f"marked images: {result['out']}/marked.csv and {len(result['sheets'])} contact sheets beside it"
+    )
     return "\n".join(lines)
 
 
@@ -199,18 +236,28 @@ def distortion(path):
             rows = csv.DictReader(file)
             if missing := {"image", "person", "distorted"} - set(rows.fieldnames or ()):
                 missing = ", ".join(sorted(missing))
-                raise UserError(f"{path} lacks the column {missing}; expected image, person, distorted")
+                raise UserError(
+                    f"{path} lacks the column {missing}; expected image, person, distorted"
+                )
             for row in rows:
-                image, person, vote = ((row[name] or "").strip() for name in ("image", "person", "distorted"))
+                image, person, vote = (
+                    (row[name] or "").strip() for name in ("image", "person", "distorted")
+                )
                 if not image or not person or vote.lower() not in TRUTHS:
                     found = f"image {image!r}, person {person!r}, distorted {vote!r}"
-                    raise UserError(f"{path}, line {rows.line_num}: {found}; expected a name, a name, and one of "
-                                    f"{', '.join(TRUTHS)}")
+                    raise UserError(
+                        f"{path}, line {rows.line_num}: {found}; expected a name, a name, and one of "
+                        f"{', '.join(TRUTHS)}"
+                    )
                 if image in votes.setdefault(person, {}):
-                    raise UserError(f"{path}, line {rows.line_num}: {person} has judged {image} before; keep one vote")
+                    raise UserError(
+                        f"{path}, line {rows.line_num}: {person} has judged {image} before; keep one vote"
+                    )
                 votes[person][image] = float(TRUTHS[vote.lower()])
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; expected a CSV with the columns image, person, distorted") from None
+        raise UserError(
+            f"{path} does not exist; expected a CSV with the columns image, person, distorted"
+        ) from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is no CSV in UTF-8 ({error})") from None
     if not votes:
@@ -221,5 +268,11 @@ def distortion(path):
         error = statistics.stdev(shares.values()) / people**0.5
         reach = float(student.ppf((1 + CONFIDENCE) / 2, people - 1)) * error
         interval = [max(0.0, rate - reach), min(1.0, rate + reach)]
-    return {"distortion_rate": rate, "interval": interval, "confidence": CONFIDENCE, "people": shares,
-            "images": len(set().union(*votes.values())), "votes": sum(map(len, votes.values()))}
+    return {
+        "distortion_rate": rate,
+        "interval": interval,
+        "confidence": CONFIDENCE,
+        "people": shares,
+        "images": len(set().union(*votes.values())),
+        "votes": sum(map(len, votes.values())),
+    }

@@ -20,7 +20,9 @@ def find(text):
     if len(found) == 1:
         return found[0]
     if found:
-        several = " or ".join(f"{index} ({CLASSES[index][0]}: {', '.join(CLASSES[index][1])})" for index in found)
+        several = " or ".join(
+            f"{index} ({CLASSES[index][0]}: {', '.join(CLASSES[index][1])})" for index in found
+        )
         raise UserError(f"class {text!r} is {several}; give the number")
     words = set(plain.split())
     near = [name for name in known if words and words <= set(name.split())]

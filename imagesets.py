@@ -32,10 +32,14 @@ def open_set(path, res=None, exif=False):
     elif path.is_file():
         images = Npz(path)
     else:
-        raise UserError(f"{path} does not exist; expected an .npz with arr_0, or a folder of images")
+        raise UserError(
+            f"{path} does not exist; expected an .npz with arr_0, or a folder of images"
+        )
     if res not in (None, images.size):
         shape = f"{images.size}×{images.size}"
-        raise UserError(f"{path} holds images of {shape}, which --res {res} can't change; leave it out")
+        raise UserError(
+            f"{path} holds images of {shape}, which --res {res} can't change; leave it out"
+        )
     return images
 
 
@@ -48,16 +52,22 @@ class Npz:
         self.path, self.stream, self.position = Path(path), None, 0
         if "arr_0" not in (held := names(self.path)):
             held = ", ".join(sorted(held)[:6]) or "nothing"
-            raise UserError(f"{path} holds {held} and no arr_0; expected images, uint8 (N, H, W, 3), under that name")
+            raise UserError(
+                f"{path} holds {held} and no arr_0; expected images, uint8 (N, H, W, 3), under that name"
+            )
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             shape, dtype = self._header(file)
             self.start = file.tell()
             size = archive.getinfo("arr_0.npy").file_size - self.start
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-            raise UserError(f"{path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3) with values from 0 to 255")
+            raise UserError(
+                f"{path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3) with values from 0 to 255"
+            )
         self.shape, self.size, self.item = shape, shape[1], int(np.prod(shape[1:]))
         if size != shape[0] * self.item:
-            raise UserError(f"{path}: arr_0 claims {shape[0]:,} images and holds {size:,} bytes; make it anew")
+            raise UserError(
+                f"{path}: arr_0 claims {shape[0]:,} images and holds {size:,} bytes; make it anew"
+            )
         if shape[1] != shape[2]:
             raise UserError(f"{path}: images are {shape[2]}×{shape[1]}; expected square ones")
 
@@ -67,18 +77,27 @@ class Npz:
     def _header(self, file):
         """Shape and dtype from the head of an .npy file."""
         try:
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }
             shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
         except (ValueError, KeyError) as error:
             raise UserError(f"{self.path}: arr_0 is no NumPy array ({error})") from None
         if fortran:
-            raise UserError(f"{self.path}: arr_0 is in Fortran order; save it with np.ascontiguousarray")
+            raise UserError(
+                f"{self.path}: arr_0 is in Fortran order; save it with np.ascontiguousarray"
+            )
         return shape, dtype
 
     @cached_property
     def labels(self):
         labels = read_array(self.path, "arr_1") if "arr_1" in names(self.path) else None
-        fits = labels is not None and labels.shape == self.shape[:1] and np.issubdtype(labels.dtype, np.integer)
+        fits = (
+            labels is not None
+            and labels.shape == self.shape[:1]
+            and np.issubdtype(labels.dtype, np.integer)
+        )
         return labels.astype(np.int64) if fits else None
 
     @cached_property
@@ -96,14 +115,18 @@ class Npz:
         """Images (B, H, W, 3) uint8 of consecutive `indices`, and None."""
         first, count = int(indices[0]), len(indices)
         if self.stream is None or first < self.position:
-            self.stream = zipfile.ZipFile(self.path).open("arr_0.npy")  # kept open: reading on costs no search
+            self.stream = zipfile.ZipFile(self.path).open(
+                "arr_0.npy"
+            )  # kept open: reading on costs no search
         try:
             self.stream.seek(self.start + first * self.item)
             data = bytearray(self.stream.read(count * self.item))
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise UserError(f"{self.path} is damaged ({error}); fetch or make it anew") from None
         if len(data) != count * self.item:
-            raise UserError(f"{self.path} is cut off at image {first + len(data) // self.item}; fetch or make it anew")
+            raise UserError(
+                f"{self.path} is cut off at image {first + len(data) // self.item}; fetch or make it anew"
+            )
         self.position = first + count
         return torch.frombuffer(data, dtype=torch.uint8).view(count, *self.shape[1:]), None
 
@@ -145,10 +168,20 @@ class Folder:
 
     def __init__(self, root, res=None, exif=False):
         self.path, self.res, self.exif = Path(root), res, exif
-        found = (path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.name != GRID)
-        self.names = sorted(n for n in found if n.lower().endswith(dataset.EXTENSIONS) and not re.search(r"(^|/)\.", n))
+        found = (
+            path.relative_to(self.path).as_posix()
+            for path in self.path.rglob("*")
+            if path.name != GRID
+        )
+        self.names = sorted(
+            n
+            for n in found
+            if n.lower().endswith(dataset.EXTENSIONS) and not re.search(r"(^|/)\.", n)
+        )
         if not self.names:
-            raise UserError(f"{root} holds no images ({dataset.KNOWN}); give a folder of them, or an .npz with arr_0")
+            raise UserError(
+                f"{root} holds no images ({dataset.KNOWN}); give a folder of them, or an .npz with arr_0"
+            )
         self.size = res or self._side(0)
 
     def __len__(self):
@@ -169,7 +202,9 @@ class Folder:
         with self._open(index) as image:
             if image.width != image.height:
                 shape = f"{image.width}×{image.height}"
-                raise UserError(f"{self.path / self.names[index]} is {shape}; expected square images, or give --res")
+                raise UserError(
+                    f"{self.path / self.names[index]} is {shape}; expected square images, or give --res"
+                )
             return image.width
 
     def batch(self, indices, *_):
@@ -177,7 +212,9 @@ class Folder:
         images = torch.empty(len(indices), self.size, self.size, 3, dtype=torch.uint8)
         for row, index in enumerate(map(int, indices)):
             if not self.res and (side := self._side(index)) != self.size:
-                sizes = f"{self.names[0]} is {self.size}×{self.size}, {self.names[index]} {side}×{side}"
+                sizes = (
+                    f"{self.names[0]} is {self.size}×{self.size}, {self.names[index]} {side}×{side}"
+                )
                 raise UserError(f"{self.path} mixes sizes ({sizes}); give --res to crop all to one")
             image = dataset.read_image(self.path / self.names[index], self.size, exif=self.exif)
             images[row] = torch.from_numpy(image.copy())
@@ -217,8 +254,14 @@ class Shards:
     def __init__(self, root):
         self.path, self.shards = Path(root), dataset.open_data(root)
         if self.shards.kind != "pixels":
-            raise UserError(f"{root} holds latents; expected images: a folder, an .npz with arr_0, or pixel shards")
-        self.size, self.labels, self.digest = self.shards.size, self.shards.labels, self.shards.fingerprint
+            raise UserError(
+                f"{root} holds latents; expected images: a folder, an .npz with arr_0, or pixel shards"
+            )
+        self.size, self.labels, self.digest = (
+            self.shards.size,
+            self.shards.labels,
+            self.shards.fingerprint,
+        )
 
     def __len__(self):
         return len(self.shards)

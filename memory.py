@@ -37,7 +37,11 @@ def activations(model, config, batch, precision):
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with Live() as live:
         images = torch.zeros(batch, config.channels, config.size, config.size)
-        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
+        with (
+            torch.autocast("cpu", torch.bfloat16)
+            if precision == "bf16"
+            else contextlib.nullcontext()
+        ):
             predictions = model(images, torch.zeros(batch), torch.zeros(batch, dtype=torch.long))
         sums, _ = solver.multi_scale_loss(predictions, images)
         del predictions
@@ -55,7 +59,10 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage()._cdata not in self.known
+            ):
                 storage = tensor.untyped_storage()
                 self.known.add(storage._cdata)
                 self.now += storage.nbytes()

@@ -37,15 +37,23 @@ def is_main():
 
 def pick_device(name="auto"):
     """The torch device for `auto`, `cpu`, `cuda` or `mps`; on CUDA the one of this process's local rank."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     if not available[name]:
-        raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; use --device auto")
+        raise UserError(
+            f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; use --device auto"
+        )
     if name == "cuda":
         local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= count:
-            raise UserError(f"local rank {local} has no GPU: this machine has {count}; start at most {count} processes")
+            raise UserError(
+                f"local rank {local} has no GPU: this machine has {count}; start at most {count} processes"
+            )
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
     return torch.device(name)
@@ -59,7 +67,9 @@ def start(device, minutes=30):
         store, timeout = _fresh(store), datetime.timedelta(minutes=minutes)
         store.set_timeout(timeout)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout
+        )
 
 
 def _fresh(store):
@@ -77,14 +87,18 @@ def _fresh(store):
         while not store.check([word + (theirs := store.get(f"word/{other}").decode())]):
             store.set(theirs, word)  # it may be the last start's word, which its own replaces
             if time.monotonic() > deadline:
-                raise UserError(f"rank {other} did not join within {JOIN // 60} minutes; see its own message")
+                raise UserError(
+                    f"rank {other} did not join within {JOIN // 60} minutes; see its own message"
+                )
             time.sleep(0.005)
     return dist.PrefixStore(word, store)
 
 
 def is_lost_peer(error):
     """Whether a RuntimeError says that another process can't be reached."""
-    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error))
+    return world_size() > 1 and (
+        isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+    )
 
 
 def stop():
@@ -101,8 +115,12 @@ def wrap(model, device):
     """`model` for training: with several processes, its gradients are averaged over them."""
     if not dist.is_initialized():
         return model
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of depthwise weights: a copy of 49 numbers a channel
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    warnings.filterwarnings(
+        "ignore", "Grad strides do not match bucket view strides"
+    )  # of depthwise weights: a copy of 49 numbers a channel
+    return DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
 
 
 def no_sync(model):

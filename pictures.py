@@ -29,7 +29,10 @@ def grid(images, captions=None, columns=None, tile=None):
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         x, y = i % columns * cell_w + 2, i // columns * cell_h + 2
-        sheet.paste(to_image(image).resize((width * factor, height * factor), Image.Resampling.NEAREST), (x, y))
+        sheet.paste(
+            to_image(image).resize((width * factor, height * factor), Image.Resampling.NEAREST),
+            (x, y),
+        )
         if captions:
             text = captions[i]
             while len(text) > 1 and draw.textlength(text, font) > cell_w - 2:
@@ -59,7 +62,9 @@ def curves(series, title, smooth=50):
         low = math.log10(min(v.min() for _, v in lines.values())) - 0.02
         high = math.log10(max(v.max() for _, v in lines.values())) + 0.02
         at_x = lambda step: left + (width - left - 190) * step / last
-        at_y = lambda value: top + (height - top - bottom) * (high - math.log10(value)) / (high - low)
+        at_y = lambda value: (
+            top + (height - top - bottom) * (high - math.log10(value)) / (high - low)
+        )
         for power in np.linspace(low, high, 6):
             y = at_y(10**power)
             draw.line((left, y, width - 190, y), "#dddddd")

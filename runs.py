@@ -1,12 +1,12 @@
 """A run folder is the record of a training run, and the only thing `train`, `sample` and `eval` share.
 
-    config.json                       everything to repeat the run, versions included
-    metrics.jsonl                     one line per step
-    samples/step-0001000.png          grids from fixed seeds
-    loss.png
-    checkpoints/step-0001000/         appears whole or not at all
-        weights.safetensors, ema.safetensors      carry the configuration: usable alone
-        optimizer.safetensors, state.json, manifest.json (SHA-256 of the others)"""
+config.json                       everything to repeat the run, versions included
+metrics.jsonl                     one line per step
+samples/step-0001000.png          grids from fixed seeds
+loss.png
+checkpoints/step-0001000/         appears whole or not at all
+    weights.safetensors, ema.safetensors      carry the configuration: usable alone
+    optimizer.safetensors, state.json, manifest.json (SHA-256 of the others)"""
 
 import contextlib
 import dataclasses
@@ -21,10 +21,25 @@ from pathlib import Path
 import torch
 
 import dimr
-from storage import UserError, load_tensors, read_json, save_tensors, sha256, sweep, sync_folder, write_json, writing
+from storage import (
+    UserError,
+    load_tensors,
+    read_json,
+    save_tensors,
+    sha256,
+    sweep,
+    sync_folder,
+    write_json,
+    writing,
+)
 
 ROOT = Path("runs")
-FILES = {"weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}  # of a checkpoint, at least
+FILES = {
+    "weights.safetensors",
+    "ema.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+}  # of a checkpoint, at least
 
 
 def newest(root=ROOT):
@@ -35,13 +50,21 @@ def newest(root=ROOT):
 
 def checkpoints(run):
     """A run's checkpoint folders, oldest first."""
-    return sorted(path for path in (Path(run) / "checkpoints").glob("step-*") if (path / "manifest.json").is_file())
+    return sorted(
+        path
+        for path in (Path(run) / "checkpoints").glob("step-*")
+        if (path / "manifest.json").is_file()
+    )
 
 
 def run_of(weights):
     """The run folder whose checkpoint the weights file belongs to, or None."""
     folder = Path(weights).resolve().parent.parent
-    return folder.parent if folder.name == "checkpoints" and (folder.parent / "config.json").is_file() else None
+    return (
+        folder.parent
+        if folder.name == "checkpoints" and (folder.parent / "config.json").is_file()
+        else None
+    )
 
 
 def step_of(checkpoint):
@@ -61,7 +84,10 @@ def save_checkpoint(run, step, files, state, keep):
         for name, (tensors, metadata) in files.items():
             save_tensors(temporary / f"{name}.safetensors", tensors, metadata)
         write_json(temporary / "state.json", state)
-        write_json(temporary / "manifest.json", {path.name: sha256(path) for path in sorted(temporary.iterdir())})
+        write_json(
+            temporary / "manifest.json",
+            {path.name: sha256(path) for path in sorted(temporary.iterdir())},
+        )
         sync_folder(temporary)
         discard(final)
         os.replace(temporary, final)
@@ -88,7 +114,9 @@ def verify(checkpoint):
     """Raise UserError if a file of the checkpoint is missing or differs from its manifest."""
     manifest = read_json(checkpoint / "manifest.json")
     if not isinstance(manifest, dict) or not manifest.keys() >= FILES:
-        raise UserError(f"{checkpoint / 'manifest.json'} is damaged; it should name {', '.join(sorted(FILES))}")
+        raise UserError(
+            f"{checkpoint / 'manifest.json'} is damaged; it should name {', '.join(sorted(FILES))}"
+        )
     for name, expected in manifest.items():
         if sha256(checkpoint / name) != expected:
             raise UserError(f"{checkpoint / name} is damaged (its SHA-256 is not the manifest's)")
@@ -105,7 +133,9 @@ def newest_whole(run, say=lambda line: print(line, file=sys.stderr)):
         except UserError as error:
             say(f"WARNING: checkpoint refused, looking for one before it: {error}")
     if found:
-        raise UserError(f"none of the {len(found)} checkpoints in {run} is whole; restore one, or choose another folder")
+        raise UserError(
+            f"none of the {len(found)} checkpoints in {run} is whole; restore one, or choose another folder"
+        )
     return None
 
 
@@ -121,7 +151,9 @@ def locked(run):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise UserError(f"{run} is in use by {file.read().strip() or 'another process'}; wait for it or choose another --out") from None
+            raise UserError(
+                f"{run} is in use by {file.read().strip() or 'another process'}; wait for it or choose another --out"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -136,7 +168,10 @@ def locked(run):
 
 def metadata(config, **facts):
     """What a weights file says of itself: the network's configuration and any facts that JSON can hold."""
-    return {"config": json.dumps(dataclasses.asdict(config)), **{k: json.dumps(v) for k, v in facts.items()}}
+    return {
+        "config": json.dumps(dataclasses.asdict(config)),
+        **{k: json.dumps(v) for k, v in facts.items()},
+    }
 
 
 def read_weights(path, heads=16):
@@ -146,7 +181,11 @@ def read_weights(path, heads=16):
     Raises UserError when it is neither, doesn't fit, or holds values that are not finite."""
     tensors, about = load_tensors(path)
     try:
-        facts = {k: json.loads(v) for k, v in about.items() if k != "format"} if "config" in about else {}
+        facts = (
+            {k: json.loads(v) for k, v in about.items() if k != "format"}
+            if "config" in about
+            else {}
+        )
         config = dimr.Config(**facts.pop("config")) if "config" in facts else None
         if config and not any(name.startswith("stages.") for name in tensors):
             model = dimr.from_config(config, tensors)
@@ -155,9 +194,15 @@ def read_weights(path, heads=16):
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} does not fit: {error}") from None
     # aminmax makes no copy, and either end is not finite where any value is not
-    bad = [name for name, tensor in model.state_dict().items() if not all(end.isfinite() for end in tensor.aminmax())]
+    bad = [
+        name
+        for name, tensor in model.state_dict().items()
+        if not all(end.isfinite() for end in tensor.aminmax())
+    ]
     if bad:
-        raise UserError(f"{path} holds values that are not finite, first in {bad[0]} ({len(bad)} tensors); use another checkpoint")
+        raise UserError(
+            f"{path} holds values that are not finite, first in {bad[0]} ({len(bad)} tensors); use another checkpoint"
+        )
     return model, facts
 
 
@@ -174,6 +219,10 @@ def write_weights(path, model, facts):
             try:
                 torch.save(state, file)
             except RuntimeError as error:  # what the archive makes of a full disk
-                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+                raise (
+                    error.__context__ if isinstance(error.__context__, OSError) else error
+                ) from None
     else:
-        raise UserError(f"{path} ends neither in .safetensors (our names) nor in .pth (the released ones); choose one")
+        raise UserError(
+            f"{path} ends neither in .safetensors (our names) nor in .pth (the released ones); choose one"
+        )

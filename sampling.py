@@ -63,13 +63,20 @@ class Settings:
         """These settings with every default filled in for a network of `config`. Raises UserError if they can't work."""
         name, grid, steps = PRESETS[self.preset][config.space]
         cfg = self.cfg if self.cfg is not None else (1.5 if config.null_class else 1.0)
-        full = dataclasses.replace(self, cfg=cfg, solver=self.solver or name, grid=self.grid or grid,
-                                   steps=steps if self.steps is None else self.steps)
+        full = dataclasses.replace(
+            self,
+            cfg=cfg,
+            solver=self.solver or name,
+            grid=self.grid or grid,
+            steps=steps if self.steps is None else self.steps,
+        )
         try:
             solver.Guidance(full.cfg, full.cfg_power, full.cfg_interval)
             if full.cfg > 1 and not config.null_class:
-                raise ValueError(f"guidance {full.cfg:g} needs a null class and this network has none; use --cfg 1, "
-                                 "or train with --label-dropout 0.1")
+                raise ValueError(
+                    f"guidance {full.cfg:g} needs a null class and this network has none; use --cfg 1, "
+                    "or train with --label-dropout 0.1"
+                )
             if full.steps < 1:
                 raise ValueError(f"steps {full.steps} is not at least 1")
             if not solver.SOLVERS[full.solver].multistep:
@@ -87,7 +94,11 @@ def start_noise(config, seed):
 
 def autocast(device, precision):
     """The context that runs a network in `precision` ("fp32" or "bf16")."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    return (
+        torch.autocast(device.type, torch.bfloat16)
+        if precision == "bf16"
+        else contextlib.nullcontext()
+    )
 
 
 def for_inference(model, precision, compiled=False):
@@ -116,13 +127,22 @@ def solve(model, schedule, classes, seeds, settings, device, precision="fp32", c
     x = torch.stack([start_noise(model.config, seed) for seed in seeds]).to(device)
     guidance = solver.Guidance(settings.cfg, settings.cfg_power, settings.cfg_interval)
     with torch.inference_mode(), autocast(device, precision):
-        return solver.sample(solver.denoiser(model, schedule, y, guidance), x, schedule, settings.steps, settings.solver,
-                             settings.grid, callback=callback)
+        return solver.sample(
+            solver.denoiser(model, schedule, y, guidance),
+            x,
+            schedule,
+            settings.steps,
+            settings.solver,
+            settings.grid,
+            callback=callback,
+        )
 
 
 def to_uint8(x):
     """uint8 (B, H, W, C) of images in [-1, 1] (B, C, H, W): clamped, rounded to nearest."""
-    return ((x.float() + 1) / 2).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return (
+        ((x.float() + 1) / 2).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    )
 
 
 @dataclasses.dataclass
@@ -167,7 +187,9 @@ class Generator:
             path = weights.find(self.vae_source or "sd-vae-ft-ema")
             expected = self.facts.get("vae_sha256")
             if self.vae_source == self.facts.get("vae") and expected and sha256(path) != expected:
-                raise UserError(f"{path} is not the VAE this network was trained with; give that one with --vae")
+                raise UserError(
+                    f"{path} is not the VAE this network was trained with; give that one with --vae"
+                )
             try:
                 self.vae = vae.load(path, self.device)
             except ValueError as error:
@@ -188,8 +210,16 @@ class Generator:
                 if progress is not None:
                     progress.update(base + len(indices) * evaluations / settings.steps - progress.n)
 
-            x = solve(self.model, schedule, [classes[i] for i in padded], [seeds[i] for i in padded], settings,
-                      self.device, self.precision, callback)
+            x = solve(
+                self.model,
+                schedule,
+                [classes[i] for i in padded],
+                [seeds[i] for i in padded],
+                settings,
+                self.device,
+                self.precision,
+                callback,
+            )
             yield indices, self.decode(x)[: len(indices)]
 
     def images(self, classes, seeds, batch_size=None, **settings):
@@ -197,16 +227,22 @@ class Generator:
         classes, seeds = list(classes), list(seeds)
         check_classes(classes, self.config)
         if len(classes) != len(seeds):
-            raise UserError(f"{len(classes)} classes for {len(seeds)} seeds; give one class per seed")
+            raise UserError(
+                f"{len(classes)} classes for {len(seeds)} seeds; give one class per seed"
+            )
         settings = Settings(**settings).resolved(self.config)
         size = batch_size or min(len(seeds), BATCH_SIZE[self.device.type])
-        return np.concatenate([images for _, images in self.batches(classes, seeds, settings, size)])
+        return np.concatenate(
+            [images for _, images in self.batches(classes, seeds, settings, size)]
+        )
 
 
 def check_classes(classes, config):
     wrong = [c for c in classes if not 0 <= c < config.num_classes]
     if wrong:
-        raise UserError(f"class {wrong[0]} is out of range; this network knows classes 0 to {config.num_classes - 1}")
+        raise UserError(
+            f"class {wrong[0]} is out of range; this network knows classes 0 to {config.num_classes - 1}"
+        )
 
 
 def class_index(name, generator):
@@ -223,8 +259,10 @@ def class_index(name, generator):
 
         return imagenet_names.find(name)
     some = ", ".join(generator.classes[:10])
-    raise UserError(f"class {name!r} is not known to {generator.source}; use an index from 0 to {generator.config.num_classes - 1}"
-                    + (f" or a name such as {some}" if some else ""))
+    raise UserError(
+        f"class {name!r} is not known to {generator.source}; use an index from 0 to {generator.config.num_classes - 1}"
+        + (f" or a name such as {some}" if some else "")
+    )
 
 
 def find_weights(source=None, ema=True):
@@ -239,7 +277,9 @@ def find_weights(source=None, ema=True):
         else:
             checkpoint = runs.newest_whole(path)
         if checkpoint is None:
-            raise UserError(f"{path} holds no whole checkpoint; expected a run folder that train wrote")
+            raise UserError(
+                f"{path} holds no whole checkpoint; expected a run folder that train wrote"
+            )
         return checkpoint / ("ema.safetensors" if ema else "weights.safetensors")
     if path.is_file():
         return path
@@ -255,13 +295,26 @@ def load(source=None, ema=True, device="auto", precision=None, vae=None, heads=1
     path = find_weights(source, ema)
     model, facts = runs.read_weights(path, heads)
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
-    return Generator(for_inference(model.to(device), precision, compiled), device, precision, facts.get("classes", []), str(path), sha256(path),
-                     facts, vae_source=vae or facts.get("vae"), compiled=compiled)
+    return Generator(
+        for_inference(model.to(device), precision, compiled),
+        device,
+        precision,
+        facts.get("classes", []),
+        str(path),
+        sha256(path),
+        facts,
+        vae_source=vae or facts.get("vae"),
+        compiled=compiled,
+    )
 
 
 def save_grid(path, images, captions=None, columns=None):
     """Write a grid of uint8 images (N, H, W, C) as PNG."""
-    pictures.save(pictures.grid(images, captions, columns), path, pnginfo=_png_info({"Description": GENERATED}))
+    pictures.save(
+        pictures.grid(images, captions, columns),
+        path,
+        pnginfo=_png_info({"Description": GENERATED}),
+    )
 
 
 def _png_info(texts):
@@ -276,13 +329,31 @@ def _png_info(texts):
 
 def describe(generator, settings):
     """What an image's metadata says of how it was made, besides its class and seed."""
-    return {"weights": generator.hash, "source": generator.source, "step": generator.facts.get("step"),
-            "num_classes": generator.config.num_classes,
-            **dataclasses.asdict(settings), "precision": generator.precision, "compiled": generator.compiled, "device": generator.device.type,
-            "dimr": VERSION, "torch": torch.__version__}
+    return {
+        "weights": generator.hash,
+        "source": generator.source,
+        "step": generator.facts.get("step"),
+        "num_classes": generator.config.num_classes,
+        **dataclasses.asdict(settings),
+        "precision": generator.precision,
+        "compiled": generator.compiled,
+        "device": generator.device.type,
+        "dimr": VERSION,
+        "torch": torch.__version__,
+    }
 
 
-def sample(generator, classes, seeds, settings, out=None, batch_size=None, npz=False, balanced=False, quiet=False):
+def sample(
+    generator,
+    classes,
+    seeds,
+    settings,
+    out=None,
+    batch_size=None,
+    npz=False,
+    balanced=False,
+    quiet=False,
+):
     """Draw image i of class classes[i] from seeds[i] and write PNGs and a labelled grid, or with `npz` one
     `.npz` as ADM's suite reads it (`arr_0` uint8 (N, H, W, 3), `arr_1` classes), streamed and resumable.
 
@@ -292,14 +363,27 @@ def sample(generator, classes, seeds, settings, out=None, batch_size=None, npz=F
     batch_size = batch_size or min(len(seeds), BATCH_SIZE[generator.device.type])
     out = Path(out or ROOT / f"{generator.name}-cfg{settings.cfg:g}")
     about, begun = describe(generator, settings), time.monotonic()
-    progress = tqdm(total=len(seeds), desc="sampling", unit="img", disable=quiet or not parallel.is_main() or None,
-                    bar_format=BAR)
+    progress = tqdm(
+        total=len(seeds),
+        desc="sampling",
+        unit="img",
+        disable=quiet or not parallel.is_main() or None,
+        bar_format=BAR,
+    )
     with progress:
         write = _write_npz if npz else _write_pngs
-        result = write(generator, classes, seeds, settings, out, batch_size, about, progress, balanced)
+        result = write(
+            generator, classes, seeds, settings, out, batch_size, about, progress, balanced
+        )
     seconds = time.monotonic() - begun
-    return {**result, "n": len(seeds), "seconds": round(seconds, 2), "images_per_second": round(len(seeds) / seconds, 3),
-            "batch_size": batch_size, **about}
+    return {
+        **result,
+        "n": len(seeds),
+        "seconds": round(seconds, 2),
+        "images_per_second": round(len(seeds) / seconds, 3),
+        "batch_size": batch_size,
+        **about,
+    }
 
 
 def caption(name, index, seed):
@@ -317,53 +401,96 @@ def _write_pngs(generator, classes, seeds, settings, out, batch_size, about, pro
     numbers = range(math.ceil(len(seeds) / batch_size))[parallel.rank() :: parallel.world_size()]
     progress.total = min(sum(batch_size for _ in numbers), len(seeds))
     command = " ".join(shlex.quote(word) for word in sys.argv)
-    for indices, images in generator.batches(classes, seeds, settings, batch_size, numbers, progress):
+    for indices, images in generator.batches(
+        classes, seeds, settings, batch_size, numbers, progress
+    ):
         for i, image in zip(indices, images):
-            facts = {"class": classes[i], "class_name": _class_name(generator, classes[i]), "seed": seeds[i], **about}
-            texts = {"Description": GENERATED, "Software": f"dimr {VERSION}", "dimr": json.dumps(facts), "Command": command}
+            facts = {
+                "class": classes[i],
+                "class_name": _class_name(generator, classes[i]),
+                "seed": seeds[i],
+                **about,
+            }
+            texts = {
+                "Description": GENERATED,
+                "Software": f"dimr {VERSION}",
+                "dimr": json.dumps(facts),
+                "Command": command,
+            }
             pictures.save(pictures.to_image(image), path(i), pnginfo=_png_info(texts))
     parallel.barrier()
     if parallel.is_main():
         shown = range(min(len(seeds), 64))
         images = [np.atleast_3d(np.asarray(Image.open(path(i)))) for i in shown]
-        save_grid(out / "grid.png", images, [caption(_class_name(generator, classes[i]), classes[i], seeds[i]) for i in shown])
-    return {"out": str(out), "files": [str(path(i)) for i in range(len(seeds))], "picture": str(out / "grid.png")}
+        save_grid(
+            out / "grid.png",
+            images,
+            [caption(_class_name(generator, classes[i]), classes[i], seeds[i]) for i in shown],
+        )
+    return {
+        "out": str(out),
+        "files": [str(path(i)) for i in range(len(seeds))],
+        "picture": str(out / "grid.png"),
+    }
 
 
 def _write_npz(generator, classes, seeds, settings, out, batch_size, about, progress, balanced):
     """Batches land in a memory-mapped file beside the target; each process notes those it finished, so an interrupted
     call goes on where it stopped, on any number of processes."""
-    target = out if out.suffix == ".npz" else out / f"{'balanced' if balanced else 'samples'}-{len(seeds)}.npz"
+    target = (
+        out
+        if out.suffix == ".npz"
+        else out / f"{'balanced' if balanced else 'samples'}-{len(seeds)}.npz"
+    )
     drawn = hashlib.sha256(np.asarray([classes, seeds]).tobytes()).hexdigest()  # which images
-    plan = {"drawn": drawn, "batch_size": batch_size, **{k: about[k] for k in about if k not in ("source", "torch")}}
+    plan = {
+        "drawn": drawn,
+        "batch_size": batch_size,
+        **{k: about[k] for k in about if k not in ("source", "torch")},
+    }
     plan = json.loads(json.dumps(plan))  # as it reads back: tuples become lists
-    result = {"out": str(target), "npz": str(target), "picture": str(target.with_suffix(".png")), "balanced": balanced}
+    result = {
+        "out": str(target),
+        "npz": str(target),
+        "picture": str(target.with_suffix(".png")),
+        "balanced": balanced,
+    }
     if target.exists():
         if read_json(target.with_suffix(".json")).get("plan") == plan:
             progress.update(len(seeds))
             return result
-        raise UserError(f"{target} exists and was drawn otherwise; delete it or choose another --out")
+        raise UserError(
+            f"{target} exists and was drawn otherwise; delete it or choose another --out"
+        )
     work = target.with_name(target.name + ".partial")
     shape = (len(seeds), generator.pixels, generator.pixels, 3)
     if parallel.is_main():
         work.mkdir(parents=True, exist_ok=True)
         if (work / "plan.json").exists() and read_json(work / "plan.json") != plan:
-            raise UserError(f"{work} is an unfinished set drawn otherwise; delete it or choose another --out")
+            raise UserError(
+                f"{work} is an unfinished set drawn otherwise; delete it or choose another --out"
+            )
         if not (work / "plan.json").exists():
             need, free = math.prod(shape) * 2, shutil.disk_usage(work).free
             if need > free:
-                raise UserError(f"{target} needs {need / 1e9:.1f} GB while it is written and {free / 1e9:.1f} GB are free; "
-                                "free space or choose another --out")
+                raise UserError(
+                    f"{target} needs {need / 1e9:.1f} GB while it is written and {free / 1e9:.1f} GB are free; "
+                    "free space or choose another --out"
+                )
             np.lib.format.open_memmap(work / "images.npy", "w+", np.uint8, shape).flush()
             write_json(work / "plan.json", plan)
     parallel.barrier()
     images_on_disk = np.load(work / "images.npy", mmap_mode="r+")
     done = {int(line) for path in work.glob("done-*") for line in path.read_text().split("\n")[:-1]}
-    numbers = [k for k in range(math.ceil(len(seeds) / batch_size)) if k not in done][parallel.rank() :: parallel.world_size()]
+    numbers = [k for k in range(math.ceil(len(seeds) / batch_size)) if k not in done][
+        parallel.rank() :: parallel.world_size()
+    ]
     progress.total = min(len(numbers) * batch_size, len(seeds))
     parallel.barrier()  # everyone has read what is done
     with open(work / f"done-{parallel.rank()}", "a") as log:
-        for indices, images in generator.batches(classes, seeds, settings, batch_size, numbers, progress):
+        for indices, images in generator.batches(
+            classes, seeds, settings, batch_size, numbers, progress
+        ):
             images_on_disk[indices[0] : indices[-1] + 1] = images
             images_on_disk.flush()
             log.write(f"{indices[0] // batch_size}\n")
@@ -371,14 +498,22 @@ def _write_npz(generator, classes, seeds, settings, out, batch_size, about, prog
     parallel.barrier()
     if parallel.is_main():
         with writing(target) as file, zipfile.ZipFile(file, "w") as archive:
-            for name, array in (("arr_0", images_on_disk), ("arr_1", np.asarray(classes, np.int64))):
+            for name, array in (
+                ("arr_0", images_on_disk),
+                ("arr_1", np.asarray(classes, np.int64)),
+            ):
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                     np.lib.format.write_array(entry, array, allow_pickle=False)
-        write_json(target.with_suffix(".json"), {"balanced": balanced, "n": len(seeds), "plan": plan, **about,
-                                                 "note": GENERATED})
+        write_json(
+            target.with_suffix(".json"),
+            {"balanced": balanced, "n": len(seeds), "plan": plan, **about, "note": GENERATED},
+        )
         shown = range(min(len(seeds), 64))
-        save_grid(result["picture"], images_on_disk[: len(shown)],
-                  [caption(_class_name(generator, classes[i]), classes[i], seeds[i]) for i in shown])
+        save_grid(
+            result["picture"],
+            images_on_disk[: len(shown)],
+            [caption(_class_name(generator, classes[i]), classes[i], seeds[i]) for i in shown],
+        )
         shutil.rmtree(work)
     parallel.barrier()
     return result

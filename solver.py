@@ -41,8 +41,10 @@ class Schedule:
 
     def noised(self, x0, noise, t):
         """Forward noising: α(t)·x0 + σ(t)·ε for x0 and noise (B, C, H, W) on any device and t (B,) on the CPU."""
-        alpha, sigma = (v.to(x0.dtype).to(x0.device, non_blocking=True)[:, None, None, None]
-                        for v in (self.alpha(t), self.sigma(t)))
+        alpha, sigma = (
+            v.to(x0.dtype).to(x0.device, non_blocking=True)[:, None, None, None]
+            for v in (self.alpha(t), self.sigma(t))
+        )
         return alpha * x0 + sigma * noise
 
 
@@ -141,11 +143,14 @@ class Guidance:
         if not 1 <= self.scale < math.inf:
             raise ValueError(
                 f"guidance scale {self.scale:g} is not at least 1 (1 = none); U-ViT and the DiMR release write the excess "
-                f"over 1, so their 0.4 is 1.4 here")
+                f"over 1, so their 0.4 is 1.4 here"
+            )
         if self.power is not None and not 0 < self.power < math.inf:
             raise ValueError(f"guidance power {self.power:g} is not above 0")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
-            raise ValueError(f"guidance interval {self.interval} is not 0 <= low < high (values of sigma/alpha)")
+            raise ValueError(
+                f"guidance interval {self.interval} is not 0 <= low < high (values of sigma/alpha)"
+            )
 
     def at(self, schedule, t):
         """The scale s at time t, a float."""
@@ -164,8 +169,10 @@ def denoiser(model, schedule, y, guidance=Guidance()):
     Where guidance is on, conditional and unconditional run as one batch; where s = 1, the conditional alone.
     Raises ValueError if guidance is asked of a network without a null class."""
     if guidance.scale > 1 and not model.config.null_class:
-        raise ValueError("this network has no null class (it was trained without label dropout), so it can't be guided; "
-                         "use a guidance scale of 1")
+        raise ValueError(
+            "this network has no null class (it was trained without label dropout), so it can't be guided; "
+            "use a guidance scale of 1"
+        )
     both = torch.cat([y, torch.full_like(y, model.config.embeddings - 1)])
 
     def noise(x, t):
@@ -193,10 +200,19 @@ class Solver:
     data: bool = True
 
 
-_SHAPES = {"1s": dict(order=1), "2s": dict(order=2), "3s": dict(order=3), "fast": dict(order=3, fast=True),
-           "2m": dict(order=2, multistep=True), "3m": dict(order=3, multistep=True)}
-SOLVERS = {f"{prefix}{name}": Solver(**shape, data=data)
-           for prefix, data in (("", True), ("dpm-", False)) for name, shape in _SHAPES.items()}
+_SHAPES = {
+    "1s": dict(order=1),
+    "2s": dict(order=2),
+    "3s": dict(order=3),
+    "fast": dict(order=3, fast=True),
+    "2m": dict(order=2, multistep=True),
+    "3m": dict(order=3, multistep=True),
+}
+SOLVERS = {
+    f"{prefix}{name}": Solver(**shape, data=data)
+    for prefix, data in (("", True), ("dpm-", False))
+    for name, shape in _SHAPES.items()
+}
 
 
 def _time(schedule, start, end, cells):
@@ -208,8 +224,11 @@ def _quadratic(schedule, start, end, cells):
 
 
 def _logsnr(schedule, start, end, cells):
-    lam = schedule.t_of_lam(torch.linspace(float(schedule.lam(start)), float(schedule.lam(end)), cells + 1,
-                                           dtype=torch.float64))
+    lam = schedule.t_of_lam(
+        torch.linspace(
+            float(schedule.lam(start)), float(schedule.lam(end)), cells + 1, dtype=torch.float64
+        )
+    )
     lam[0], lam[-1] = start, end
     return lam
 
@@ -226,7 +245,9 @@ def orders(steps, solver):
         return [3] * (steps // 3 - (steps % 3 == 0)) + {0: [2, 1], 1: [1], 2: [2]}[steps % 3]
     if steps % k:
         near = " or ".join(str(n) for n in (steps // k * k, (steps // k + 1) * k) if n)
-        raise ValueError(f"{steps} steps do not divide into updates of order {k}; use {near}, or the solver 'fast'")
+        raise ValueError(
+            f"{steps} steps do not divide into updates of order {k}; use {near}, or the solver 'fast'"
+        )
     return [k] * (steps // k)
 
 
@@ -244,9 +265,13 @@ def sample(noise, x, schedule, steps, solver="2m", grid="time", start=1.0, end=N
     if method.multistep:
         return _multistep(noise, x, schedule, method, points(schedule, start, end, steps), callback)
     counts = orders(steps, method)
-    if grid == "logsnr":  # updates uniform in λ whatever their order, inner nodes uniform within each
+    if (
+        grid == "logsnr"
+    ):  # updates uniform in λ whatever their order, inner nodes uniform within each
         outer = points(schedule, start, end, len(counts))
-        spans = [points(schedule, float(s), float(t), k) for s, t, k in zip(outer, outer[1:], counts)]
+        spans = [
+            points(schedule, float(s), float(t), k) for s, t, k in zip(outer, outer[1:], counts)
+        ]
     else:  # an update of order k spans k cells of one grid, whose points are its inner nodes
         fine, first = points(schedule, start, end, steps), 0
         spans = []
@@ -269,8 +294,12 @@ class _Nodes:
 
     def __init__(self, noise, schedule, method, ts):
         self.noise, self.data, self.ts = noise, method.data, ts.tolist()
-        self.alpha, self.sigma, self.lam = (f(ts).tolist() for f in (schedule.alpha, schedule.sigma, schedule.lam))
-        self.carry, self.weight = (self.sigma, self.alpha) if self.data else (self.alpha, self.sigma)
+        self.alpha, self.sigma, self.lam = (
+            f(ts).tolist() for f in (schedule.alpha, schedule.sigma, schedule.lam)
+        )
+        self.carry, self.weight = (
+            (self.sigma, self.alpha) if self.data else (self.alpha, self.sigma)
+        )
 
     def predict(self, x, i):
         epsilon = self.noise(x, self.ts[i])

@@ -9,8 +9,18 @@ import zipfile
 from pathlib import Path
 
 VERSION = "0.1.0"
-DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.int64": "I64",
-          "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL"}  # safetensors' names
+DTYPES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}  # safetensors' names
 
 
 class UserError(Exception):
@@ -75,7 +85,9 @@ def sha256(path):
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); has it been moved, or is the disk failing?") from None
+        raise UserError(
+            f"{path} can't be read ({error.strerror}); has it been moved, or is the disk failing?"
+        ) from None
 
 
 def load_tensors(path):
@@ -94,19 +106,33 @@ def load_tensors(path):
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a whole safetensors file that can be read ({error}); fetch it again") from None
+            raise UserError(
+                f"{path} is not a whole safetensors file that can be read ({error}); fetch it again"
+            ) from None
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever an untrusted file makes the parser raise, the file is at fault
+        value = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except (
+        Exception
+    ) as error:  # whatever an untrusted file makes the parser raise, the file is at fault
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} can't be read as plain weights ({reason}); nothing in it was run") from None
+        raise UserError(
+            f"{path} can't be read as plain weights ({reason}); nothing in it was run"
+        ) from None
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]  # Lightning and CompVis wrap theirs
-    tensors = {k: v for k, v in value.items() if isinstance(v, torch.Tensor)} if isinstance(value, dict) else {}
+    tensors = (
+        {k: v for k, v in value.items() if isinstance(v, torch.Tensor)}
+        if isinstance(value, dict)
+        else {}
+    )
     if not tensors:
         raise UserError(f"{path} holds no state dict: expected names mapped to tensors")
     about = getattr(value, "metadata", None)
-    return tensors, {k: v for k, v in about.items() if isinstance(v, str)} if isinstance(about, dict) else {}
+    return tensors, {k: v for k, v in about.items() if isinstance(v, str)} if isinstance(
+        about, dict
+    ) else {}
 
 
 def save_tensors(path, tensors, metadata=None):
@@ -114,11 +140,17 @@ def save_tensors(path, tensors, metadata=None):
     bytes, and no copy of it is made: the library's own writer shuffles metadata and holds the file in memory."""
     import torch
 
-    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # so that all are aligned
+    tensors = dict(
+        sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    )  # so that all are aligned
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        header[name] = {
+            "dtype": DTYPES[str(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + size],
+        }
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -46,7 +46,9 @@ class Recipe:
     lr: float = 2e-4
     steps: int = 1_000_000
     batch_size: int = 1024  # global: over all processes and accumulation steps
-    micro_batch: int | None = None  # per process and pass; None: the process's share of the batch at once
+    micro_batch: int | None = (
+        None  # per process and pass; None: the process's share of the batch at once
+    )
     warmup: int = 5000
     weight_decay: float = 0.03
     betas: tuple[float, float] = (0.99, 0.99)
@@ -70,7 +72,16 @@ RECIPES = {
     "xl2r": Recipe(),
     "xl3r": Recipe(),
     "g2r": Recipe(),
-    "demo": Recipe(lr=8e-3, steps=3800, batch_size=32, warmup=200, betas=(0.9, 0.98), ema=0.998, weight_decay=0.01, flip=False),
+    "demo": Recipe(
+        lr=8e-3,
+        steps=3800,
+        batch_size=32,
+        warmup=200,
+        betas=(0.9, 0.98),
+        ema=0.998,
+        weight_decay=0.01,
+        flip=False,
+    ),
 }
 
 
@@ -91,18 +102,31 @@ def _draw(seed, stream, first, last, sample, device="cpu"):
 
 def normal(seed, stream, first, last, shape, device="cpu"):
     """Standard normal numbers (last - first, *shape) of positions first..last-1."""
-    return _draw(seed, stream, first, last,
-                 lambda g: torch.randn(BLOCK, *shape, generator=g, device=device), device)
+    return _draw(
+        seed,
+        stream,
+        first,
+        last,
+        lambda g: torch.randn(BLOCK, *shape, generator=g, device=device),
+        device,
+    )
 
 
 def uniform(seed, stream, first, last):
     """Uniform float64 numbers in [0, 1), (last - first,), of positions first..last-1."""
-    return _draw(seed, stream, first, last, lambda g: torch.rand(BLOCK, generator=g, dtype=torch.float64))
+    return _draw(
+        seed, stream, first, last, lambda g: torch.rand(BLOCK, generator=g, dtype=torch.float64)
+    )
 
 
 # ------------------------------------------------------------------------------------- configuration
 
-MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks"}  # of a recipe, when a run is resumed
+MAY_CHANGE = {
+    "steps",
+    "micro_batch",
+    "compile",
+    "checkpoint_blocks",
+}  # of a recipe, when a run is resumed
 
 
 def configure(base, data, null_class, **changes):
@@ -111,11 +135,19 @@ def configure(base, data, null_class, **changes):
     space = {"pixels": "pixel", "latents": "latent"}[data.kind]
     if base.space != space:
         fitting = ", ".join(name for name, config in dimr.VARIANTS.items() if config.space == space)
-        raise UserError(f"this network works in {base.space} space and {data.root} holds {data.kind}; choose one of {fitting}, "
-                        "or other data (dimr encode)")
+        raise UserError(
+            f"this network works in {base.space} space and {data.root} holds {data.kind}; choose one of {fitting}, "
+            "or other data (dimr encode)"
+        )
     try:
-        return dataclasses.replace(base, size=data.size, channels=data.channels, num_classes=len(data.classes),
-                                   null_class=null_class, **changes)
+        return dataclasses.replace(
+            base,
+            size=data.size,
+            channels=data.channels,
+            num_classes=len(data.classes),
+            null_class=null_class,
+            **changes,
+        )
     except ValueError as error:
         raise UserError(f"this network can't be built: {error}") from None
 
@@ -132,9 +164,14 @@ def split(batch_size, micro_batch):
     world = parallel.world_size()
     unit = world * (micro_batch or 1)
     if batch_size % unit:
-        near = " or ".join(str(n) for n in (batch_size // unit * unit, (batch_size // unit + 1) * unit) if n)
-        raise UserError(f"batch size {batch_size} does not split over {world} processes"
-                        + (f" and micro-batches of {micro_batch}" if micro_batch else "") + f"; use {near}")
+        near = " or ".join(
+            str(n) for n in (batch_size // unit * unit, (batch_size // unit + 1) * unit) if n
+        )
+        raise UserError(
+            f"batch size {batch_size} does not split over {world} processes"
+            + (f" and micro-batches of {micro_batch}" if micro_batch else "")
+            + f"; use {near}"
+        )
     return batch_size // world, micro_batch or batch_size // world
 
 
@@ -150,8 +187,12 @@ class State:
         self.model = dimr.DiMR(config).to(device)
         self.parameters = dict(self.model.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(self.model.parameter_groups(recipe.weight_decay), lr=recipe.lr,
-                                           betas=recipe.betas, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameter_groups(recipe.weight_decay),
+            lr=recipe.lr,
+            betas=recipe.betas,
+            fused=True,
+        )
 
     def update(self):
         """One step of AdamW and EMA from the gradients, on the device alone; returns the gradient's norm and 1.0 where it
@@ -176,7 +217,11 @@ class State:
     def initialise(self, weights):
         """Start from another network's weights; returns the names of the tensors that keep their fresh values."""
         theirs = weights.state_dict()
-        fresh = [name for name, p in self.parameters.items() if name not in theirs or theirs[name].shape != p.shape]
+        fresh = [
+            name
+            for name, p in self.parameters.items()
+            if name not in theirs or theirs[name].shape != p.shape
+        ]
         with torch.no_grad():
             for name in self.parameters.keys() - set(fresh):
                 self.parameters[name].copy_(theirs[name])
@@ -186,13 +231,23 @@ class State:
     def files(self, facts):
         """A checkpoint's files: name → (tensors, metadata)."""
         about = runs.metadata(self.model.config, step=self.step, **facts)
-        moments = {f"{kind}/{name}": value for name, p in self.parameters.items()
-                   for kind, value in self.optimizer.state[p].items()}
-        return {"weights": (self.parameters, about), "ema": (self.ema, about), "optimizer": (moments, None)}
+        moments = {
+            f"{kind}/{name}": value
+            for name, p in self.parameters.items()
+            for kind, value in self.optimizer.state[p].items()
+        }
+        return {
+            "weights": (self.parameters, about),
+            "ema": (self.ema, about),
+            "optimizer": (moments, None),
+        }
 
     def load(self, checkpoint):
         """Take everything from a checkpoint folder. Raises UserError if it is another network's."""
-        weights, ema, moments = (load_tensors(checkpoint / f"{name}.safetensors")[0] for name in ("weights", "ema", "optimizer"))
+        weights, ema, moments = (
+            load_tensors(checkpoint / f"{name}.safetensors")[0]
+            for name in ("weights", "ema", "optimizer")
+        )
         try:
             for tensors in (weights, ema):
                 dimr.check_names({name: p.shape for name, p in self.parameters.items()}, tensors)
@@ -226,7 +281,9 @@ def losses(model, config, schedule, recipe, images, labels, first):
         import vae
 
         mean, logvar = images.float().unbind(1)
-        x0 = vae.SCALE * (mean + (logvar / 2).exp() * normal(recipe.seed, "latent", first, last, shape, device))
+        x0 = vae.SCALE * (
+            mean + (logvar / 2).exp() * normal(recipe.seed, "latent", first, last, shape, device)
+        )
     if config.null_class:
         dropped = uniform(recipe.seed, "label", first, last) < recipe.label_dropout
         labels = labels.masked_fill(dropped.to(device, non_blocking=True), config.embeddings - 1)
@@ -241,7 +298,17 @@ def losses(model, config, schedule, recipe, images, labels, first):
 # -------------------------------------------------------------------------------------------- the job
 
 
-def plan(out, data=None, variant=None, recipe=None, network=None, init=None, res=None, exif=False, device=torch.device("cpu")):
+def plan(
+    out,
+    data=None,
+    variant=None,
+    recipe=None,
+    network=None,
+    init=None,
+    res=None,
+    exif=False,
+    device=torch.device("cpu"),
+):
     """What a run in folder `out` is: (its record for config.json, Config, Recipe, data, initial network or None).
 
     Everything not given comes from the run's config.json if there is one, else from the variant. Raises UserError where
@@ -251,30 +318,87 @@ def plan(out, data=None, variant=None, recipe=None, network=None, init=None, res
     source = data or known.get("path")
     if source is None:
         raise UserError("no training data: give --data FOLDER, or run dimr encode first")
-    wanted = dimr.VARIANTS[variant].size if variant and dimr.VARIANTS[variant].space == "pixel" else None
-    data = dataset.open_data(source, res or known.get("res"), exif=exif or known.get("exif", False), default_size=wanted)
-    variant, init = variant or before.get("variant") or nearest_variant(data), init or before.get("init")
-    weights = runs.read_weights(sampling.find_weights(init))[0] if init and not runs.checkpoints(out) else None
-    recipe = Recipe(**{**(before.get("recipe") or dataclasses.asdict(RECIPES[variant])), **(recipe or {})})
-    recipe = dataclasses.replace(recipe, precision=recipe.precision or ("bf16" if device.type == "cuda" else "fp32"),
-                                 compile=device.type == "cuda" if recipe.compile is None else recipe.compile)
-    base = dimr.Config(**before["config"]) if before else weights.config if weights else dimr.VARIANTS[variant]
+    wanted = (
+        dimr.VARIANTS[variant].size if variant and dimr.VARIANTS[variant].space == "pixel" else None
+    )
+    data = dataset.open_data(
+        source, res or known.get("res"), exif=exif or known.get("exif", False), default_size=wanted
+    )
+    variant, init = (
+        variant or before.get("variant") or nearest_variant(data),
+        init or before.get("init"),
+    )
+    weights = (
+        runs.read_weights(sampling.find_weights(init))[0]
+        if init and not runs.checkpoints(out)
+        else None
+    )
+    recipe = Recipe(
+        **{**(before.get("recipe") or dataclasses.asdict(RECIPES[variant])), **(recipe or {})}
+    )
+    recipe = dataclasses.replace(
+        recipe,
+        precision=recipe.precision or ("bf16" if device.type == "cuda" else "fp32"),
+        compile=device.type == "cuda" if recipe.compile is None else recipe.compile,
+    )
+    base = (
+        dimr.Config(**before["config"])
+        if before
+        else weights.config
+        if weights
+        else dimr.VARIANTS[variant]
+    )
     config = configure(base, data, recipe.label_dropout > 0, **(network or {}))
-    record = {"variant": variant, "config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe), "init": init and str(init),
-              "data": {"path": str(Path(source).resolve()), "kind": data.kind, "items": len(data), "res": res or known.get("res"),
-                       "exif": exif or known.get("exif", False), "fingerprint": data.fingerprint if parallel.is_main() else None}}
+    record = {
+        "variant": variant,
+        "config": dataclasses.asdict(config),
+        "recipe": dataclasses.asdict(recipe),
+        "init": init and str(init),
+        "data": {
+            "path": str(Path(source).resolve()),
+            "kind": data.kind,
+            "items": len(data),
+            "res": res or known.get("res"),
+            "exif": exif or known.get("exif", False),
+            "fingerprint": data.fingerprint if parallel.is_main() else None,
+        },
+    }
     record = json.loads(json.dumps(record))  # as it reads back
     if before and parallel.is_main():
-        fixed = lambda r: {"variant": r["variant"], **r["config"], **r["recipe"], "data's fingerprint": r["data"]["fingerprint"]}
+        fixed = lambda r: {
+            "variant": r["variant"],
+            **r["config"],
+            **r["recipe"],
+            "data's fingerprint": r["data"]["fingerprint"],
+        }
         old, new = fixed(before), fixed(record)
         for name in new:
             if name not in MAY_CHANGE and old.get(name, new[name]) != new[name]:
-                raise UserError(f"{out} was trained with {name} {old[name]}, not {new[name]}; give what it had, or choose another --out")
+                raise UserError(
+                    f"{out} was trained with {name} {old[name]}, not {new[name]}; give what it had, or choose another --out"
+                )
     return record, config, recipe, data, weights
 
 
-def train(out, data=None, variant=None, recipe=None, network=None, init=None, res=None, exif=False, device="auto",
-          workers=None, on_bad="error", sample_every=None, save_every=None, keep=2, max_time=None, evaluate=None, quiet=False):
+def train(
+    out,
+    data=None,
+    variant=None,
+    recipe=None,
+    network=None,
+    init=None,
+    res=None,
+    exif=False,
+    device="auto",
+    workers=None,
+    on_bad="error",
+    sample_every=None,
+    save_every=None,
+    keep=2,
+    max_time=None,
+    evaluate=None,
+    quiet=False,
+):
     """Train into the run folder `out`, or go on from its newest whole checkpoint.
 
     `data`: an image folder (read at `res`) or a shard set; `variant`: a key of VARIANTS (None: the nearest); `recipe` and
@@ -282,12 +406,23 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
     `max_time`: seconds after which to save and stop; `evaluate`: None, or how FID is watched: {"every": steps, "images":
     number, "ref": what to compare with or None, "inception": weights, "features": module:function or None}. A resumed run takes whatever is not given from its config.json.
     Returns a summary dict; `stopped` names the reason if the run is not at its end. Raises UserError."""
-    begun, device, out, main = time.monotonic(), parallel.pick_device(device), Path(out), parallel.is_main()
+    begun, device, out, main = (
+        time.monotonic(),
+        parallel.pick_device(device),
+        Path(out),
+        parallel.is_main(),
+    )
     stderr = Lenient(sys.stderr)
-    say = (lambda line: tqdm.write(line, file=stderr)) if main and not quiet else (lambda line: None)
-    record, config, recipe, data, weights = plan(out, data, variant, recipe, network, init, res, exif, device)
+    say = (
+        (lambda line: tqdm.write(line, file=stderr)) if main and not quiet else (lambda line: None)
+    )
+    record, config, recipe, data, weights = plan(
+        out, data, variant, recipe, network, init, res, exif, device
+    )
     share, micro = split(recipe.batch_size, recipe.micro_batch)
-    extractor = evaluate and feature_extractor(device, evaluate.get("inception", "inception"), evaluate.get("features"))
+    extractor = evaluate and feature_extractor(
+        device, evaluate.get("inception", "inception"), evaluate.get("features")
+    )
     parallel.start(device)
     with contextlib.ExitStack() as stack:
         if main:
@@ -302,44 +437,90 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
             say(f"going on from {checkpoint}")
         elif weights:
             fresh = state.initialise(weights)
-            say(f"starting from {init}: {len(state.parameters) - len(fresh)} tensors taken, "
-                + (f"fresh: {', '.join(fresh)}" if fresh else "none fresh"))
+            say(
+                f"starting from {init}: {len(state.parameters) - len(fresh)} tensors taken, "
+                + (f"fresh: {', '.join(fresh)}" if fresh else "none fresh")
+            )
         if main:
-            write_json(out / "config.json", {**record, "processes": parallel.world_size(), "device": str(device), "versions": versions(),
-                                             "command": sys.argv})
+            write_json(
+                out / "config.json",
+                {
+                    **record,
+                    "processes": parallel.world_size(),
+                    "device": str(device),
+                    "versions": versions(),
+                    "command": sys.argv,
+                },
+            )
         last = truncate_metrics(out, state.step) if main else {}
 
-        idle = torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cuda" else 0
+        idle = (
+            torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            if device.type == "cuda"
+            else 0
+        )
         if idle > 0:
-            say(f"{idle} GPUs of this machine stay idle; to use all: torchrun --nproc-per-node {torch.cuda.device_count()} -m cli train …")
-        watch = evaluate and watch_fid(out, config, data.classes, extractor, evaluate["images"], evaluate.get("ref"))
+            say(
+                f"{idle} GPUs of this machine stay idle; to use all: torchrun --nproc-per-node {torch.cuda.device_count()} -m cli train …"
+            )
+        watch = evaluate and watch_fid(
+            out, config, data.classes, extractor, evaluate["images"], evaluate.get("ref")
+        )
         model = state.model.train()
         model.checkpoint_blocks = recipe.checkpoint_blocks
         if recipe.compile:
             model.compile()
         model = parallel.wrap(model, device)
         schedule = solver.SCHEDULES[config.space]()
-        facts = {"classes": list(data.classes), **{k: data.index[k] for k in ("vae", "vae_sha256") if data.kind == "latents"}}
+        facts = {
+            "classes": list(data.classes),
+            **{k: data.index[k] for k in ("vae", "vae_sha256") if data.kind == "latents"},
+        }
         order, offset = dataset.Order(len(data), recipe.seed), parallel.rank() * share
         passes = share // micro
-        starts = (step * recipe.batch_size + offset + k * micro for step in range(state.step, recipe.steps) for k in range(passes))
-        reads = ((indices, flips & recipe.flip) for indices, flips in (order(first, first + micro) for first in starts))
+        starts = (
+            step * recipe.batch_size + offset + k * micro
+            for step in range(state.step, recipe.steps)
+            for k in range(passes)
+        )
+        reads = (
+            (indices, flips & recipe.flip)
+            for indices, flips in (order(first, first + micro) for first in starts)
+        )
         batches = dataset.loader(data, reads, workers, on_bad, pin=device.type == "cuda")
         log, stopped, skipped = Log(out, state, say, last), None, set()
-        bar = stack.enter_context(tqdm(total=recipe.steps, initial=state.step, unit="step", desc=out.name, disable=quiet or not main, file=stderr,
-                                       mininterval=0.5 if sys.stderr.isatty() else 30))
+        bar = stack.enter_context(
+            tqdm(
+                total=recipe.steps,
+                initial=state.step,
+                unit="step",
+                desc=out.name,
+                disable=quiet or not main,
+                file=stderr,
+                mininterval=0.5 if sys.stderr.isatty() else 30,
+            )
+        )
         stop = stack.enter_context(Stop())
         while state.step < recipe.steps and not stopped:
             first, total = state.step * recipe.batch_size + offset, 0
             for k in range(passes):
                 images, labels, bad_images = next(batches)
                 skipped.update(bad_images)
-                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                images, labels = (
+                    images.to(device, non_blocking=True),
+                    labels.to(device, non_blocking=True),
+                )
                 with contextlib.nullcontext() if k == passes - 1 else parallel.no_sync(model):
-                    sums, branches = losses(model, config, schedule, recipe, images, labels, first + k * micro)
+                    sums, branches = losses(
+                        model, config, schedule, recipe, images, labels, first + k * micro
+                    )
                     loss = sums.sum() / share
-                    loss.backward(1 + 0 * loss.detach())  # a loss that is not finite makes every gradient NaN
-                total = total + torch.cat([sums.detach().sum()[None], branches.detach().sum(1)]) / share
+                    loss.backward(
+                        1 + 0 * loss.detach()
+                    )  # a loss that is not finite makes every gradient NaN
+                total = (
+                    total + torch.cat([sums.detach().sum()[None], branches.detach().sum(1)]) / share
+                )
             log.add(total, *state.update())
             bar.update()
             late = "max-time" if max_time and time.monotonic() - begun > max_time else None
@@ -364,9 +545,18 @@ def train(out, data=None, variant=None, recipe=None, network=None, init=None, re
             plot(out)
             for message in skipped:
                 say(f"skipped {message}")
-        return {"out": str(out), "step": state.step, "steps": recipe.steps, "stopped": stopped, "loss": finite(log.last.get("loss")),
-                "params": sum(p.numel() for p in state.parameters.values()), "seconds": round(time.monotonic() - begun, 1),
-                "skipped_steps": log.bad, "skipped_images": len(skipped), "peak_bytes": peak_memory(device)}
+        return {
+            "out": str(out),
+            "step": state.step,
+            "steps": recipe.steps,
+            "stopped": stopped,
+            "loss": finite(log.last.get("loss")),
+            "params": sum(p.numel() for p in state.parameters.values()),
+            "seconds": round(time.monotonic() - begun, 1),
+            "skipped_steps": log.bad,
+            "skipped_images": len(skipped),
+            "peak_bytes": peak_memory(device),
+        }
 
 
 class Stop(contextlib.AbstractContextManager):
@@ -411,7 +601,13 @@ class Log:
     """Collects losses on the device and every few steps reads them at once into metrics.jsonl, a line per step."""
 
     def __init__(self, out, state, say, last):
-        self.path, self.state, self.say, self.pending, self.lines = out / "metrics.jsonl", state, say, [], []
+        self.path, self.state, self.say, self.pending, self.lines = (
+            out / "metrics.jsonl",
+            state,
+            say,
+            [],
+            [],
+        )
         self.last, self.bad, self.bad_run, self.remarks = last, 0, 0, {}
         self.restart_clock()
 
@@ -442,10 +638,18 @@ class Log:
         peak = peak_flops(state.device)
         for step, (loss, *branches, norm, bad) in enumerate(rows, state.step - count + 1):
             self.bad, self.bad_run = self.bad + int(bad), self.bad_run + 1 if bad else 0
-            self.last = {"step": step, "loss": loss, "loss_branches": [finite(branch) for branch in branches], "lr": learning_rate(recipe, step - 1),
-                         "gradient_norm": norm, "skipped": bool(bad), "images_per_second": round(speed, 2),
-                         "share_of_peak": round(flops / peak, 4) if peak else None, "peak_bytes": peak_memory(state.device),
-                         **(self.remarks if step == state.step else {})}
+            self.last = {
+                "step": step,
+                "loss": loss,
+                "loss_branches": [finite(branch) for branch in branches],
+                "lr": learning_rate(recipe, step - 1),
+                "gradient_norm": norm,
+                "skipped": bool(bad),
+                "images_per_second": round(speed, 2),
+                "share_of_peak": round(flops / peak, 4) if peak else None,
+                "peak_bytes": peak_memory(state.device),
+                **(self.remarks if step == state.step else {}),
+            }
             self.lines.append(json.dumps({k: finite(v) for k, v in self.last.items()}))
             if self.bad_run >= BAD_STEPS:
                 break
@@ -454,15 +658,23 @@ class Log:
         try:
             self.write()
         except OSError as error:
-            self.say(f"WARNING: metrics up to step {step} NOT written ({error.strerror or error}); kept for the next time")
+            self.say(
+                f"WARNING: metrics up to step {step} NOT written ({error.strerror or error}); kept for the next time"
+            )
         if self.bad_run >= BAD_STEPS:
             good = runs.checkpoints(self.path.parent)
-            raise UserError(f"loss or gradient was not finite for {BAD_STEPS} steps up to step {self.last['step']} "
-                            f"(learning rate {self.last['lr']:g}); the last good checkpoint is {good[-1] if good else 'none'}: "
-                            "go on from it with a lower --lr or --grad-clip 1 under another --out (--init)")
+            raise UserError(
+                f"loss or gradient was not finite for {BAD_STEPS} steps up to step {self.last['step']} "
+                f"(learning rate {self.last['lr']:g}); the last good checkpoint is {good[-1] if good else 'none'}: "
+                "go on from it with a lower --lr or --grad-clip 1 under another --out (--init)"
+            )
         self.restart_clock()
-        return {"loss": f"{self.last['loss']:.4f}", "img/s": f"{speed:.1f}"} | (
-            {"peak": f"{flops / peak:.0%}"} if peak else {}) | ({"skipped": self.bad} if self.bad else {}) | figures
+        return (
+            {"loss": f"{self.last['loss']:.4f}", "img/s": f"{speed:.1f}"}
+            | ({"peak": f"{flops / peak:.0%}"} if peak else {})
+            | ({"skipped": self.bad} if self.bad else {})
+            | figures
+        )
 
     def write(self, sync=False):
         """Append the lines that metrics.jsonl lacks. Raises OSError, the file being as it was and the lines kept."""
@@ -511,7 +723,9 @@ def metrics(out):
                     line = json.loads(text)
                     line["step"], line["loss"]
                 except (ValueError, KeyError, TypeError):
-                    raise UserError(f"{path}: line {number} is damaged; restore it, or delete it and those after it") from None
+                    raise UserError(
+                        f"{path}: line {number} is damaged; restore it, or delete it and those after it"
+                    ) from None
                 yield line, text
 
 
@@ -522,7 +736,13 @@ def read_metrics(out):
 
 def plot(out):
     """Write loss.png from metrics.jsonl; returns its path. Raises UserError if there are no metrics."""
-    rows = np.array([(line["step"], line["loss"], *line["loss_branches"]) for line, _ in metrics(out) if line["loss"] is not None])
+    rows = np.array(
+        [
+            (line["step"], line["loss"], *line["loss_branches"])
+            for line, _ in metrics(out)
+            if line["loss"] is not None
+        ]
+    )
     if not len(rows):
         raise UserError(f"{out} holds no metrics yet; expected a run folder that train wrote")
     names = ["loss", *(f"branch {r + 1}" for r in range(rows.shape[1] - 2))]
@@ -541,21 +761,33 @@ def save(out, state, log, facts, keep, say, must):
     except OSError as error:
         if must:
             raise
-        say(f"WARNING: checkpoint at step {state.step} NOT saved ({error.strerror or error}); training goes on")
+        say(
+            f"WARNING: checkpoint at step {state.step} NOT saved ({error.strerror or error}); training goes on"
+        )
 
 
 def ema_generator(out, state, facts):
     """Draws images with the EMA's weights as they are now."""
     model = dimr.from_config(state.model.config, state.ema).requires_grad_(False)
-    return sampling.Generator(model, state.device, state.recipe.precision, facts["classes"], str(out), "", facts,
-                              vae_source=facts.get("vae"))
+    return sampling.Generator(
+        model,
+        state.device,
+        state.recipe.precision,
+        facts["classes"],
+        str(out),
+        "",
+        facts,
+        vae_source=facts.get("vae"),
+    )
 
 
 def feature_extractor(device, inception, features):
     """What FID is to be watched with. Raises UserError."""
     import evaluation
 
-    return evaluation.custom(features, device) if features else evaluation.inception(inception, device)
+    return (
+        evaluation.custom(features, device) if features else evaluation.inception(inception, device)
+    )
 
 
 def watch_fid(out, config, classes, extractor, images, ref):
@@ -573,7 +805,9 @@ def draw_samples(out, state, facts, say):
     generator = ema_generator(out, state, facts)
     try:
         images = generator.images(classes, range(count))
-        captions = [sampling.caption(facts["classes"][c], c, seed) for seed, c in enumerate(classes)]
+        captions = [
+            sampling.caption(facts["classes"][c], c, seed) for seed, c in enumerate(classes)
+        ]
         sampling.save_grid(out / "samples" / f"step-{state.step:07d}.png", images, captions)
     except (UserError, OSError) as error:
         say(f"WARNING: no sample grid at step {state.step}: {error}")
@@ -589,9 +823,16 @@ def peak_memory(device):
     """Most bytes held so far: on the GPU by tensors, else by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def versions():
-    return {"dimr": VERSION, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-            "platform": platform.platform()}
+    return {
+        "dimr": VERSION,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }

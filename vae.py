@@ -23,7 +23,11 @@ DOWN = 8  # pixels per latent cell, along each side
 CHANNELS = 4  # of a latent
 WIDTHS = (128, 256, 512, 512)  # channels at each level, finest first
 GROUPS = 32
-PIXELS_AT_ONCE = {"cuda": 2**20, "cpu": 2**18, "mps": 2**18}  # the default chunk: 2**20 is 16 images of 256 × 256
+PIXELS_AT_ONCE = {
+    "cuda": 2**20,
+    "cpu": 2**18,
+    "mps": 2**18,
+}  # the default chunk: 2**20 is 16 images of 256 × 256
 
 
 def norm(width):
@@ -61,7 +65,9 @@ class Level(nn.Module):
 
     def __init__(self, width_in, width, blocks, resample):
         super().__init__()
-        self.blocks = nn.Sequential(*(ResidualBlock(width if i else width_in, width) for i in range(blocks)))
+        self.blocks = nn.Sequential(
+            *(ResidualBlock(width if i else width_in, width) for i in range(blocks))
+        )
         self.resample = resample
 
 
@@ -99,9 +105,13 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         self.levels = nn.ModuleList(
             Level(widths[max(i - 1, 0)], width, 2, Downsample(width) if i < last else nn.Identity())
-            for i, width in enumerate(widths))
+            for i, width in enumerate(widths)
+        )
         self.middle = middle(widths[-1])
-        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 2 * CHANNELS, 3, padding=1)
+        self.norm_out, self.conv_out = (
+            norm(widths[-1]),
+            nn.Conv2d(widths[-1], 2 * CHANNELS, 3, padding=1),
+        )
 
     def forward(self, x):
         x = self.conv_in(x)
@@ -120,7 +130,8 @@ class Decoder(nn.Module):
         last = len(widths) - 1
         self.levels = nn.ModuleList(
             Level(widths[min(i + 1, last)], width, 3, Upsample(width) if i else nn.Identity())
-            for i, width in enumerate(widths))
+            for i, width in enumerate(widths)
+        )
         self.norm_out, self.conv_out = norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
@@ -139,14 +150,21 @@ class VAE(nn.Module):
     def __init__(self, widths=WIDTHS):
         super().__init__()
         self.encoder, self.decoder = Encoder(widths), Decoder(widths)
-        self.quant, self.post_quant = nn.Conv2d(2 * CHANNELS, 2 * CHANNELS, 1), nn.Conv2d(CHANNELS, CHANNELS, 1)
+        self.quant, self.post_quant = (
+            nn.Conv2d(2 * CHANNELS, 2 * CHANNELS, 1),
+            nn.Conv2d(CHANNELS, CHANNELS, 1),
+        )
         self.source = "random"
 
     def encode(self, x, chunk=None):
         """Mean and log-variance (clamped to [-30, 20]) of x's latent. ValueError for another shape of x."""
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % DOWN or x.shape[3] % DOWN:
-            raise ValueError(f"images of shape {tuple(x.shape)}: expected (B, 3, H, W), H and W multiples of {DOWN}")
-        mean, logvar = self._chunked(lambda x: self.quant(self.encoder(x)), x, chunk, 1).chunk(2, dim=1)
+            raise ValueError(
+                f"images of shape {tuple(x.shape)}: expected (B, 3, H, W), H and W multiples of {DOWN}"
+            )
+        mean, logvar = self._chunked(lambda x: self.quant(self.encoder(x)), x, chunk, 1).chunk(
+            2, dim=1
+        )
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z, chunk=None):
@@ -157,7 +175,9 @@ class VAE(nn.Module):
 
     def _chunked(self, function, x, chunk, pixels):
         weight = self.quant.weight
-        chunk = chunk or max(1, PIXELS_AT_ONCE[weight.device.type] // (x.shape[2] * x.shape[3] * pixels))
+        chunk = chunk or max(
+            1, PIXELS_AT_ONCE[weight.device.type] // (x.shape[2] * x.shape[3] * pixels)
+        )
         x = x.to(weight, memory_format=torch.channels_last)
         with torch.autocast(weight.device.type, enabled=False):
             return torch.cat([function(part).float() for part in x.split(chunk)])
@@ -166,22 +186,48 @@ class VAE(nn.Module):
 # How others spell our tensors' names: rewritings applied in order. diffusers numbers the decoder's levels as they run.
 _ENDS = [(r"^(post_)?quant\.", r"\1quant_conv.")]
 _DIFFUSERS = _ENDS + [
-    (r"^decoder\.levels\.(\d)", lambda found: f"decoder.up_blocks.{len(WIDTHS) - 1 - int(found[1])}"),
-    (r"levels\.", "down_blocks."), (r"blocks\.(\d)\.blocks", r"blocks.\1.resnets"), ("shortcut", "conv_shortcut"),
-    (r"(down|up)(_blocks\.\d\.)resample", r"\1\2\1samplers.0.conv"), ("norm_out", "conv_norm_out"),
-    (r"middle\.1\.norm", "middle.1.group_norm"), (r"middle\.1", "mid_block.attentions.0"),
-    (r"middle\.0", "mid_block.resnets.0"), (r"middle\.2", "mid_block.resnets.1")]
+    (
+        r"^decoder\.levels\.(\d)",
+        lambda found: f"decoder.up_blocks.{len(WIDTHS) - 1 - int(found[1])}",
+    ),
+    (r"levels\.", "down_blocks."),
+    (r"blocks\.(\d)\.blocks", r"blocks.\1.resnets"),
+    ("shortcut", "conv_shortcut"),
+    (r"(down|up)(_blocks\.\d\.)resample", r"\1\2\1samplers.0.conv"),
+    ("norm_out", "conv_norm_out"),
+    (r"middle\.1\.norm", "middle.1.group_norm"),
+    (r"middle\.1", "mid_block.attentions.0"),
+    (r"middle\.0", "mid_block.resnets.0"),
+    (r"middle\.2", "mid_block.resnets.1"),
+]
 NAMINGS = {
-    "diffusers, new attention names": _DIFFUSERS + [(r"0\.([qkv])\.", r"0.to_\1."), (r"0\.out\.", "0.to_out.0.")],
-    "diffusers, old attention names": _DIFFUSERS + [
-        (r"0\.q\.", "0.query."), (r"0\.k\.", "0.key."), (r"0\.v\.", "0.value."), (r"0\.out\.", "0.proj_attn.")],
-    "CompVis": _ENDS + [
-        (r"^encoder\.levels", "encoder.down"), (r"^decoder\.levels", "decoder.up"), (r"\.blocks", ".block"),
-        (r"(down|up)(\.\d\.)resample", r"\1\2\1sample.conv"), ("shortcut", "nin_shortcut"),
-        (r"middle\.1\.out", "middle.1.proj_out"), (r"middle\.1", "mid.attn_1"),
-        (r"middle\.0", "mid.block_1"), (r"middle\.2", "mid.block_2")]}
+    "diffusers, new attention names": _DIFFUSERS
+    + [(r"0\.([qkv])\.", r"0.to_\1."), (r"0\.out\.", "0.to_out.0.")],
+    "diffusers, old attention names": _DIFFUSERS
+    + [
+        (r"0\.q\.", "0.query."),
+        (r"0\.k\.", "0.key."),
+        (r"0\.v\.", "0.value."),
+        (r"0\.out\.", "0.proj_attn."),
+    ],
+    "CompVis": _ENDS
+    + [
+        (r"^encoder\.levels", "encoder.down"),
+        (r"^decoder\.levels", "decoder.up"),
+        (r"\.blocks", ".block"),
+        (r"(down|up)(\.\d\.)resample", r"\1\2\1sample.conv"),
+        ("shortcut", "nin_shortcut"),
+        (r"middle\.1\.out", "middle.1.proj_out"),
+        (r"middle\.1", "mid.attn_1"),
+        (r"middle\.0", "mid.block_1"),
+        (r"middle\.2", "mid.block_2"),
+    ],
+}
 _AROUND = "first_stage_model."  # before the VAE's names in the checkpoint of a whole latent diffusion model
-_BESIDE = ("loss.", "model_ema.")  # discriminator, perceptual loss and average in a VAE's own training checkpoint
+_BESIDE = (
+    "loss.",
+    "model_ema.",
+)  # discriminator, perceptual loss and average in a VAE's own training checkpoint
 
 
 def _spell(name, naming):
@@ -196,12 +242,23 @@ def from_state_dict(state_dict):
     What else a full checkpoint holds (a diffusion model around the VAE, the loss it was trained with) is left
     out, and `source` counts it. Raises ValueError naming every tensor that is unknown, missing, misshapen or not
     finite."""
-    given = {name.removeprefix(_AROUND): tensor for name, tensor in state_dict.items() if name.startswith(_AROUND)}
-    given = {name: tensor for name, tensor in (given or state_dict).items() if not name.startswith(_BESIDE)}
+    given = {
+        name.removeprefix(_AROUND): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith(_AROUND)
+    }
+    given = {
+        name: tensor
+        for name, tensor in (given or state_dict).items()
+        if not name.startswith(_BESIDE)
+    }
     probe = "encoder.middle.1.q.weight"
     source = next((naming for naming in NAMINGS if _spell(probe, naming) in given), None)
     if source is None:
-        raise ValueError("not an SD-VAE: expected a tensor named " + " or ".join(_spell(probe, n) for n in NAMINGS))
+        raise ValueError(
+            "not an SD-VAE: expected a tensor named "
+            + " or ".join(_spell(probe, n) for n in NAMINGS)
+        )
 
     def width(level):  # what most of five biases say, so that one damaged tensor is named alone
         blocks = [f"encoder.levels.{level}.blocks.{i}" for i in range(2)]
@@ -211,7 +268,9 @@ def from_state_dict(state_dict):
 
     widths = [width(level) for level in range(len(WIDTHS))]
     if any(width < GROUPS or width % GROUPS for width in widths):
-        raise ValueError(f"SD-VAE of widths {widths}: expected multiples of {GROUPS}, as its group norms need")
+        raise ValueError(
+            f"SD-VAE of widths {widths}: expected multiples of {GROUPS}, as its group norms need"
+        )
     with torch.device("meta"):
         vae = VAE(widths)
     ours = {_spell(name, source): (name, tensor) for name, tensor in vae.state_dict().items()}
@@ -221,7 +280,9 @@ def from_state_dict(state_dict):
         if tensor is None:
             faults.append(f"missing {theirs}")
         elif tensor.squeeze().shape != expected.squeeze().shape or not tensor.is_floating_point():
-            faults.append(f"{theirs} is {tensor.dtype} {tuple(tensor.shape)}, expected floats {tuple(expected.shape)}")
+            faults.append(
+                f"{theirs} is {tensor.dtype} {tuple(tensor.shape)}, expected floats {tuple(expected.shape)}"
+            )
         elif not all(end.isfinite() for end in tensor.aminmax()):
             faults.append(f"{theirs} holds values that are not finite")
         else:  # CompVis spells the attention's linear layers as 1 × 1 convolutions
@@ -245,10 +306,16 @@ def load(path, device="cpu"):
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
             tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
-            tensors = {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+            tensors = {
+                str(name): tensor
+                for name, tensor in tensors.items()
+                if isinstance(tensor, torch.Tensor)
+            }
     except OSError:
         raise
-    except Exception as error:  # whatever an untrusted file makes the parsers raise, the file is at fault
+    except (
+        Exception
+    ) as error:  # whatever an untrusted file makes the parsers raise, the file is at fault
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} can't be read as plain weights ({reason})") from None
     try:

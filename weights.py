@@ -24,7 +24,12 @@ from storage import UserError, sha256, sync_folder
 
 BLOCK = 2**20  # bytes read at once
 HUB = "https://huggingface.co"
-PASSING = {408, 416, 425, 429}  # HTTP statuses that another try may cure, beside all of 500 and above
+PASSING = {
+    408,
+    416,
+    425,
+    429,
+}  # HTTP statuses that another try may cure, beside all of 500 and above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +95,18 @@ def place(name):
 
 def listing():
     """The table as dicts: name, file, url, size, licence, what, and `cached` (path or None)."""
-    return [{"name": name, "what": asset.what, "licence": asset.licence, "file": asset.file, "url": asset.url,
-             "size": asset.size, "cached": str(place(name)) if place(name).is_file() else None}
-            for name, asset in ASSETS.items()]
+    return [
+        {
+            "name": name,
+            "what": asset.what,
+            "licence": asset.licence,
+            "file": asset.file,
+            "url": asset.url,
+            "size": asset.size,
+            "cached": str(place(name)) if place(name).is_file() else None,
+        }
+        for name, asset in ASSETS.items()
+    ]
 
 
 def find(name_or_path):
@@ -103,7 +117,9 @@ def find(name_or_path):
         return fetch(name_or_path)
     if Path(name_or_path).exists():
         return Path(name_or_path)
-    raise UserError(f"{name_or_path} is no file, nor known by name; expected a path or one of {', '.join(ASSETS)}")
+    raise UserError(
+        f"{name_or_path} is no file, nor known by name; expected a path or one of {', '.join(ASSETS)}"
+    )
 
 
 def fetch(name, timeout=30, tries=4, wait=1, patience=300):
@@ -115,15 +131,21 @@ def fetch(name, timeout=30, tries=4, wait=1, patience=300):
     if not path.is_file():
         by_hand = f"; or put {asset.file} from {asset.url} into {path.parent}"
         if os.environ.get("DIMR_OFFLINE", "0") not in ("", "0"):
-            raise UserError(f"{name} is not in the cache and DIMR_OFFLINE is set: unset it{by_hand}")
+            raise UserError(
+                f"{name} is not in the cache and DIMR_OFFLINE is set: unset it{by_hand}"
+            )
         with _locked(path, patience):
             if not path.is_file():  # another process may have fetched it meanwhile
                 try:
                     _download(name, asset, path, timeout, tries, wait)
                 except Failed as error:
-                    raise UserError(f"{name} could not be fetched: {error}; try again later{by_hand}") from None
+                    raise UserError(
+                        f"{name} could not be fetched: {error}; try again later{by_hand}"
+                    ) from None
     if asset.size and path.stat().st_size != asset.size:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, expected {asset.size:,}; delete it and try again")
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes, expected {asset.size:,}; delete it and try again"
+        )
     return path
 
 
@@ -160,8 +182,10 @@ def _locked(path, patience):
             if size != seen:
                 seen, since = size, time.monotonic()
             if time.monotonic() - since > patience:
-                raise UserError(f"{path} is being fetched by {owner}, which has not moved for {patience:g} s; "
-                                "end that process and try again")
+                raise UserError(
+                    f"{path} is being fetched by {owner}, which has not moved for {patience:g} s; "
+                    "end that process and try again"
+                )
             time.sleep(0.1)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -187,7 +211,9 @@ def _download(name, asset, path, timeout, tries, wait):
     part, failures, mixed = _part(path), 0, False
     best = _size(part)
     _say(f"fetching {name} from {asset.url} to {path}")
-    with tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr) as bar:
+    with tqdm(
+        desc=name, unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr
+    ) as bar:
         while True:
             try:
                 resumed, expected = _attempt(asset, path, timeout, bar)
@@ -206,7 +232,10 @@ def _download(name, asset, path, timeout, tries, wait):
                 _tag(path).unlink()
                 if mixed or not resumed:
                     raise
-                mixed, best = True, 0  # the pieces may be of different files: once more, from the start
+                mixed, best = (
+                    True,
+                    0,
+                )  # the pieces may be of different files: once more, from the start
                 _say(f"{name}: {error}; starting over")
     with open(part, "rb+") as file:
         os.fsync(file.fileno())
@@ -220,22 +249,34 @@ def _attempt(asset, path, timeout, bar):
     """Append to the partial file what one request brings. Once it is whole, returns (whether an earlier attempt began
     it, the digits its SHA-256 must begin with or None). Raises Interrupted, or Failed if trying again won't help."""
     part, tag = _part(path), _tag(path)
-    start = max(0, _size(part) - 1) if tag.exists() else 0  # the last byte once more: no range is empty then
+    start = (
+        max(0, _size(part) - 1) if tag.exists() else 0
+    )  # the last byte once more: no range is empty then
     with _open(asset.url, start, timeout, part) as (response, linked):
         first, total = _extent(response)
         known = asset.size or int(linked.get("X-Linked-Size") or 0) or None
-        identity = linked.get("X-Linked-ETag") or response.headers["ETag"] or response.headers["Last-Modified"] or ""
+        identity = (
+            linked.get("X-Linked-ETag")
+            or response.headers["ETag"]
+            or response.headers["Last-Modified"]
+            or ""
+        )
         if known and total not in (None, known):
             raise Interrupted(f"the server offers {total:,} bytes, expected {known:,}")
         if first and (first != start or identity != tag.read_text()):
             part.unlink()
-            raise Interrupted("the server's file has changed" if first == start else
-                              f"the server sent bytes from {first:,}, asked for {start:,}")
+            raise Interrupted(
+                "the server's file has changed"
+                if first == start
+                else f"the server sent bytes from {first:,}, asked for {start:,}"
+            )
         total = total or known
         room = shutil.disk_usage(path.parent).free
         if total and total - first > room:
-            raise Failed(f"it takes {total - first:,} bytes and {path.parent} has room for {room:,}; "
-                         "free space or set DIMR_HOME")
+            raise Failed(
+                f"it takes {total - first:,} bytes and {path.parent} has room for {room:,}; "
+                "free space or set DIMR_HOME"
+            )
         bar.total, bar.n, bar.initial = total, first, first
         with open(part, "rb+" if first else "wb") as file:
             tag.write_text(identity)
@@ -260,7 +301,9 @@ def _open(url, start, timeout, part):
     linked = {}
 
     def note(headers):
-        linked.update({name: headers[name] for name in ("X-Linked-ETag", "X-Linked-Size") if headers[name]})
+        linked.update(
+            {name: headers[name] for name in ("X-Linked-ETag", "X-Linked-Size") if headers[name]}
+        )
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, request, file, code, message, headers, url):
@@ -275,7 +318,9 @@ def _open(url, start, timeout, part):
         passing = error.code in PASSING or error.code >= 500
         if error.code == 416:  # no such range: the part is of another, longer file
             part.unlink()
-        raise (Interrupted if passing else Failed)(f"the server answers {error.code} {error.reason}") from None
+        raise (Interrupted if passing else Failed)(
+            f"the server answers {error.code} {error.reason}"
+        ) from None
     except (OSError, http.client.HTTPException) as error:
         raise Interrupted(f"no connection ({_reason(error)})") from None
     with response:

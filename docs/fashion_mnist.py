@@ -1,10 +1,10 @@
 """Fashion-MNIST as image folders, and a judgement of what was drawn after training on them.
 
-    apt-get install dataset-fashion-mnist            (Debian: 60,000 + 10,000 real 28 × 28 images)
-    python docs/fashion_mnist.py write data/fashion  -> data/fashion/{train,test}/CLASS/*.png, padded to 32 × 32
-    dimr train --data data/fashion/train ...         (README.md has the command)
-    dimr sample --balanced -n 2000
-    python docs/fashion_mnist.py judge data/fashion samples/.../balanced-2000.npz
+apt-get install dataset-fashion-mnist            (Debian: 60,000 + 10,000 real 28 × 28 images)
+python docs/fashion_mnist.py write data/fashion  -> data/fashion/{train,test}/CLASS/*.png, padded to 32 × 32
+dimr train --data data/fashion/train ...         (README.md has the command)
+dimr sample --balanced -n 2000
+python docs/fashion_mnist.py judge data/fashion samples/.../balanced-2000.npz
 """
 
 import gzip
@@ -20,7 +20,18 @@ import dataset
 import digits_demo
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
-CLASSES = ["0 T-shirt", "1 Trouser", "2 Pullover", "3 Dress", "4 Coat", "5 Sandal", "6 Shirt", "7 Sneaker", "8 Bag", "9 Ankle boot"]
+CLASSES = [
+    "0 T-shirt",
+    "1 Trouser",
+    "2 Pullover",
+    "3 Dress",
+    "4 Coat",
+    "5 Sandal",
+    "6 Shirt",
+    "7 Sneaker",
+    "8 Bag",
+    "9 Ankle boot",
+]
 
 
 def idx(name, header):
@@ -29,7 +40,9 @@ def idx(name, header):
 
 def write(out):
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        images = np.pad(idx(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
+        images = np.pad(
+            idx(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2))
+        )
         for i, (image, label) in enumerate(zip(images, idx(f"{prefix}-labels-idx1-ubyte.gz", 8))):
             path = out / split / CLASSES[label] / f"{i:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,11 +51,19 @@ def write(out):
 
 def judge(out, samples):
     folders = [dataset.open_data(out / split) for split in ("train", "test")]
-    (train, _), (test, labels) = (folder.batch(range(len(folder)), np.zeros(len(folder), bool)) for folder in folders)
+    (train, _), (test, labels) = (
+        folder.batch(range(len(folder)), np.zeros(len(folder), bool)) for folder in folders
+    )
     with np.load(samples) as arrays:
         made, classes = arrays["arr_0"][..., 0], arrays["arr_1"]
     order = np.random.default_rng(0).permutation(len(test))  # the folder is sorted by class
-    print(json.dumps(digits_demo.judge(test.numpy()[order], labels.numpy()[order], made, classes, train.numpy())))
+    print(
+        json.dumps(
+            digits_demo.judge(
+                test.numpy()[order], labels.numpy()[order], made, classes, train.numpy()
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

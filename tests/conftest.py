@@ -7,7 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: sums depend on the number of threads in their last bits
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before PyTorch: sums depend on the number of threads in their last bits
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(
+    os.pathsep
+)
 
 # torchvision (imported by torch-fidelity, pytorch-fid and timm, our oracles) registers fake kernels for two
 # of its compiled operators on import; beside a CPU build of torch they don't exist, so define their names.
@@ -42,7 +46,9 @@ def digits(tmp_path_factory):
     for i in range(200):
         folder = root / str(data.target[i])
         folder.mkdir(exist_ok=True)
-        Image.fromarray(np.round(data.images[i] * 15.9).astype(np.uint8)).save(folder / f"{i:04d}.png")
+        Image.fromarray(np.round(data.images[i] * 15.9).astype(np.uint8)).save(
+            folder / f"{i:04d}.png"
+        )
     return root
 
 
@@ -62,7 +68,14 @@ def dimr_command(*arguments, cwd=None, env=None, check=True, torchrun=None, time
     """Run `dimr …` as a process of its own, under torchrun with that many processes if asked."""
     launcher = [sys.executable, "-m"]
     if torchrun:
-        launcher += ["torch.distributed.run", "--nproc-per-node", str(torchrun), "--master-port", str(free_port()), "-m"]
+        launcher += [
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(torchrun),
+            "--master-port",
+            str(free_port()),
+            "-m",
+        ]
     done = subprocess.run([*launcher, "cli", *map(str, arguments)], cwd=cwd or tempfile.gettempdir(), capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, timeout=timeout)  # fmt: skip
     assert not check or done.returncode == 0, done.stderr

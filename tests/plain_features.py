@@ -5,7 +5,10 @@ import torch
 
 def pooled(images):
     """Means over a 4 × 4 grid: (N, 48)."""
-    return torch.nn.functional.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), 4).flatten(1) / 255
+    return (
+        torch.nn.functional.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), 4).flatten(1)
+        / 255
+    )
 
 
 def not_a_number(images):

@@ -61,7 +61,9 @@ class Life:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.agent = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                                       env=environment, start_new_session=True)  # fmt: skip
-        self.reader = threading.Thread(target=lambda: self.lines.extend(self.agent.stdout), daemon=True)
+        self.reader = threading.Thread(
+            target=lambda: self.lines.extend(self.agent.stdout), daemon=True
+        )
         self.reader.start()
 
     def alive(self):
@@ -72,7 +74,11 @@ class Life:
         found = {}
         for children in Path(f"/proc/{self.agent.pid}/task").glob("*/children"):
             for pid in read(children).split():
-                environment = dict(entry.split("=", 1) for entry in read(Path(f"/proc/{pid}/environ")).split("\0") if "=" in entry)
+                environment = dict(
+                    entry.split("=", 1)
+                    for entry in read(Path(f"/proc/{pid}/environ")).split("\0")
+                    if "=" in entry
+                )
                 if "RANK" in environment:
                     found[int(environment["RANK"])] = int(pid)
         return found
@@ -83,11 +89,15 @@ class Life:
             self.agent.wait(PATIENCE)
             self.reader.join(PATIENCE)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"a life did not end within {PATIENCE} s:\n{''.join(self.lines)[-3000:]}") from None
+            raise AssertionError(
+                f"a life did not end within {PATIENCE} s:\n{''.join(self.lines)[-3000:]}"
+            ) from None
         finally:
             self.kill()
         text = "".join(self.lines)
-        assert str(ROOT / "training.py") not in text, f"a failure that is not foreseen:\n{text[-6000:]}"
+        assert str(ROOT / "training.py") not in text, (
+            f"a failure that is not foreseen:\n{text[-6000:]}"
+        )
         return text
 
     def kill(self):
@@ -155,7 +165,9 @@ def fill_the_disk(life, rng):
     with contextlib.suppress(ProcessLookupError):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (rng.choice([0, 3000]), before[1]))
     time.sleep(rng.uniform(1, 2))
-    with contextlib.suppress(ProcessLookupError):  # it was starting, or at its end: that fails on a full disk, and is repeated
+    with contextlib.suppress(
+        ProcessLookupError
+    ):  # it was starting, or at its end: that fails on a full disk, and is repeated
         resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
 
@@ -169,7 +181,16 @@ def start_a_second(life, rng):
     return refused
 
 
-FAULTS = [kill_one, kill_inside_a_save, kill_inside_a_save, kill_all, stop_all, stop_one, fill_the_disk, start_a_second]
+FAULTS = [
+    kill_one,
+    kill_inside_a_save,
+    kill_inside_a_save,
+    kill_all,
+    stop_all,
+    stop_one,
+    fill_the_disk,
+    start_a_second,
+]
 
 
 def damage(out, rng):
@@ -182,7 +203,9 @@ def damage(out, rng):
     kind = rng.choice(["a flipped bit", "cut short", "emptied", "missing"])
     if kind == "a flipped bit":
         place = rng.randrange(len(content))
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
+        path.write_bytes(
+            content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
+        )
     elif kind == "missing" and path.name != "manifest.json":
         path.unlink()
     else:
@@ -202,14 +225,20 @@ def check_folder(out, spoilt):
     assert all(whole(checkpoint) or checkpoint in spoilt for checkpoint in runs.checkpoints(out))
     steps = [line["step"] for line in training.read_metrics(out)]
     assert steps == list(range(1, len(steps) + 1)), f"steps of metrics.jsonl: {steps}"
-    return max((runs.step_of(checkpoint) for checkpoint in runs.checkpoints(out) if whole(checkpoint)), default=0)
+    return max(
+        (runs.step_of(checkpoint) for checkpoint in runs.checkpoints(out) if whole(checkpoint)),
+        default=0,
+    )
 
 
 def outcome(out):
     """What has to be the same: the last checkpoint's hashes, the losses."""
     last = runs.checkpoints(out)[-1]
     hashes = json.loads((last / "manifest.json").read_text())
-    losses = [(line["step"], line["loss"], line["loss_branches"], line["gradient_norm"]) for line in training.read_metrics(out)]
+    losses = [
+        (line["step"], line["loss"], line["loss_branches"], line["gradient_norm"])
+        for line in training.read_metrics(out)
+    ]
     return last.name, hashes, losses
 
 
@@ -224,49 +253,77 @@ def one_round(folder, number, steps, deadline, rng, count):
     assert life.agent.returncode == 0, life.end()
     peaks = [line["peak_bytes"] for line in training.read_metrics(calm)]
     count["memory growth of rank 0 after a fifth of the steps (MB)"] = max(
-        count["memory growth of rank 0 after a fifth of the steps (MB)"], round((peaks[-1] - peaks[steps // 5]) / 1e6, 2))
+        count["memory growth of rank 0 after a fifth of the steps (MB)"],
+        round((peaks[-1] - peaks[steps // 5]) / 1e6, 2),
+    )
     spoilt = set()
-    print(f"round {number}: under faults ({time.monotonic() - begun:.0f} s undisturbed)", file=sys.stderr)
-    while trained(out) < steps or not runs.checkpoints(out) or runs.step_of(runs.checkpoints(out)[-1]) < steps:
+    print(
+        f"round {number}: under faults ({time.monotonic() - begun:.0f} s undisturbed)",
+        file=sys.stderr,
+    )
+    while (
+        trained(out) < steps
+        or not runs.checkpoints(out)
+        or runs.step_of(runs.checkpoints(out)[-1]) < steps
+    ):
         begun_at = runs.step_of(runs.checkpoints(out)[-1]) if runs.checkpoints(out) else 0
         start, restarts = trained(out), rng.choice([0, 0, 2])
         life, since = Life(data, out, steps, number, restarts), time.monotonic()
         count["lives"] += 1
         while life.alive():
             wait = rng.uniform(0.2, 6)
-            while life.alive() and (wait > 0 or len(life.ranks()) < PROCESSES or trained(out) in (start, steps)):
+            while life.alive() and (
+                wait > 0 or len(life.ranks()) < PROCESSES or trained(out) in (start, steps)
+            ):
                 time.sleep(0.05)
                 wait -= 0.05 * (trained(out) > 0 and len(life.ranks()) == PROCESSES)
-                assert time.monotonic() - since < PATIENCE + 0.2 * steps, f"a life hangs:\n{''.join(life.lines)[-3000:]}"
+                assert time.monotonic() - since < PATIENCE + 0.2 * steps, (
+                    f"a life hangs:\n{''.join(life.lines)[-3000:]}"
+                )
             if life.alive() and time.monotonic() < deadline and len(life.ranks()) == PROCESSES:
                 fault = rng.choice(FAULTS)
-                print(f"  step {trained(out):6}: {fault.__name__.replace('_', ' ')}", file=sys.stderr)
+                print(
+                    f"  step {trained(out):6}: {fault.__name__.replace('_', ' ')}", file=sys.stderr
+                )
                 inside = fault(life, rng)
-                count[fault.__name__.replace("_", " ") + (" (too late)" if inside is False else "")] += 1
+                count[
+                    fault.__name__.replace("_", " ") + (" (too late)" if inside is False else "")
+                ] += 1
         text = life.end()
         count["saves that failed and were reported"] += text.count("NOT saved")
         count["restarts by torchrun itself"] += max(0, text.count("going on from") - (begun_at > 0))
         count["checkpoints refused, the one before used"] += text.count("checkpoint refused")
         told, saved = trained(out), check_folder(out, spoilt)
-        count["most steps to repeat after a kill"] = max(count["most steps to repeat after a kill"], told - saved)
+        count["most steps to repeat after a kill"] = max(
+            count["most steps to repeat after a kill"], told - saved
+        )
         if time.monotonic() < deadline and saved < steps and rng.random() < 0.3:
             if damaged := damage(out, rng):
                 print(f"  {damaged[0].name}: {damaged[1]}", file=sys.stderr)
                 spoilt.add(damaged[0])
                 count[f"checkpoint damaged: {damaged[1]}"] += 1
-    assert outcome(out) == outcome(calm), f"the end under faults is not the undisturbed one: {outcome(out)[:2]} {outcome(calm)[:2]}"
+    assert outcome(out) == outcome(calm), (
+        f"the end under faults is not the undisturbed one: {outcome(out)[:2]} {outcome(calm)[:2]}"
+    )
     for run in (calm, out):
         shutil.rmtree(run)
     count["rounds whose end was the undisturbed one, to the byte"] += 1
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--steps", type=int, default=2000, help="of each round")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     options = parser.parse_args()
-    rng, count, deadline, number = random.Random(options.seed), collections.Counter(), time.monotonic() + 60 * options.minutes, 0
+    rng, count, deadline, number = (
+        random.Random(options.seed),
+        collections.Counter(),
+        time.monotonic() + 60 * options.minutes,
+        0,
+    )
     with tempfile.TemporaryDirectory() as folder:
         while number == 0 or time.monotonic() < deadline:
             one_round(Path(folder), number, options.steps, deadline, rng, count)

@@ -13,7 +13,9 @@ import sampling
 
 
 def run(*arguments):
-    return CliRunner().invoke(bench.main, [*map(str, arguments), "--device", "cpu", "--variant", "demo", "--seconds", "0"])
+    return CliRunner().invoke(
+        bench.main, [*map(str, arguments), "--device", "cpu", "--variant", "demo", "--seconds", "0"]
+    )
 
 
 def test_rows_say_what_was_measured(monkeypatch):
@@ -21,10 +23,29 @@ def test_rows_say_what_was_measured(monkeypatch):
     done = run("train", "sample", "--batch", 8, "--json")
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
-    assert [row["name"] for row in rows] == ["training step demo, dimr", "sampling demo, 2m 25 NFE, dimr", "sampling demo, dpm-fast 50 NFE, dimr"]
+    assert [row["name"] for row in rows] == [
+        "training step demo, dimr",
+        "sampling demo, 2m 25 NFE, dimr",
+        "sampling demo, dpm-fast 50 NFE, dimr",
+    ]
     for row in rows:
-        assert {"name", "device", "precision", "batch", "seconds", "throughput", "share", "peak_bytes", "ratio"} <= row.keys()
-        assert row["device"] == "cpu" and row["batch"] == 8 and row["ratio"] is None and row["share"] > 0
+        assert {
+            "name",
+            "device",
+            "precision",
+            "batch",
+            "seconds",
+            "throughput",
+            "share",
+            "peak_bytes",
+            "ratio",
+        } <= row.keys()
+        assert (
+            row["device"] == "cpu"
+            and row["batch"] == 8
+            and row["ratio"] is None
+            and row["share"] > 0
+        )
         assert row["throughput"] == pytest.approx(8 / row["seconds"]) and row["name"] in done.stderr
 
 
@@ -34,15 +55,28 @@ def test_a_share_is_of_the_ceiling_and_a_ratio_of_the_first(monkeypatch):
     monkeypatch.setattr(bench.Bench, "timed", lambda self, function: next(clock))
     monkeypatch.setattr(bench.Bench, "ceiling", lambda self, precision: (lambda: None, 600))
     measured = bench.Bench(torch.device("cpu"), seconds=0)
-    measured.compare("product", [bench.Candidate("one", lambda: print, 900), bench.Candidate("other", lambda: print, 300)], batch=8)
+    measured.compare(
+        "product",
+        [bench.Candidate("one", lambda: print, 900), bench.Candidate("other", lambda: print, 300)],
+        batch=8,
+    )
     one, other = measured.rows
-    assert (one.seconds, one.throughput, one.share, one.ratio, one.spread) == (4, 2, 900 / 4 / (600 / 2), None, 0)
+    assert (one.seconds, one.throughput, one.share, one.ratio, one.spread) == (
+        4,
+        2,
+        900 / 4 / (600 / 2),
+        None,
+        0,
+    )
     assert (other.seconds, other.share, other.ratio) == (10, 300 / 10 / (600 / 2), 2.5)
 
 
 def test_anything_but_a_checkout_is_refused_in_one_line(tmp_path):
     done = run("train", "--against", tmp_path)
-    assert done.exit_code == 1 and "expected a checkout of the authors' release" in done.stderr.strip().splitlines()[-1]
+    assert (
+        done.exit_code == 1
+        and "expected a checkout of the authors' release" in done.stderr.strip().splitlines()[-1]
+    )
 
 
 def test_weights_rounded_once_give_what_autocast_rounds_every_time():
@@ -52,7 +86,10 @@ def test_weights_rounded_once_give_what_autocast_rounds_every_time():
     with torch.inference_mode(), sampling.autocast(torch.device("cpu"), "bf16"):
         expected = model(x, tau, y)
         found = sampling.for_inference(model, "bf16")(x, tau, y)
-    assert model.branches[0].out.weight.dtype == torch.bfloat16 and model.branches[0].blocks[0].norm1.gamma.p1.dtype == torch.float32
+    assert (
+        model.branches[0].out.weight.dtype == torch.bfloat16
+        and model.branches[0].blocks[0].norm1.gamma.p1.dtype == torch.float32
+    )
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
@@ -66,7 +103,12 @@ def test_linear_layers_in_onednn_compute_the_same_and_leave_gradients_right():
     def passes():
         with torch.inference_mode():
             out = model(x, tau, y)
-        return [*out, *torch.autograd.grad(model(x, tau, y)[-1].square().sum(), model.branches[0].blocks[0].mlp.w0.weight)]
+        return [
+            *out,
+            *torch.autograd.grad(
+                model(x, tau, y)[-1].square().sum(), model.branches[0].blocks[0].mlp.w0.weight
+            ),
+        ]
 
     expected = passes()
     sampling.for_inference(model, "fp32")

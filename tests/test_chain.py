@@ -23,7 +23,9 @@ def place(tmp_path_factory):
     from sklearn.datasets import load_sample_image
 
     root = tmp_path_factory.mktemp("chain")
-    images = {(kind, name): getattr(data, name)() for kind, names in PHOTOGRAPHS.items() for name in names}
+    images = {
+        (kind, name): getattr(data, name)() for kind, names in PHOTOGRAPHS.items() for name in names
+    }
     images |= {("places", "china"): load_sample_image("china.jpg")}
     for (kind, name), image in images.items():
         folder = root / "data" / "imagenet" / "train" / kind
@@ -35,19 +37,48 @@ def place(tmp_path_factory):
 
 
 def test_encode_train_sample_eval_each_find_the_others_output(place):
-    done = dimr_command("encode", "--res", "256", "--vae", "vae.safetensors", cwd=place, env={"OMP_NUM_THREADS": "2"})
+    done = dimr_command(
+        "encode",
+        "--res",
+        "256",
+        "--vae",
+        "vae.safetensors",
+        cwd=place,
+        env={"OMP_NUM_THREADS": "2"},
+    )
     assert "data/latents-256" in done.stdout
     index = json.loads((place / "data" / "latents-256" / "index.json").read_text())
-    assert index["classes"] == ["animals", "people", "places", "things"] and index["size"] == 32 and index["kind"] == "latents"
+    assert (
+        index["classes"] == ["animals", "people", "places", "things"]
+        and index["size"] == 32
+        and index["kind"] == "latents"
+    )
     assert Image.open(place / "data" / "latents-256" / "preview.png").width >= 512
 
     done = dimr_command("train", "--variant", "xl2r", "--layers", "2,1", "--dims", "32,16", "--heads", "2", "--batch-size", "4", "--steps", "4",
                         "--sample-every", "0", "--device", "cpu", cwd=place, torchrun=1)  # fmt: skip
     assert "runs/xl2r: step 4 of 4" in done.stdout
     record = json.loads((place / "runs" / "xl2r" / "config.json").read_text())
-    assert record["config"]["num_classes"] == 4 and record["config"]["space"] == "latent" and record["data"]["path"].endswith("latents-256")
+    assert (
+        record["config"]["num_classes"] == 4
+        and record["config"]["space"] == "latent"
+        and record["data"]["path"].endswith("latents-256")
+    )
 
-    done = dimr_command("sample", "--class", "animals", "--cfg", "1.5", "-n", "1", "--steps", "3", "--device", "cpu", cwd=place)
+    done = dimr_command(
+        "sample",
+        "--class",
+        "animals",
+        "--cfg",
+        "1.5",
+        "-n",
+        "1",
+        "--steps",
+        "3",
+        "--device",
+        "cpu",
+        cwd=place,
+    )
     assert "runs/xl2r" in done.stdout
     picture = place / "samples" / "xl2r-cfg1.5" / "class0000-seed000000.png"
     with Image.open(picture) as image:
@@ -55,7 +86,27 @@ def test_encode_train_sample_eval_each_find_the_others_output(place):
         assert image.size == (256, 256) and facts["class_name"] == "animals" and facts["cfg"] == 1.5
         assert np.asarray(image).std() > 0
 
-    done = dimr_command("eval", "fid", "--inception", "inception.pth", "-n", "4", "--steps", "2", "--device", "cpu", "--json", cwd=place)
+    done = dimr_command(
+        "eval",
+        "fid",
+        "--inception",
+        "inception.pth",
+        "-n",
+        "4",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--json",
+        cwd=place,
+    )
     result = json.loads(done.stdout)
-    assert "runs/xl2r" in result["samples"]["source"] and result["samples"]["count"] == 4 and result["fid"] > 0
-    assert result["reference"]["source"].endswith("data/imagenet/train") and result["reference"]["count"] == 5
+    assert (
+        "runs/xl2r" in result["samples"]["source"]
+        and result["samples"]["count"] == 4
+        and result["fid"] > 0
+    )
+    assert (
+        result["reference"]["source"].endswith("data/imagenet/train")
+        and result["reference"]["count"] == 5
+    )

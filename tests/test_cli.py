@@ -27,7 +27,10 @@ def commands(group=cli.main, prefix=()):
 @pytest.mark.parametrize("command", list(commands()), ids=" ".join)
 def test_every_commands_help_teaches_with_an_example(command):
     result = invoke(*command, "--help")
-    assert result.exit_code == 0 and f"{' '.join(command)}" in result.output.split("Options:")[0].split("Example", 1)[1]
+    assert (
+        result.exit_code == 0
+        and f"{' '.join(command)}" in result.output.split("Options:")[0].split("Example", 1)[1]
+    )
 
 
 def test_help_answers_without_loading_pytorch():
@@ -41,7 +44,9 @@ def test_help_answers_without_loading_pytorch():
 @pytest.mark.parametrize("variant", dimr.VARIANTS)
 def test_info_reports_parameters_and_gmacs(variant):
     result = json.loads(invoke("info", "--variant", variant, "--json").output)
-    assert result.keys() == {"variant", "params", "gmacs", "branches"} and result["variant"] == variant
+    assert (
+        result.keys() == {"variant", "params", "gmacs", "branches"} and result["variant"] == variant
+    )
     assert result["params"] == sum(b["params"] for b in result["branches"])
     assert result["gmacs"] == pytest.approx(sum(dimr.VARIANTS[variant].macs) / 1e9, abs=1e-3)
     assert len(result["branches"]) == len(dimr.VARIANTS[variant].dims)
@@ -52,7 +57,11 @@ def test_info_reports_parameters_and_gmacs(variant):
 def test_the_commands_choices_are_the_tables_rows():
     import solver
 
-    choices = {option.name: list(option.type.choices) for option in cli.sample.params if hasattr(option.type, "choices")}
+    choices = {
+        option.name: list(option.type.choices)
+        for option in cli.sample.params
+        if hasattr(option.type, "choices")
+    }
     assert choices["solver"] == list(solver.SOLVERS) and choices["grid"] == list(solver.GRIDS)
     assert list(cli.VARIANTS.choices) == list(dimr.VARIANTS)
 
@@ -63,12 +72,16 @@ def test_the_commands_choices_are_the_tables_rows():
     (["train", "--variant", "m3r"], 1, "--res 64 --pixels"), (["train", "--data", "missing"], 1, "missing"),
     (["sample", "--weights", "missing/file.safetensors"], 1, "missing"), (["curves", "missing"], 1, "missing"), (["curves"], 1, "no run"),
 ])  # fmt: skip
-def test_errors_are_one_line_and_leave_nothing_behind(tmp_path, monkeypatch, arguments, status, words):
+def test_errors_are_one_line_and_leave_nothing_behind(
+    tmp_path, monkeypatch, arguments, status, words
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DIMR_DATA", raising=False)
     monkeypatch.setenv("DIMR_OFFLINE", "1")
     result = invoke(*arguments)
-    assert result.exit_code == status and words in result.output and "Traceback" not in result.output
+    assert (
+        result.exit_code == status and words in result.output and "Traceback" not in result.output
+    )
     message = result.output[result.output.index("Error:") :]
     assert status == 2 or message.strip().count("\n") == 0
     assert not any(files for _, _, files in os.walk(tmp_path))

@@ -43,7 +43,9 @@ def folder(tmp_path):
     for name in "ab":
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(10):
-            Image.fromarray(noise(20, 20, seed=ord(name) + 100 * i)).save(tmp_path / "images" / name / f"{i}.png")
+            Image.fromarray(noise(20, 20, seed=ord(name) + 100 * i)).save(
+                tmp_path / "images" / name / f"{i}.png"
+            )
     return tmp_path / "images"
 
 
@@ -65,13 +67,17 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
     for channels in (1, 3):
         found = read(Image.fromarray(values), tmp_path / "x.png", channels)
         assert found.shape == (16, 16, channels) and (found == expected[..., None]).all()
-    older = dataset._plain(Image.fromarray(values.astype(np.int32)))  # the mode in which some Pillows open them
+    older = dataset._plain(
+        Image.fromarray(values.astype(np.int32))
+    )  # the mode in which some Pillows open them
     assert (np.asarray(older) == expected).all()
 
 
 def test_1_bit_spans_black_to_white(tmp_path):
     bits = noise(16, 16, 1)[..., 0] > 127
-    assert (read(Image.fromarray(bits), tmp_path / "x.png", 1)[..., 0] == np.where(bits, 255, 0)).all()
+    assert (
+        read(Image.fromarray(bits), tmp_path / "x.png", 1)[..., 0] == np.where(bits, 255, 0)
+    ).all()
 
 
 def test_grey_becomes_three_equal_channels(tmp_path):
@@ -94,23 +100,56 @@ def test_transparency_is_laid_on_white(tmp_path):
     assert (read(palette, tmp_path / "x.png", transparency=1) == 255).all()
     half = read(Image.new("RGBA", (16, 16), (255, 0, 0, 128)), tmp_path / "x.png")
     assert abs(half.astype(int) - (255, 127, 127)).max() <= 1
-    assert abs(read(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), tmp_path / "x.webp", lossless=True).astype(int) - 255).max() == 0
-    assert abs(read(Image.new("LA", (16, 16), (100, 51)), tmp_path / "x.png", 1).astype(int) - (255 - 155 * 0.2)).max() <= 1
-    assert (read(Image.new("RGB", (16, 16), BLUE), tmp_path / "x.png", transparency=BLUE) == 255).all()
+    assert (
+        abs(
+            read(
+                Image.new("RGBA", (16, 16), (0, 0, 0, 0)), tmp_path / "x.webp", lossless=True
+            ).astype(int)
+            - 255
+        ).max()
+        == 0
+    )
+    assert (
+        abs(
+            read(Image.new("LA", (16, 16), (100, 51)), tmp_path / "x.png", 1).astype(int)
+            - (255 - 155 * 0.2)
+        ).max()
+        <= 1
+    )
+    assert (
+        read(Image.new("RGB", (16, 16), BLUE), tmp_path / "x.png", transparency=BLUE) == 255
+    ).all()
 
 
 def test_cmyk_jpeg_keeps_its_colours(tmp_path):
-    assert abs(read(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), tmp_path / "x.jpg").astype(int) - RED).max() <= 3
-    assert abs(read(Image.new("CMYK", (16, 16), (255, 255, 0, 128)), tmp_path / "x.jpg").astype(int) - (0, 0, 127)).max() <= 3
+    assert (
+        abs(
+            read(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), tmp_path / "x.jpg").astype(int)
+            - RED
+        ).max()
+        <= 3
+    )
+    assert (
+        abs(
+            read(Image.new("CMYK", (16, 16), (255, 255, 0, 128)), tmp_path / "x.jpg").astype(int)
+            - (0, 0, 127)
+        ).max()
+        <= 3
+    )
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, GREEN)]
-    assert (read(frames[0], tmp_path / "x.webp", save_all=True, append_images=frames[1:], lossless=True) == RED).all()
+    assert (
+        read(frames[0], tmp_path / "x.webp", save_all=True, append_images=frames[1:], lossless=True)
+        == RED
+    ).all()
 
 
 def test_exif_rotation_counts_only_on_request(tmp_path):
-    image = Image.fromarray(np.repeat([[RED], [BLUE]], 8, 0).astype(np.uint8).repeat(16, 1))  # red above blue
+    image = Image.fromarray(
+        np.repeat([[RED], [BLUE]], 8, 0).astype(np.uint8).repeat(16, 1)
+    )  # red above blue
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     image.save(tmp_path / "x.png", exif=exif)
@@ -120,9 +159,16 @@ def test_exif_rotation_counts_only_on_request(tmp_path):
 
 def png(width, height, data=b""):
     """A PNG file whose header claims this size."""
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    chunk = lambda kind, body: (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    )
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
+    )
 
 
 def encoded(kind, image=None):
@@ -152,7 +198,9 @@ def test_an_unreadable_image_is_named_with_its_reason(tmp_path, reason):
     with pytest.raises(dataset.BadImage) as error:
         dataset.read_image(path, 16)
     message = str(error.value)
-    assert str(path) in message and reason.strip().lower() in message.lower() and "\n" not in message
+    assert (
+        str(path) in message and reason.strip().lower() in message.lower() and "\n" not in message
+    )
     assert str(pickle.loads(pickle.dumps(error.value))) == message  # it has to travel from a worker
 
 
@@ -161,9 +209,13 @@ def test_no_damage_to_a_file_raises_anything_else(tmp_path, kind):
     whole, rng, refused = encoded(kind), np.random.default_rng(0), 0
     for _ in range(300):
         damaged = bytearray(whole)
-        for place in rng.integers(0, len(whole), 8) if rng.random() < 0.5 else rng.integers(0, 60, 4):
+        for place in (
+            rng.integers(0, len(whole), 8) if rng.random() < 0.5 else rng.integers(0, 60, 4)
+        ):
             damaged[place] = rng.integers(256)
-        (tmp_path / "x").write_bytes(damaged[: rng.integers(1, len(whole))] if rng.random() < 0.2 else damaged)
+        (tmp_path / "x").write_bytes(
+            damaged[: rng.integers(1, len(whole))] if rng.random() < 0.2 else damaged
+        )
         try:
             assert dataset.read_image(tmp_path / "x", 16, exif=True).shape == (16, 16, 3)
         except dataset.BadImage:
@@ -187,9 +239,19 @@ def test_classes_are_numbered_by_sorted_folder_name(folder):
     (folder / "b" / ".hidden.png").write_bytes(b"")
     (folder / "b" / "notes.txt").write_text("not an image")
     data = dataset.ImageFolder(folder)
-    assert data.classes == ["b", "zebra"] and data.labels.tolist() == [0] * 10 + [1] * 10 and len(data) == 20
-    assert data.labels.dtype == np.int64 and (data.kind, data.size, data.channels) == ("pixels", 20, 3)
-    assert list(data.paths) == [str(folder / c / f"{i}.png") for c in ("b", "zebra") for i in range(10)]
+    assert (
+        data.classes == ["b", "zebra"]
+        and data.labels.tolist() == [0] * 10 + [1] * 10
+        and len(data) == 20
+    )
+    assert data.labels.dtype == np.int64 and (data.kind, data.size, data.channels) == (
+        "pixels",
+        20,
+        3,
+    )
+    assert list(data.paths) == [
+        str(folder / c / f"{i}.png") for c in ("b", "zebra") for i in range(10)
+    ]
 
 
 def test_a_flat_folder_is_one_class(folder):
@@ -200,7 +262,11 @@ def test_a_flat_folder_is_one_class(folder):
 def test_paths_come_back_as_they_were():
     names = ["a/é.png", os.fsdecode(b"b/\xff.png"), "c/x y.png"]
     paths = dataset.Paths("/photos", names)
-    assert [paths.name(i) for i in range(3)] == names and paths[-1] == "/photos/c/x y.png" and len(paths) == 3
+    assert (
+        [paths.name(i) for i in range(3)] == names
+        and paths[-1] == "/photos/c/x y.png"
+        and len(paths) == 3
+    )
     with pytest.raises(IndexError):
         paths[3]
 
@@ -238,7 +304,9 @@ def test_grey_folders_have_one_channel_and_colour_among_them_is_named(tmp_path):
         Image.fromarray(noise(16, 16, 1, i)[..., 0]).save(tmp_path / f"{i}.png")
     data = dataset.ImageFolder(tmp_path)
     assert data.channels == 1 and data.batch([0], [False])[0].shape == (1, 1, 16, 16)
-    Image.fromarray(noise(16, 16, 1)[..., 0]).convert("RGB").save(tmp_path / "1.png")  # colour in name only
+    Image.fromarray(noise(16, 16, 1)[..., 0]).convert("RGB").save(
+        tmp_path / "1.png"
+    )  # colour in name only
     assert (data.read(1) == noise(16, 16, 1)).all()
     Image.fromarray(noise(16, 16)).save(tmp_path / "1.png")
     with pytest.raises(UserError, match=r"1\.png is in colour"):
@@ -261,7 +329,9 @@ def test_a_batch_holds_crops_and_mirrored_crops(folder):
     images, labels = data.batch([3, 12], np.array([False, True]))
     assert images.dtype == torch.uint8 and images.is_contiguous() and labels.tolist() == [0, 1]
     assert (images[0].permute(1, 2, 0).numpy() == dataset.read_image(data.paths[3], 16)).all()
-    assert (images[1].permute(1, 2, 0).numpy() == dataset.read_image(data.paths[12], 16)[:, ::-1]).all()
+    assert (
+        images[1].permute(1, 2, 0).numpy() == dataset.read_image(data.paths[12], 16)[:, ::-1]
+    ).all()
 
 
 # order
@@ -303,7 +373,10 @@ def test_the_order_of_a_seed_is_the_same_for_ever():
 def test_any_number_of_workers_gives_the_same_batches(folder):
     data, order = dataset.ImageFolder(folder, size=16), dataset.Order(20, 0)
     before = torch.random.get_rng_state()
-    runs = [list(dataset.loader(data, (order(p, p + 7) for p in range(0, 70, 7)), workers)) for workers in (0, 1, 2)]
+    runs = [
+        list(dataset.loader(data, (order(p, p + 7) for p in range(0, 70, 7)), workers))
+        for workers in (0, 1, 2)
+    ]
     assert torch.equal(torch.random.get_rng_state(), before)
     for run in runs[1:]:
         assert len(run) == 10
@@ -324,9 +397,15 @@ def test_a_bad_image_stops_is_replaced_or_is_dropped(folder, workers):
     (images, labels, bad), (_, last, none) = read("skip")
     assert labels.tolist() == [0, 1] and last.tolist() == [1] and none == []
     assert bad == [f"{folder}/a/9.png: is empty", f"{folder}/b/0.png: is empty"]
-    assert torch.equal(images[1], data.batch([11], [True])[0][0])  # the next readable one, with the flip of its place
+    assert torch.equal(
+        images[1], data.batch([11], [True])[0][0]
+    )  # the next readable one, with the flip of its place
     (images, labels, bad), _ = read("drop")
-    assert labels.tolist() == [0] and bad == [f"{folder}/a/9.png: is empty"] and images.shape == (1, 3, 16, 16)
+    assert (
+        labels.tolist() == [0]
+        and bad == [f"{folder}/a/9.png: is empty"]
+        and images.shape == (1, 3, 16, 16)
+    )
 
 
 def test_a_folder_without_a_readable_image_ends(folder):
@@ -360,7 +439,9 @@ def test_a_process_that_abandons_its_loader_still_ends(folder):
         except KeyError:
             sys.exit(3)
     """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60).returncode == 3
+    assert (
+        subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60).returncode == 3
+    )
 
 
 def test_a_worker_told_to_stop_as_it_starts_goes_on(folder, monkeypatch):
@@ -386,11 +467,18 @@ def test_workers_end_with_a_killed_process(folder):
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
         time.sleep(600)
     """
-    process = subprocess.Popen([sys.executable, "-Wignore", "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-Wignore", "-c", textwrap.dedent(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     workers = process.stdout.readline().split()
     process.kill()
     assert len(workers) == 3
-    assert process.communicate(timeout=60) == ("", None)  # their copies of the pipe are closed, so they are gone
+    assert process.communicate(timeout=60) == (
+        "",
+        None,
+    )  # their copies of the pipe are closed, so they are gone
 
 
 # shards
@@ -410,7 +498,9 @@ def write_set(root, kind, arrays, labels, size, channels, classes=2):
 
 @pytest.fixture
 def pixels(tmp_path):
-    arrays = [noise(n * 5, 5).reshape(n, 5, 5, 3) for n in (4, 3)]  # 75 bytes an item: nothing is aligned
+    arrays = [
+        noise(n * 5, 5).reshape(n, 5, 5, 3) for n in (4, 3)
+    ]  # 75 bytes an item: nothing is aligned
     write_set(tmp_path / "pixels", "pixels", arrays, [[0, 1, 0, 1], [1, 1, 0]], 5, 3)
     return tmp_path / "pixels", np.concatenate(arrays)
 
@@ -418,7 +508,13 @@ def pixels(tmp_path):
 def test_pixel_shards_give_items_and_mirrored_items(pixels):
     root, expected = pixels
     data = dataset.open_data(root)
-    assert (data.kind, data.size, data.channels, data.classes, len(data)) == ("pixels", 5, 3, ["c0", "c1"], 7)
+    assert (data.kind, data.size, data.channels, data.classes, len(data)) == (
+        "pixels",
+        5,
+        3,
+        ["c0", "c1"],
+        7,
+    )
     assert data.labels.tolist() == [0, 1, 0, 1, 1, 1, 0] and data.labels.dtype == np.int64
     indices, flips = np.array([6, 0, 3, 4, 0]), np.array([0, 1, 0, 1, 0], bool)
     ((images, labels, bad),) = dataset.loader(data, [(indices, flips)])
@@ -426,18 +522,30 @@ def test_pixel_shards_give_items_and_mirrored_items(pixels):
     for row, (index, flip) in enumerate(zip(indices, flips)):
         assert (found[row] == (expected[index][:, ::-1] if flip else expected[index])).all()
     assert images.dtype == torch.uint8 and labels.tolist() == [0, 0, 1, 1, 0] and bad == []
-    assert (dataset.Shards(root).batch(range(7), [False] * 7)[0].permute(0, 2, 3, 1).numpy() == expected).all()
+    assert (
+        dataset.Shards(root).batch(range(7), [False] * 7)[0].permute(0, 2, 3, 1).numpy() == expected
+    ).all()
 
 
 def test_latent_shards_give_the_latents_of_image_or_flip(tmp_path):
-    arrays = [np.random.default_rng(n).normal(size=(n, 2, 2, 4, 8, 8)).astype(np.float16) for n in (3, 2)]
+    arrays = [
+        np.random.default_rng(n).normal(size=(n, 2, 2, 4, 8, 8)).astype(np.float16) for n in (3, 2)
+    ]
     write_set(tmp_path / "latents", "latents", arrays, [[0, 1, 0], [1, 1]], 8, 4)
     data, expected = dataset.open_data(tmp_path / "latents"), np.concatenate(arrays)
     latents, labels = data.batch(np.array([4, 0, 1]), np.array([True, False, True]))
-    assert (data.kind, data.size, data.channels) == ("latents", 8, 4) and labels.tolist() == [1, 0, 1]
+    assert (data.kind, data.size, data.channels) == ("latents", 8, 4) and labels.tolist() == [
+        1,
+        0,
+        1,
+    ]
     assert latents.dtype == torch.float16 and latents.shape == (3, 2, 4, 8, 8)
     assert (latents.numpy() == np.stack([expected[4, 1], expected[0, 0], expected[1, 1]])).all()
-    assert dataset.open_data(tmp_path / "latents", size=64).size == dataset.open_data(tmp_path / "latents", size=8).size == 8
+    assert (
+        dataset.open_data(tmp_path / "latents", size=64).size
+        == dataset.open_data(tmp_path / "latents", size=8).size
+        == 8
+    )
     with pytest.raises(UserError, match="holds latents of size 8 with 4 channels, not size 32"):
         dataset.open_data(tmp_path / "latents", size=32)
 
@@ -445,7 +553,9 @@ def test_latent_shards_give_the_latents_of_image_or_flip(tmp_path):
 def test_shards_reach_worker_processes_as_a_path(pixels):
     data = dataset.Shards(pixels[0])
     assert len(pickle.dumps(data)) < 500
-    assert torch.equal(pickle.loads(pickle.dumps(data)).batch([5], [True])[0], data.batch([5], [True])[0])
+    assert torch.equal(
+        pickle.loads(pickle.dumps(data)).batch([5], [True])[0], data.batch([5], [True])[0]
+    )
     ((images, _, _),) = dataset.loader(data, [(np.array([5]), np.array([True]))], 1)
     assert torch.equal(images, data.batch([5], [True])[0])
 
@@ -498,7 +608,11 @@ def test_a_damaged_shard_is_named(pixels, how):
     damage(path, how)
     with pytest.raises(UserError) as error:
         dataset.open_data(pixels[0])
-    assert str(path) in str(error.value) and "dimr encode" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(path) in str(error.value)
+        and "dimr encode" in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_an_unfinished_or_foreign_set_is_refused(pixels):

@@ -26,7 +26,16 @@ TABLE = {  # parameters with tdln and tdrms, GMAC
     "xl3r": (525_387_372, 525_027_372, 206.07),
     "g2r": (1_056_945_032, 1_056_352_904, 331.10),
 }
-SMALL = dimr.Config(size=8, channels=2, layers=(2, 3), dims=(16, 8), heads=2, num_classes=5, null_class=True, space="pixel")
+SMALL = dimr.Config(
+    size=8,
+    channels=2,
+    layers=(2, 3),
+    dims=(16, 8),
+    heads=2,
+    num_classes=5,
+    null_class=True,
+    space="pixel",
+)
 
 
 def build(config):
@@ -50,14 +59,27 @@ def released(request):
     arrays = load_file(path)
     with safe_open(path, "pt") as file:
         about = file.metadata()
-    weights = {name.removeprefix("weight."): value for name, value in arrays.items() if name.startswith("weight.")}
-    return arrays, weights, dimr.from_released(weights, heads=int(about["heads"])), json.loads(about["grad_norms"])
+    weights = {
+        name.removeprefix("weight."): value
+        for name, value in arrays.items()
+        if name.startswith("weight.")
+    }
+    return (
+        arrays,
+        weights,
+        dimr.from_released(weights, heads=int(about["heads"])),
+        json.loads(about["grad_norms"]),
+    )
 
 
 def test_outputs_agree_with_the_release(released):
     arrays, _, model, _ = released
     shared = torch.full((1,), 1.3 / 4)
-    for kind, tau in (("varied", arrays["log_snr"] / 4), ("same", shared.expand(len(arrays["x"]))), ("same", shared)):
+    for kind, tau in (
+        ("varied", arrays["log_snr"] / 4),
+        ("same", shared.expand(len(arrays["x"]))),
+        ("same", shared),
+    ):
         outputs = model(arrays["x"], tau, arrays["y"])
         assert len(outputs) == len(model.config.dims)
         for r, output in enumerate(outputs):
@@ -66,7 +88,9 @@ def test_outputs_agree_with_the_release(released):
 
 def test_gradients_agree_with_the_release(released):
     arrays, weights, model, norms = released
-    sum(output.square().sum() for output in model(arrays["x"], arrays["log_snr"] / 4, arrays["y"])).backward()
+    sum(
+        output.square().sum() for output in model(arrays["x"], arrays["log_snr"] / 4, arrays["y"])
+    ).backward()
     gradients = dict(zip(dimr.to_released(model), [p.grad for p in model.parameters()]))
     assert gradients.keys() == norms.keys() == weights.keys()
     for name, norm in norms.items():
@@ -87,7 +111,10 @@ def test_the_released_checkpoints_names_and_shapes_are_ours(variant):
     model = dimr.from_released(state)
     assert {name: list(tensor.shape) for name, tensor in dimr.to_released(model).items()} == keys
     expected = dataclasses.replace(dimr.VARIANTS[variant], norm="tdrms")
-    assert dataclasses.replace(model.config, layers=expected.layers) == expected and model.config.blocks == expected.blocks
+    assert (
+        dataclasses.replace(model.config, layers=expected.layers) == expected
+        and model.config.blocks == expected.blocks
+    )
 
 
 def test_every_tensor_at_fault_is_named():
@@ -97,7 +124,12 @@ def test_every_tensor_at_fault_is_named():
     state["stages.1.extra"] = torch.zeros(1)
     with pytest.raises(ValueError) as error:
         dimr.from_released(state, heads=2)
-    for name in ("stages.1.skip_denses.0.bias", "stages.0.class_embeds.weight", "stages.0.blocks.1.block1.dense.bias", "stages.1.extra"):
+    for name in (
+        "stages.1.skip_denses.0.bias",
+        "stages.0.class_embeds.weight",
+        "stages.0.blocks.1.block1.dense.bias",
+        "stages.1.extra",
+    ):
         assert name in str(error.value)
     with pytest.raises(ValueError, match="no released DiMR"):
         dimr.from_released({"weight": torch.zeros(1)})
@@ -108,15 +140,25 @@ def test_parameters_and_gmacs_are_the_papers(variant):
     config = dimr.VARIANTS[variant]
     tdln, tdrms, gmacs = TABLE[variant]
     assert sum(p.numel() for p in meta(config).parameters()) == tdln
-    assert sum(p.numel() for p in meta(dataclasses.replace(config, norm="tdrms")).parameters()) == tdrms
+    assert (
+        sum(p.numel() for p in meta(dataclasses.replace(config, norm="tdrms")).parameters())
+        == tdrms
+    )
     assert sum(config.macs) / 1e9 == pytest.approx(gmacs, abs=0.01)
 
 
 @pytest.mark.parametrize("config", [SMALL, dimr.VARIANTS["demo"]], ids=["small", "demo"])
 def test_macs_are_what_pytorch_counts(config):
     model = dimr.DiMR(config)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused kernel goes uncounted
-        model(torch.zeros(1, config.channels, config.size, config.size), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # the fused kernel goes uncounted
+        model(
+            torch.zeros(1, config.channels, config.size, config.size),
+            torch.zeros(1),
+            torch.zeros(1, dtype=torch.long),
+        )
     assert counter.get_total_flops() == 2 * sum(config.macs)
 
 
@@ -126,7 +168,10 @@ def test_tdln_interpolates_between_its_two_parameters():
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.copy_(torch.randn_like(parameter))
-        norm.gamma.w_minus_1.zero_(), norm.beta.w_minus_1.zero_()  # w = 1: late and early times pick one end
+        (
+            norm.gamma.w_minus_1.zero_(),
+            norm.beta.w_minus_1.zero_(),
+        )  # w = 1: late and early times pick one end
     x = torch.randn(2, 3, 6)
     plain = torch.nn.functional.layer_norm(x, (6,))
     out = norm(x, dimr.Condition(torch.tensor([60.0, -60.0]), None))
@@ -149,11 +194,30 @@ def test_pixel_shuffle_puts_channel_fastest():
             torch.testing.assert_close(out[0, row, column], linear[0, cell, offset : offset + 3])
 
 
-@pytest.mark.parametrize("layers, dims, size", [((1,), (8,), 4), ((2,), (8,), 5), ((4, 1, 2), (16, 8, 24), 12), ((3, 2, 2, 1), (8, 8, 8, 4), 8)])
+@pytest.mark.parametrize(
+    "layers, dims, size",
+    [
+        ((1,), (8,), 4),
+        ((2,), (8,), 5),
+        ((4, 1, 2), (16, 8, 24), 12),
+        ((3, 2, 2, 1), (8, 8, 8, 4), 8),
+    ],
+)
 def test_any_number_of_branches_depth_width_and_size(layers, dims, size):
-    config = dimr.Config(size=size, channels=3, layers=layers, dims=dims, heads=2, num_classes=4, null_class=False, space="pixel")
+    config = dimr.Config(
+        size=size,
+        channels=3,
+        layers=layers,
+        dims=dims,
+        heads=2,
+        num_classes=4,
+        null_class=False,
+        space="pixel",
+    )
     outputs = dimr.DiMR(config)(torch.randn(2, 3, size, size), torch.zeros(2), torch.tensor([0, 3]))
-    assert [tuple(o.shape) for o in outputs] == [(2, 3, size >> k, size >> k) for k in reversed(range(len(dims)))]
+    assert [tuple(o.shape) for o in outputs] == [
+        (2, 3, size >> k, size >> k) for k in reversed(range(len(dims)))
+    ]
 
 
 @pytest.mark.parametrize("change, words", [
@@ -191,12 +255,16 @@ def test_training_and_sampling_compile_one_graph_each():
     schedule, recipe = solver.SCHEDULES["pixel"](), training.Recipe(precision="fp32")
     for step in range(4):
         images, labels = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8), torch.randint(5, (4,))
-        sums, _ = training.losses(model.train(), model.config, schedule, recipe, images, labels, 4 * step)
+        sums, _ = training.losses(
+            model.train(), model.config, schedule, recipe, images, labels, 4 * step
+        )
         sums.sum().backward()
     assert counter.frame_count == 1
     settings = sampling.Settings(cfg=2, steps=6).resolved(model.config)
     for seed in range(3):
-        sampling.solve(model.eval(), schedule, [1, 2], [seed, seed + 9], settings, torch.device("cpu"))
+        sampling.solve(
+            model.eval(), schedule, [1, 2], [seed, seed + 9], settings, torch.device("cpu")
+        )
     assert counter.frame_count == 2
 
 
@@ -215,7 +283,9 @@ def test_features_lie_channels_last_throughout():
     model, strides = build(dataclasses.replace(SMALL, layers=(3, 5))), []
     for module in model.modules():
         if isinstance(module, dimr.TransformerBlock | dimr.ConvNeXtBlock):
-            module.register_forward_pre_hook(lambda _, inputs: strides.append(inputs[0].is_contiguous()))
+            module.register_forward_pre_hook(
+                lambda _, inputs: strides.append(inputs[0].is_contiguous())
+            )
     model(torch.randn(3, 2, 8, 8), torch.randn(3), torch.tensor([0, 1, 5]))
     assert strides == [True] * 8
 
@@ -224,7 +294,9 @@ def test_features_lie_channels_last_throughout():
 def test_norms_keep_their_statistics_in_float32_under_bf16(norm):
     torch.manual_seed(0)
     layer = dimr.NORMS[norm](512)
-    x = (torch.randn(2, 3, 512) * 50 + (norm == "tdln") * 1000).bfloat16()  # bf16 statistics would lose the deviation
+    x = (
+        torch.randn(2, 3, 512) * 50 + (norm == "tdln") * 1000
+    ).bfloat16()  # bf16 statistics would lose the deviation
     with torch.autocast("cpu", torch.bfloat16):
         condition = dimr.Condition(torch.tensor([0.3, -0.2]), None)
         out = layer(x, condition)
@@ -257,12 +329,19 @@ def test_a_norm_and_an_mlp_can_join_as_rows_of_their_tables(monkeypatch):
 
     class Plain(torch.nn.Sequential):
         def __init__(self, dim):
-            super().__init__(torch.nn.Linear(dim, 4 * dim), torch.nn.GELU(), torch.nn.Linear(4 * dim, dim))
+            super().__init__(
+                torch.nn.Linear(dim, 4 * dim), torch.nn.GELU(), torch.nn.Linear(4 * dim, dim)
+            )
 
     monkeypatch.setitem(dimr.NORMS, "adaln-zero", AdaLNZero)
     monkeypatch.setitem(dimr.MLPS, "plain", Plain)
     model = dimr.DiMR(dataclasses.replace(SMALL, norm="adaln-zero", mlp="plain"))
-    assert model(torch.zeros(2, 2, 8, 8), torch.zeros(2), torch.tensor([0, 1]))[-1].shape == (2, 2, 8, 8)
+    assert model(torch.zeros(2, 2, 8, 8), torch.zeros(2), torch.tensor([0, 1]))[-1].shape == (
+        2,
+        2,
+        8,
+        8,
+    )
 
 
 def test_only_w_and_b_of_the_time_vectors_escape_weight_decay():
@@ -277,9 +356,20 @@ def test_only_w_and_b_of_the_time_vectors_escape_weight_decay():
 def test_initial_values():
     model = dimr.DiMR(dataclasses.replace(SMALL, dims=(256, 128)))
     mlp = model.branches[0].blocks[0].mlp
-    assert float(mlp.w0.weight.detach().std()) == pytest.approx(0.02, rel=0.02) and not mlp.w0.bias.any()
+    assert (
+        float(mlp.w0.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+        and not mlp.w0.bias.any()
+    )
     assert float(model.branches[0].position.detach().std()) == pytest.approx(0.02, rel=0.05)
     conv = torch.nn.Conv2d(128, 128, 7, padding=3, groups=128)
-    assert float(model.branches[1].blocks[0].depthwise.weight.detach().std()) == pytest.approx(float(conv.weight.detach().std()), rel=0.05)
+    assert float(model.branches[1].blocks[0].depthwise.weight.detach().std()) == pytest.approx(
+        float(conv.weight.detach().std()), rel=0.05
+    )
     gamma, beta = model.branches[0].out_norm.gamma, model.branches[0].out_norm.beta
-    assert (gamma.p1 == 1).all() and (gamma.p2 == 1).all() and not beta.p1.any() and not gamma.w_minus_1.any() and not gamma.b.any()
+    assert (
+        (gamma.p1 == 1).all()
+        and (gamma.p2 == 1).all()
+        and not beta.p1.any()
+        and not gamma.w_minus_1.any()
+        and not gamma.b.any()
+    )

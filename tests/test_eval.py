@@ -102,7 +102,11 @@ def test_reading_an_npz_takes_flat_memory(save):
         for first in range(16, 600, 16):
             images.batch(np.arange(first, min(first + 16, 600)))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
-    grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    grown = int(
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout
+    )
     assert grown < 30_000  # kilobytes
 
 
@@ -115,7 +119,9 @@ def damaged_in_the_middle(path):
 def claims_too_much(path):
     """An .npy header of 2^60 images over a few bytes."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**60, 8, 8, 3)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (2**60, 8, 8, 3)}
+    )
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + bytes(192))
 
@@ -130,15 +136,24 @@ BAD_SETS = {
     "channels first": (lambda p: save_npz(p, np.zeros((4, 3, 8, 8), np.uint8)), "(4, 3, 8, 8)"),
     "no images": (lambda p: save_npz(p, np.zeros((0, 8, 8, 3), np.uint8)), "(0, 8, 8, 3)"),
     "not square": (lambda p: save_npz(p, np.zeros((4, 8, 9, 3), np.uint8)), "9×8"),
-    "other arrays": (lambda p: np.savez(p, images=np.zeros((4, 8, 8, 3), np.uint8)), "holds images and no arr_0"),
+    "other arrays": (
+        lambda p: np.savez(p, images=np.zeros((4, 8, 8, 3), np.uint8)),
+        "holds images and no arr_0",
+    ),
     "objects": (lambda p: np.savez(p, arr_0=np.array([{}], object)), "arr_0 is object"),
-    "Fortran order": (lambda p: save_npz(p, np.asfortranarray(np.zeros((4, 8, 8, 3), np.uint8))), "Fortran"),
+    "Fortran order": (
+        lambda p: save_npz(p, np.asfortranarray(np.zeros((4, 8, 8, 3), np.uint8))),
+        "Fortran",
+    ),
     "no zip": (lambda p: Path(p).write_bytes(b"images"), "is not a whole .npz"),
     "a header that lies": (
         lambda p: claims_too_much(Path(p)),
         "claims 1,152,921,504,606,846,976 images and holds 192 bytes",
     ),
-    "a flipped bit": (lambda p: damaged_in_the_middle(save_npz(p, photographs(64, 32))), "is damaged"),
+    "a flipped bit": (
+        lambda p: damaged_in_the_middle(save_npz(p, photographs(64, 32))),
+        "is damaged",
+    ),
     "a flipped bit, compressed": (
         lambda p: damaged_in_the_middle(save_npz(p, photographs(64, 32), True)),
         "is damaged",
@@ -182,7 +197,9 @@ def test_mixed_sizes_are_refused_and_cropped_on_demand():
     save_folder("set", photographs(3, 16))
     Image.fromarray(photographs(1, 24)[0, :, :20].numpy()).save("set/odd.png")
     save_npz("ref.npz", photographs(8, 12))
-    assert "20×24; expected square" in run("fid", "set", "--ref", "ref.npz", *PLAIN, status=1).stderr
+    assert (
+        "20×24; expected square" in run("fid", "set", "--ref", "ref.npz", *PLAIN, status=1).stderr
+    )
     os.remove("set/odd.png")
     save_folder("set/more", photographs(1, 24))
     assert "mixes sizes" in run("fid", "set", "--ref", "ref.npz", *PLAIN, status=1).stderr
@@ -190,7 +207,12 @@ def test_mixed_sizes_are_refused_and_cropped_on_demand():
 
 
 @pytest.mark.parametrize(
-    "path, message", [("missing", "does not exist"), ("missing.npz", "does not exist"), ("empty", "holds no images")]
+    "path, message",
+    [
+        ("missing", "does not exist"),
+        ("missing.npz", "does not exist"),
+        ("empty", "holds no images"),
+    ],
 )
 def test_nothing_to_measure_is_an_error(path, message):
     Path("empty").mkdir()
@@ -204,9 +226,14 @@ def test_nothing_to_measure_is_an_error(path, message):
 @pytest.fixture(scope="module")
 def oracle():
     """Two sets of pictures and torch-fidelity's features of them on the same weights: (pool, logits), and spatial."""
-    sets = {"samples": photographs(9, 32, seed=3), "reference": photographs(8, 32, seed=4) // 2 + 40}
+    sets = {
+        "samples": photographs(9, 32, seed=3),
+        "reference": photographs(8, 32, seed=4) // 2 + 40,
+    }
     network, kept = extractor(), []
-    hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: kept.append(output[:, :7]))
+    hook = network.Mixed_6d.branch1x1.register_forward_hook(
+        lambda module, args, output: kept.append(output[:, :7])
+    )
     with torch.no_grad():
         features = {name: network(images.permute(0, 3, 1, 2)) for name, images in sets.items()}
     hook.remove()
@@ -223,19 +250,32 @@ def test_all_metrics_are_torch_fidelitys_on_its_own_features(oracle, inception_f
     sets, features, spatial = oracle
     save_npz("samples.npz", sets["samples"])
     save_folder("reference", sets["reference"])
-    found = measured("all", "samples.npz", "--ref", "reference", "--inception", inception_file, "--batch-size", 5)
+    found = measured(
+        "all", "samples.npz", "--ref", "reference", "--inception", inception_file, "--batch-size", 5
+    )
     fake, real = features["samples"][0], features["reference"][0]
     nearness = prc_features_to_metric(
         fake, real, prc_neighborhood=3, prc_batch_size=10, save_cpu_ram=True, verbose=False
     )
-    kid = kid_features_to_metric(fake, real, kid_subsets=100, kid_subset_size=8, rng_seed=2020, verbose=False)
+    kid = kid_features_to_metric(
+        fake, real, kid_subsets=100, kid_subset_size=8, rng_seed=2020, verbose=False
+    )
     assert found["fid"] == pytest.approx(distance(fake, real), rel=1e-4)
-    assert found["sfid"] == pytest.approx(distance(spatial["samples"], spatial["reference"]), rel=1e-4)
-    expected = isc_features_to_metric(features["samples"][1], splits=1, shuffle=False)["inception_score_mean"]
+    assert found["sfid"] == pytest.approx(
+        distance(spatial["samples"], spatial["reference"]), rel=1e-4
+    )
+    expected = isc_features_to_metric(features["samples"][1], splits=1, shuffle=False)[
+        "inception_score_mean"
+    ]
     assert found["inception_score"] == pytest.approx(expected, rel=1e-4)
-    assert (found["precision"], found["recall"]) == pytest.approx((nearness["precision"], nearness["recall"]), abs=1e-6)
+    assert (found["precision"], found["recall"]) == pytest.approx(
+        (nearness["precision"], nearness["recall"]), abs=1e-6
+    )
     assert found["kid"] == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-2)
-    assert found["samples"] | {"count": 9, "size": 32, "sha256": storage.sha256("samples.npz")} == found["samples"]
+    assert (
+        found["samples"] | {"count": 9, "size": 32, "sha256": storage.sha256("samples.npz")}
+        == found["samples"]
+    )
     assert found["reference"]["count"] == 8 and found["version"] == storage.VERSION
     assert "OTHER weights" in found["features"] and any(
         "compare with nothing published" in line for line in found["remarks"]
@@ -247,7 +287,9 @@ def test_each_command_reports_the_metrics_asked_for(oracle, inception_file):
     for name in ("samples", "reference"):
         save_npz(f"{name}.npz", sets[name][:6])
     for metrics, keys in evaluation.METRICS.items():
-        found = measured(metrics, "samples.npz", "--ref", "reference.npz", "--inception", inception_file)
+        found = measured(
+            metrics, "samples.npz", "--ref", "reference.npz", "--inception", inception_file
+        )
         assert [key for key in evaluation.METRICS["all"] if key in found] == keys
 
 
@@ -263,13 +305,18 @@ def test_what_was_measured_once_is_not_measured_again(oracle, inception_file, mo
     monkeypatch.setattr(fid.Inception, "forward", forward)
     assert measured(*arguments)["inception_score"] == before
     shutil.copy("samples.npz", "renamed.npz")  # content decides, not the name
-    assert measured("is", "renamed.npz", "--inception", inception_file)["samples"]["source"] == "renamed.npz"
+    assert (
+        measured("is", "renamed.npz", "--inception", inception_file)["samples"]["source"]
+        == "renamed.npz"
+    )
     save_npz("samples.npz", sets["samples"][1:4])
     result = CliRunner().invoke(cli.main, ["eval", *map(str, arguments)])
     assert isinstance(result.exception, AssertionError)
 
 
-def test_a_damaged_cache_is_replaced_and_an_unwritable_one_costs_no_result(oracle, inception_file, home, monkeypatch):
+def test_a_damaged_cache_is_replaced_and_an_unwritable_one_costs_no_result(
+    oracle, inception_file, home, monkeypatch
+):
     save_npz("samples.npz", oracle[0]["samples"][:2])
     arguments = "is", "samples.npz", "--inception", inception_file
     before = measured(*arguments)["inception_score"]
@@ -289,7 +336,9 @@ def test_statistics_made_once_serve_as_reference(oracle, inception_file):
     save_npz("samples.npz", sets["samples"])
     run("stats", "reference", "reference.safetensors", "--inception", inception_file)
     arguments = "all", "samples.npz", "--inception", inception_file, "--ref"
-    from_statistics, from_images = (measured(*arguments, ref) for ref in ("reference.safetensors", "reference"))
+    from_statistics, from_images = (
+        measured(*arguments, ref) for ref in ("reference.safetensors", "reference")
+    )
     assert [from_statistics[key] for key in evaluation.METRICS["all"]] == [
         from_images[key] for key in evaluation.METRICS["all"]
     ]
@@ -321,8 +370,13 @@ def test_adms_reference_gives_moments_and_images(oracle, inception_file, standar
     save_npz("samples.npz", sets["samples"])
     found = measured("all", "samples.npz", "--ref", "adm.npz", "--inception", inception_file)
     rows = features["samples"][0].double()
-    expected = fid.frechet_distance(rows.mean(0), torch.from_numpy(np.cov(rows.numpy(), rowvar=False)), mu, sigma)
-    assert found["fid"] == pytest.approx(expected, rel=1e-4) and found["features"] == evaluation.STANDARD
+    expected = fid.frechet_distance(
+        rows.mean(0), torch.from_numpy(np.cov(rows.numpy(), rowvar=False)), mu, sigma
+    )
+    assert (
+        found["fid"] == pytest.approx(expected, rel=1e-4)
+        and found["features"] == evaluation.STANDARD
+    )
     nearness = prc_features_to_metric(
         *(features[name][0] for name in ("samples", "reference")),
         prc_neighborhood=3,
@@ -330,7 +384,9 @@ def test_adms_reference_gives_moments_and_images(oracle, inception_file, standar
         save_cpu_ram=True,
         verbose=False,
     )
-    assert (found["precision"], found["recall"]) == pytest.approx((nearness["precision"], nearness["recall"]), abs=1e-6)
+    assert (found["precision"], found["recall"]) == pytest.approx(
+        (nearness["precision"], nearness["recall"]), abs=1e-6
+    )
 
     np.savez("moments.npz", mu=mu, sigma=sigma)
     arguments = "samples.npz", "--ref", "moments.npz", "--inception", inception_file
@@ -362,15 +418,24 @@ def test_few_images_and_unequal_sizes_are_remarked_on():
     save_npz("samples.npz", photographs(20, 16))
     save_npz("ref.npz", photographs(30, 8))
     remarks = "\n".join(measured("fid", "samples.npz", "--ref", "ref.npz", *PLAIN)["remarks"])
-    assert "20 samples are fewer than the 48 features" in remarks and "30 reference images are fewer" in remarks
+    assert (
+        "20 samples are fewer than the 48 features" in remarks
+        and "30 reference images are fewer" in remarks
+    )
     assert "samples are 16×16, reference images 8×8" in remarks
 
 
 @pytest.mark.parametrize("count, warned", [(2047, True), (2048, False)])
 def test_fewer_images_than_inceptions_features_are_remarked_on(count, warned):
-    one = evaluation.Measured("", "", 256, count, evaluation.STANDARD, "", torch.zeros(2048), torch.zeros(1, 1))
+    one = evaluation.Measured(
+        "", "", 256, count, evaluation.STANDARD, "", torch.zeros(2048), torch.zeros(1, 1)
+    )
     found = [line for line in evaluation.remarks("fid", one, None) if "fewer" in line]
-    assert found == [f"{count:,} samples are fewer than the 2,048 features: distances are biased upwards"] * warned
+    assert (
+        found
+        == [f"{count:,} samples are fewer than the 2,048 features: distances are biased upwards"]
+        * warned
+    )
 
 
 def test_the_papers_row_stands_beside():
@@ -392,7 +457,9 @@ def collected(logits, ordered=True):
     for first in range(0, len(logits), 64):
         part = logits[first : first + 64]
         collector.add(np.arange(first, first + len(part)), part, None, part)
-    return collector.measured(source="", sha256="", size=1, extractor=evaluation.STANDARD, identity="")
+    return collector.measured(
+        source="", sha256="", size=1, extractor=evaluation.STANDARD, identity=""
+    )
 
 
 def test_an_ordered_set_sorted_by_class_is_reported_and_a_folder_permuted():
@@ -402,7 +469,11 @@ def test_an_ordered_set_sorted_by_class_is_reported_and_a_folder_permuted():
     shuffled = by_class[torch.randperm(1000, generator=torch.Generator().manual_seed(1))]
     sets = {
         name: collected(*arguments)
-        for name, arguments in {"sorted": (by_class,), "shuffled": (shuffled,), "folder": (by_class, False)}.items()
+        for name, arguments in {
+            "sorted": (by_class,),
+            "shuffled": (shuffled,),
+            "folder": (by_class, False),
+        }.items()
     }
     assert sets["sorted"].score < 1.1 and sets["shuffled"].score > 8 and sets["folder"].score > 8
     assert collected(by_class, False).score == sets["folder"].score  # the permutation is fixed
@@ -422,10 +493,15 @@ def test_another_extractor_names_itself_in_the_label():
     found = measured("fid", "samples.npz", "--ref", "ref.npz", *PLAIN)
     import plain_features
 
-    expected = distance(*(plain_features.pooled(photographs(n, 16, seed=s)) for n, s in ((60, 1), (50, 2))))
+    expected = distance(
+        *(plain_features.pooled(photographs(n, 16, seed=s)) for n, s in ((60, 1), (50, 2)))
+    )
     assert found["fid"] == pytest.approx(expected, rel=1e-4)
     assert found["label"] == "60, features of plain_features:pooled"
-    assert "FID-60, features of plain_features:pooled" in run("fid", "samples.npz", "--ref", "ref.npz", *PLAIN).output
+    assert (
+        "FID-60, features of plain_features:pooled"
+        in run("fid", "samples.npz", "--ref", "ref.npz", *PLAIN).output
+    )
 
 
 @pytest.mark.parametrize(
@@ -442,14 +518,26 @@ def test_another_extractor_names_itself_in_the_label():
 )
 def test_an_extractor_that_does_not_serve_is_an_error(metrics, features, message):
     save_npz("samples.npz", photographs(8, 16))
-    arguments = metrics, "samples.npz", "--ref", "samples.npz", "--features", features, "--device", "cpu"
+    arguments = (
+        metrics,
+        "samples.npz",
+        "--ref",
+        "samples.npz",
+        "--features",
+        features,
+        "--device",
+        "cpu",
+    )
     assert message in run(*arguments, status=1).stderr
 
 
 def test_without_inception_weights_there_is_no_number(home):
     save_npz("samples.npz", photographs(8, 16))
     result = run("fid", "samples.npz", "--ref", "samples.npz", status=1)
-    assert "pt_inception-2015-12-05-6726825d.pth" in result.stderr and str(home / "inception") in result.stderr
+    assert (
+        "pt_inception-2015-12-05-6726825d.pth" in result.stderr
+        and str(home / "inception") in result.stderr
+    )
     assert not result.stdout
 
 
@@ -465,21 +553,28 @@ def test_a_handful_of_one_class_is_refused_with_what_makes_a_fair_set(trained):
     generator = sampling.load(trained, device="cpu")
     sampling.sample(generator, [3] * 5, range(5), sampling.Settings(steps=3), "threes", quiet=True)
     message = run("fid", "threes", "--ref", "threes", *PLAIN, status=1).stderr
-    assert "5 images of class 3 alone" in message and "dimr sample --balanced -n 50000 --weights" in message
+    assert (
+        "5 images of class 3 alone" in message
+        and "dimr sample --balanced -n 50000 --weights" in message
+    )
 
 
 def test_with_nothing_named_the_newest_balanced_set_or_the_newest_run_is_measured(trained, digits):
     shutil.copytree(trained, "runs/small")
     drawn = measured("fid", "-n", 30, "--steps", 3, *PLAIN)
     assert drawn["samples"]["count"] == 30 and "runs/small" in drawn["samples"]["source"]
-    assert drawn["reference"]["source"] == str(digits) and drawn["reference"]["count"] == 200  # what it was trained on
+    assert (
+        drawn["reference"]["source"] == str(digits) and drawn["reference"]["count"] == 200
+    )  # what it was trained on
     assert not Path("samples").exists()
     kept = measured("fid", "-n", 30, "--steps", 3, "--keep", *PLAIN)
     assert kept["samples"]["source"].endswith("balanced-30.npz") and kept["fid"] == pytest.approx(
         drawn["fid"], rel=1e-4
     )
     assert measured("fid", *PLAIN)["samples"] == kept["samples"]
-    assert imagesets.open_set(kept["samples"]["source"]).labels.tolist() == [i % 10 for i in range(30)]
+    assert imagesets.open_set(kept["samples"]["source"]).labels.tolist() == [
+        i % 10 for i in range(30)
+    ]
 
 
 def test_samples_and_a_network_at_once_are_bad_usage(trained):
@@ -515,7 +610,9 @@ def test_latents_are_compared_with_the_images_they_were_made_from(digits, monkey
         "options": {"exif": True},
     }
     storage.write_json("latents/index.json", index)
-    storage.write_json("run/config.json", {"data": {"kind": "latents", "path": str(Path("latents").resolve())}})
+    storage.write_json(
+        "run/config.json", {"data": {"kind": "latents", "path": str(Path("latents").resolve())}}
+    )
     monkeypatch.setenv("DIMR_DATA", str(digits))
     assert evaluation.fitting_reference("run", 10, [], 8) == (str(digits), 8, True)
     save_folder("other", photographs(3, 8))
@@ -544,14 +641,21 @@ def test_files_spread_over_processes_give_one_number(inception_file, oracle):
     ]
     alone = measured(*arguments)
     done = dimr_command(
-        "eval", *arguments, "--json", cwd=Path.cwd(), env={"DIMR_HOME": f"{Path.cwd()}/home"}, torchrun=2
+        "eval",
+        *arguments,
+        "--json",
+        cwd=Path.cwd(),
+        env={"DIMR_HOME": f"{Path.cwd()}/home"},
+        torchrun=2,
     )
     together = json.loads(done.stdout)
     for key in evaluation.METRICS["all"]:
         assert together[key] == pytest.approx(alone[key], rel=1e-9)
 
 
-def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(trained, inception_file, monkeypatch):
+def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(
+    trained, inception_file, monkeypatch
+):
     arguments = "all -n 12 --steps 2 --batch-size 2 --ref ref.npz --json --device cpu".split()
     arguments += ["--weights", trained, "--inception", inception_file]
     save_npz("ref.npz", photographs(6, 8))
@@ -569,24 +673,43 @@ def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(trained, 
     started.wait()
     assert 2 <= len(notes(cut)) < 6
     shutil.copytree(cut, "changed")
-    resumed = json.loads(dimr_command("eval", *arguments, env={"DIMR_HOME": cut}, torchrun=2, cwd=Path.cwd()).stdout)
-    assert [resumed[key] for key in evaluation.METRICS["all"]] == [whole[key] for key in evaluation.METRICS["all"]]
+    resumed = json.loads(
+        dimr_command("eval", *arguments, env={"DIMR_HOME": cut}, torchrun=2, cwd=Path.cwd()).stdout
+    )
+    assert [resumed[key] for key in evaluation.METRICS["all"]] == [
+        whole[key] for key in evaluation.METRICS["all"]
+    ]
     assert not list(Path(cut).rglob("*.partial"))
     # what had been noted was used, not made again: a changed note shows
     tensors, _ = storage.load_tensors(notes("changed")[0])
-    storage.save_tensors(notes("changed")[0], {name: tensor + 1 for name, tensor in tensors.items()})
+    storage.save_tensors(
+        notes("changed")[0], {name: tensor + 1 for name, tensor in tensors.items()}
+    )
     monkeypatch.setenv("DIMR_HOME", "changed")
     assert measured(*arguments)["fid"] != whole["fid"]
 
 
 def test_training_watches_fid_on_any_number_of_processes(digits):
     """The last measurement is what `dimr eval fid` says of the run's end."""
-    arguments = ["train", "--data", digits, *SMALL, "--eval-every", "5", "--eval-images", "20", *PLAIN]
-    environment = {"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).parent)])}
+    arguments = [
+        "train",
+        "--data",
+        digits,
+        *SMALL,
+        "--eval-every",
+        "5",
+        "--eval-images",
+        "20",
+        *PLAIN,
+    ]
+    environment = {
+        "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).parent)])
+    }
     for name, processes in (("alone", None), ("together", 2)):
         dimr_command(*arguments, "--out", name, cwd=Path.cwd(), env=environment, torchrun=processes)
     alone, together = (
-        [json.loads(line) for line in Path(name, "metrics.jsonl").open()] for name in ("alone", "together")
+        [json.loads(line) for line in Path(name, "metrics.jsonl").open()]
+        for name in ("alone", "together")
     )
     assert [line["step"] for line in alone] == list(range(1, 13))
     assert [line["step"] for line in alone if "fid" in line] == [5, 10, 12]

@@ -46,14 +46,24 @@ class Code:
 
 
 def png_that_claims(width, height):
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    chunk = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(bytes(99)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def digest(folder):
-    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
-            if path.name != ".lock" and not path.is_symlink()}
+    return {
+        str(path): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+        if path.name != ".lock" and not path.is_symlink()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +75,12 @@ def world(trained, tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)).save(path)
     whole = (w / "good" / "a" / "0.png").read_bytes()
-    bad = {"cut": whole[:60], "zero": b"", "fake": b"not an image at all", "bomb": png_that_claims(60000, 60000)}
+    bad = {
+        "cut": whole[:60],
+        "zero": b"",
+        "fake": b"not an image at all",
+        "bomb": png_that_claims(60000, 60000),
+    }
     for name, content in bad.items():
         for folder in (name, "spoiled"):
             shutil.copytree(w / "good", w / folder, dirs_exist_ok=True)
@@ -78,11 +93,20 @@ def world(trained, tmp_path_factory):
     (w / "empty").mkdir()
     shutil.copytree(w / "good", w / "unreadable")
     (w / "badmetrics").mkdir()
-    (w / "badmetrics" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "loss_branches": []}\n{"step": 2, "los\n')
+    (w / "badmetrics" / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.5, "loss_branches": []}\n{"step": 2, "los\n'
+    )
     for name in ("unreadable/b/io.png", "io.safetensors", "io.pth"):
-        (w / name).symlink_to("/proc/self/mem")  # a file that can be opened, and reading it fails as on a broken disk
+        (w / name).symlink_to(
+            "/proc/self/mem"
+        )  # a file that can be opened, and reading it fails as on a broken disk
     (w / "text").write_text("hello")
-    for name, damage in {"shards": None, "cutshard": "cut", "lostshard": "lost", "badindex": "index"}.items():
+    for name, damage in {
+        "shards": None,
+        "cutshard": "cut",
+        "lostshard": "lost",
+        "badindex": "index",
+    }.items():
         invoke("encode --data {good}", dict(good=w / "good", out=w / name))
         shard = sorted((w / name).glob("shard-*.safetensors"))[0]
         if damage == "cut":
@@ -98,25 +122,43 @@ def world(trained, tmp_path_factory):
     (w / "cut.safetensors").write_bytes(content[:-9])
     (w / "zero.safetensors").write_bytes(b"")
     (w / "text.safetensors").write_text("hello")
-    save_tensors(w / "nan.safetensors", {**tensors, "branches.0.position": tensors["branches.0.position"] * float("nan")}, about)
+    save_tensors(
+        w / "nan.safetensors",
+        {**tensors, "branches.0.position": tensors["branches.0.position"] * float("nan")},
+        about,
+    )
     config = json.loads(about["config"])
-    save_tensors(w / "other.safetensors", tensors, {**about, "config": json.dumps({**config, "dims": [32, 8]})})
-    header = json.dumps({"a": {"dtype": "F32", "shape": [2**60], "data_offsets": [0, 2**62]}}).encode()
+    save_tensors(
+        w / "other.safetensors",
+        tensors,
+        {**about, "config": json.dumps({**config, "dims": [32, 8]})},
+    )
+    header = json.dumps(
+        {"a": {"dtype": "F32", "shape": [2**60], "data_offsets": [0, 2**62]}}
+    ).encode()
     (w / "huge.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     torch.save({"a": torch.zeros(2), "b": Code(str(w / "ran"))}, w / "code.pth")
     torch.save(tensors, w / "cut.pth")
     (w / "cut.pth").write_bytes((w / "cut.pth").read_bytes()[:-99])
     save_file({"a": torch.zeros(3)}, w / "else.safetensors")
-    np.savez(w / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8))
+    np.savez(
+        w / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
+    )
     (w / "cut.npz").write_bytes((w / "images.npz").read_bytes()[:500])
     before = digest(w)
-    yield {path.name: path for path in w.iterdir()} | {"missing": w / "missing", "ema": ema, "readonly": Path("/sys/dimr")}
+    yield {path.name: path for path in w.iterdir()} | {
+        "missing": w / "missing",
+        "ema": ema,
+        "readonly": Path("/sys/dimr"),
+    }
     assert digest(w) == before  # nothing lost; and no code of a pickle was run
 
 
 def invoke(line, places):
     command, _, rest = line.partition(" ")
-    line = re.sub(r"{([^}]+)}", lambda name: str(places[name[1]]), f"{command} {DEFAULTS[command]} {rest}")
+    line = re.sub(
+        r"{([^}]+)}", lambda name: str(places[name[1]]), f"{command} {DEFAULTS[command]} {rest}"
+    )
     return CliRunner().invoke(cli.main, line.split())
 
 
@@ -237,18 +279,33 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(places, tmp_pat
     with full_disk(room):
         result = invoke(line, places)
     check(result, 1, "File too large", tmp_path)
-    finals = [path for suffix in ("safetensors", "pth", "npz") for path in places["out"].rglob(f"*.{suffix}")]
+    finals = [
+        path
+        for suffix in ("safetensors", "pth", "npz")
+        for path in places["out"].rglob(f"*.{suffix}")
+    ]
     assert not finals and not runs.checkpoints(places["out"])
 
 
 def test_no_room_for_temporary_files_is_one_line():
     """PyTorch asks for a folder for them when it first imports its compiler, unless it has one for that."""
-    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"
+    }
     with full_disk(0):
-        done = subprocess.run([sys.executable, "-m", "cli", "info", "--variant", "demo", "--micro-batch", "4"], capture_output=True,
-                              text=True, cwd=Path(cli.__file__).parent, env=environment, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "cli", "info", "--variant", "demo", "--micro-batch", "4"],
+            capture_output=True,
+            text=True,
+            cwd=Path(cli.__file__).parent,
+            env=environment,
+            check=False,
+        )
     assert done.returncode == 1 and done.stdout == ""
-    assert re.fullmatch(r"Error: output: No usable temporary directory found in .*; free space or choose another place\n", done.stderr)
+    assert re.fullmatch(
+        r"Error: output: No usable temporary directory found in .*; free space or choose another place\n",
+        done.stderr,
+    )
 
 
 @pytest.fixture
@@ -256,7 +313,14 @@ def small_disk(tmp_path):
     """A file system of its own with room for 16 kB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], capture_output=True, check=False).returncode:
+    if (
+        not shutil.which("mount")
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk],
+            capture_output=True,
+            check=False,
+        ).returncode
+    ):
         pytest.skip("mounting a file system takes root")
     yield disk
     subprocess.run(["umount", "--lazy", disk], check=True)
@@ -269,7 +333,9 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_half_written(places
         places["out"].mkdir()
     check(invoke(line, places), 1, "No space left", small_disk)
     assert not [*small_disk.rglob("*.pth"), *runs.checkpoints(places["out"])]
-    for path in small_disk.rglob("*.safetensors"):  # what was written before the disk was full is whole
+    for path in small_disk.rglob(
+        "*.safetensors"
+    ):  # what was written before the disk was full is whole
         load_tensors(path)
     for path in small_disk.rglob("*.npz"):
         assert len(np.load(path)["arr_0"]) == 2
@@ -278,7 +344,14 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_half_written(places
 # what happens meanwhile
 
 
-@pytest.mark.parametrize("line", ["train --data {copy} --steps 4", "encode --data {copy}", "eval fid {copy} --ref {images.npz} --features plain_features:pooled"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train --data {copy} --steps 4",
+        "encode --data {copy}",
+        "eval fid {copy} --ref {images.npz} --features plain_features:pooled",
+    ],
+)
 def test_a_file_that_vanishes_meanwhile_is_named(places, tmp_path, monkeypatch, line):
     places["copy"] = shutil.copytree(places["good"], tmp_path / "copy")
     loader = dataset.loader
@@ -292,7 +365,9 @@ def test_a_file_that_vanishes_meanwhile_is_named(places, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("line", ["train --data {good}", "encode --data {good}"])
-def test_a_reading_process_that_is_killed_is_an_error_and_no_wait(places, tmp_path, monkeypatch, line):
+def test_a_reading_process_that_is_killed_is_an_error_and_no_wait(
+    places, tmp_path, monkeypatch, line
+):
     read = dataset.read_image
 
     def fatal(*arguments):
@@ -301,7 +376,9 @@ def test_a_reading_process_that_is_killed_is_an_error_and_no_wait(places, tmp_pa
         return read(*arguments)
 
     monkeypatch.setattr(dataset, "read_image", fatal)
-    monkeypatch.setitem(DEFAULTS, line.split()[0], DEFAULTS[line.split()[0]].replace("--workers 0", "--workers 1"))
+    monkeypatch.setitem(
+        DEFAULTS, line.split()[0], DEFAULTS[line.split()[0]].replace("--workers 0", "--workers 1")
+    )
     check(invoke(line, places), 1, "worker|fewer --workers", tmp_path)
 
 
@@ -315,7 +392,9 @@ with runs.locked(sys.argv[1]):
 
 @pytest.mark.parametrize("line", ["train --data {good}", "encode --data {good}"])
 def test_a_folder_in_use_names_its_owner_and_is_free_once_that_is_killed(places, tmp_path, line):
-    owner = subprocess.Popen([sys.executable, "-c", HOLD, places["out"]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", HOLD, places["out"]], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert owner.stdout.readline() == b"held\n"
     check(invoke(line, places), 1, f"in use by process {owner.pid}", tmp_path)
     owner.kill()

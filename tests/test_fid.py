@@ -25,7 +25,9 @@ def inception():
 def features(count, dim, seed=0, shift=0.1):
     """Correlated positive rows, as Inception's are, spectrum falling; another seed moves their mean by `shift`."""
     mixing = np.random.default_rng(99).standard_normal((dim, dim)) / dim**0.5
-    rows = np.random.default_rng(seed).standard_normal((count, dim)) / np.arange(1, dim + 1) @ mixing
+    rows = (
+        np.random.default_rng(seed).standard_normal((count, dim)) / np.arange(1, dim + 1) @ mixing
+    )
     return torch.from_numpy(np.abs(rows + shift * (seed > 0))).float()
 
 
@@ -44,7 +46,9 @@ def test_resize_is_tensorflow_1s_to_the_bit(height, width):
 @pytest.mark.parametrize("size", [32, 64, 256, 299, 512])
 def test_features_are_torch_fidelitys_on_the_same_weights(inception, size):
     images, theirs, kept = photographs(2, size), extractor(), []
-    hook = theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: kept.append(output))
+    hook = theirs.Mixed_6d.branch1x1.register_forward_hook(
+        lambda module, args, output: kept.append(output)
+    )
     with torch.no_grad():
         pool, logits = theirs(images.permute(0, 3, 1, 2))
         ours = inception(images)
@@ -53,7 +57,9 @@ def test_features_are_torch_fidelitys_on_the_same_weights(inception, size):
     assert [f.shape[1] for f in ours] == [2048, 2023, 1008]
     for mine, oracle in zip(ours, (pool, spatial, logits)):
         assert relative(mine, oracle) < 1e-4
-    assert relative(ours[0][0], ours[0][1]) > 1e-2  # two pictures do not look alike to these weights
+    assert (
+        relative(ours[0][0], ours[0][1]) > 1e-2
+    )  # two pictures do not look alike to these weights
 
 
 def test_average_pools_leave_out_padding_and_the_last_one_takes_the_maximum():
@@ -86,7 +92,12 @@ def test_a_weights_file_of_another_network_names_what_is_wrong(tmp_path):
     torch.save(damaged, tmp_path / "weights.pth")
     with pytest.raises(ValueError) as error:
         fid.load(tmp_path / "weights.pth")
-    for name in ("extra", "fc.bias", "Mixed_5b.branch1x1.conv.weight", "Mixed_7c.branch1x1.bn.bias"):
+    for name in (
+        "extra",
+        "fc.bias",
+        "Mixed_5b.branch1x1.conv.weight",
+        "Mixed_7c.branch1x1.bn.bias",
+    ):
         assert name in str(error.value)
 
 
@@ -115,21 +126,35 @@ def accumulated(rows, sizes):
 
 
 def test_statistics_are_numpys_for_any_batching():
-    rows = features(3000, 40, seed=1) + 100  # a mean far from zero, where sums of squares would cancel
-    mean, covariance = rows.double().mean(0), torch.from_numpy(np.cov(rows.numpy().astype(float), rowvar=False))
+    rows = (
+        features(3000, 40, seed=1) + 100
+    )  # a mean far from zero, where sums of squares would cancel
+    mean, covariance = (
+        rows.double().mean(0),
+        torch.from_numpy(np.cov(rows.numpy().astype(float), rowvar=False)),
+    )
     for sizes in (3000, 1, 7, 1024, [1500, 1, 1499]):
         statistics = accumulated(rows, sizes)
         assert statistics.count == 3000
-        assert relative(statistics.mean, mean) < 1e-12 and relative(statistics.covariance, covariance) < 1e-10
+        assert (
+            relative(statistics.mean, mean) < 1e-12
+            and relative(statistics.covariance, covariance) < 1e-10
+        )
 
 
 def test_merged_statistics_are_those_of_all_rows():
     rows = features(2600, 40)
-    whole, parts = accumulated(rows, 100), [accumulated(part, 64) for part in rows.split([1500, 0, 1, 1099])]
+    whole, parts = (
+        accumulated(rows, 100),
+        [accumulated(part, 64) for part in rows.split([1500, 0, 1, 1099])],
+    )
     for part in parts[1:]:
         parts[0].merge(part)
     assert parts[0].count == 2600
-    assert relative(parts[0].mean, whole.mean) < 1e-12 and relative(parts[0].covariance, whole.covariance) < 1e-12
+    assert (
+        relative(parts[0].mean, whole.mean) < 1e-12
+        and relative(parts[0].covariance, whole.covariance) < 1e-12
+    )
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -143,14 +168,20 @@ def test_one_image_has_no_covariance():
         accumulated(torch.rand(1, 3), 1).covariance
 
 
-@pytest.mark.parametrize("n1, n2, seed", [(900, 800, 1), (100, 150, 1), (150, 900, 1), (400, 400, 0), (100, 100, 0)])
+@pytest.mark.parametrize(
+    "n1, n2, seed", [(900, 800, 1), (100, 150, 1), (150, 900, 1), (400, 400, 0), (100, 100, 0)]
+)
 def test_frechet_distance_is_that_of_scipys_square_root(n1, n2, seed):
     """Full rank, both deficient, one deficient, and identical sets of either kind, at 256 dimensions."""
     first, second = (accumulated(features(n, 256, s), 64) for n, s in ((n1, 0), (n2, seed)))
-    m1, s1, m2, s2 = (f(s).numpy() for s in (first, second) for f in (lambda s: s.mean, lambda s: s.covariance))
+    m1, s1, m2, s2 = (
+        f(s).numpy() for s in (first, second) for f in (lambda s: s.mean, lambda s: s.covariance)
+    )
     # SciPy's root of a singular product is unstable, so it gets a ridge too small to count
     ridge = 1e-12 * np.eye(256)
-    expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * sqrtm((s1 + ridge) @ (s2 + ridge)).real)
+    expected = ((m1 - m2) ** 2).sum() + np.trace(
+        s1 + s2 - 2 * sqrtm((s1 + ridge) @ (s2 + ridge)).real
+    )
     found = fid.frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
     assert found == pytest.approx(expected, abs=1e-5 * np.trace(s1))
     assert seed or found < 1e-9
@@ -162,7 +193,9 @@ def test_frechet_distance_of_fewer_images_than_features_is_exact():
     centred = [(f.double() - f.double().mean(0)) / (len(f) - 1) ** 0.5 for f in (first, second)]
     step = first.double().mean(0) - second.double().mean(0)
     expected = (
-        step @ step + sum((c * c).sum() for c in centred) - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+        step @ step
+        + sum((c * c).sum() for c in centred)
+        - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
     )
     statistics = [accumulated(f, 50) for f in (first, second)]
     found = fid.frechet_distance(*(m for s in statistics for m in (s.mean, s.covariance)))
@@ -174,7 +207,9 @@ def test_frechet_distance_of_gaussians_in_one_dimension():
 
 
 def test_a_set_of_one_repeated_image_has_a_distance():
-    assert fid.frechet_distance(np.zeros(3), np.zeros((3, 3)), np.ones(3), np.eye(3)) == pytest.approx(6)
+    assert fid.frechet_distance(
+        np.zeros(3), np.zeros((3, 3)), np.ones(3), np.eye(3)
+    ) == pytest.approx(6)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +264,9 @@ def test_a_split_sorted_by_class_cannot_pass_its_number_of_classes():
 
 def test_kid_is_torch_fidelitys_on_the_same_subsets():
     first, second = features(300, 64, 0), features(260, 64, 1)
-    theirs = kid_features_to_metric(first, second, kid_subsets=20, kid_subset_size=200, rng_seed=7, verbose=False)
+    theirs = kid_features_to_metric(
+        first, second, kid_subsets=20, kid_subset_size=200, rng_seed=7, verbose=False
+    )
     mean, deviation = fid.kernel_distance(first, second, subsets=20, size=200, seed=7)
     assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
     assert deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-3)
@@ -244,7 +281,9 @@ def test_kid_of_sets_smaller_than_a_subset_is_the_plain_estimate():
     x30 = x[np.random.RandomState(2020).choice(40, 30, replace=False)]
     same = [(kernel(a, a).sum() - kernel(a, a).trace()) / (30 * 29) for a in (x30, y)]
     expected = (sum(same) - 2 * kernel(x30, y).mean()).item()
-    assert fid.kernel_distance(x.float(), y.float(), subsets=1)[0] == pytest.approx(expected, rel=1e-4)
+    assert fid.kernel_distance(x.float(), y.float(), subsets=1)[0] == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def brute_force(real, fake, k=3, k_density=5):
@@ -275,7 +314,9 @@ def test_precision_and_recall_are_torch_fidelitys():
         fake, real, prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=True, verbose=False
     )
     found = fid.manifold_metrics(real, fake, chunk=128)
-    assert (found["precision"], found["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+    assert (found["precision"], found["recall"]) == pytest.approx(
+        (theirs["precision"], theirs["recall"]), abs=1e-6
+    )
 
 
 def test_a_set_against_itself_is_precise_and_covered():
@@ -299,5 +340,9 @@ def test_precision_and_recall_never_hold_all_distances():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         fid.manifold_metrics(real, fake)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
-    grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    grown = int(
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout
+    )
     assert grown < 200_000  # kilobytes

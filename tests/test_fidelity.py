@@ -81,9 +81,13 @@ def test_weights_that_do_not_fit_are_named(small, tmp_path):
         torch.save(content, name)
     np.savez("set.npz", arr_0=photographs(2, 32).numpy(), arr_1=np.arange(2))
     assert (
-        "missing blocks.1.attn.qkv.bias" in run("fidelity", "set.npz", "--classifier", "lacking.pth", status=1).stderr
+        "missing blocks.1.attn.qkv.bias"
+        in run("fidelity", "set.npz", "--classifier", "lacking.pth", status=1).stderr
     )
-    assert "not a Vision Transformer" in run("fidelity", "set.npz", "--classifier", "other.pth", status=1).stderr
+    assert (
+        "not a Vision Transformer"
+        in run("fidelity", "set.npz", "--classifier", "other.pth", status=1).stderr
+    )
 
 
 # Marking
@@ -92,18 +96,25 @@ def test_weights_that_do_not_fit_are_named(small, tmp_path):
 def test_marked_are_those_whose_intended_class_is_improbable(small):
     images, labels = photographs(150, 32), np.arange(150) % 10
     np.savez("set.npz", arr_0=images.numpy(), arr_1=labels)
-    result = json.loads(run("fidelity", "set.npz", "--classifier", small, "--batch-size", 16, "--json").stdout)
+    result = json.loads(
+        run("fidelity", "set.npz", "--classifier", small, "--batch-size", 16, "--json").stdout
+    )
 
     network = fidelity.from_state_dict(torch.load(small))
     probabilities = network(fidelity.prepare(images, 32)).softmax(1)[range(150), labels].numpy()
     low = np.flatnonzero(probabilities < 0.2)
     assert 64 < len(low) < 150  # some pass, and more than one sheet is needed
-    assert result["share"] == pytest.approx(len(low) / 150) and (result["marked"], result["images"]) == (len(low), 150)
+    assert result["share"] == pytest.approx(len(low) / 150) and (
+        result["marked"],
+        result["images"],
+    ) == (len(low), 150)
     rows = list(csv.DictReader(Path("set-marked/marked.csv").open()))
-    assert [int(row["image"]) for row in rows] == low.tolist() and [int(row["class"]) for row in rows] == labels[
-        low
-    ].tolist()
-    assert [float(row["probability"]) for row in rows] == pytest.approx(probabilities[low], abs=1e-4)
+    assert [int(row["image"]) for row in rows] == low.tolist() and [
+        int(row["class"]) for row in rows
+    ] == labels[low].tolist()
+    assert [float(row["probability"]) for row in rows] == pytest.approx(
+        probabilities[low], abs=1e-4
+    )
     assert [(row["class"], row["images"], row["marked"]) for row in result["classes"]] == [
         (c, 15, int((labels[low] == c).sum())) for c in range(10)
     ]
@@ -111,18 +122,26 @@ def test_marked_are_those_whose_intended_class_is_improbable(small):
     assert len(sheets) == -(-len(low) // 64)
     first = np.asarray(sheets[0])[2:66, 2:66]  # each image is enlarged to 64 pixels
     assert (
-        first == np.asarray(Image.fromarray(images[low[0]].numpy()).resize((64, 64), Image.Resampling.NEAREST))
+        first
+        == np.asarray(
+            Image.fromarray(images[low[0]].numpy()).resize((64, 64), Image.Resampling.NEAREST)
+        )
     ).all()
 
 
 def test_the_threshold_decides_and_nothing_marked_leaves_no_sheet(small):
     np.savez("set.npz", arr_0=photographs(10, 32).numpy(), arr_1=np.arange(10))
     assert (
-        json.loads(run("fidelity", "set.npz", "--classifier", small, "--threshold", "0", "--json").stdout)["sheets"]
+        json.loads(
+            run("fidelity", "set.npz", "--classifier", small, "--threshold", "0", "--json").stdout
+        )["sheets"]
         == []
     )
     assert (
-        json.loads(run("fidelity", "set.npz", "--classifier", small, "--threshold", "1", "--json").stdout)["share"] == 1
+        json.loads(
+            run("fidelity", "set.npz", "--classifier", small, "--threshold", "1", "--json").stdout
+        )["share"]
+        == 1
     )
     assert (
         "10 of 10 images (100.0%) have low fidelity"
@@ -132,11 +151,22 @@ def test_the_threshold_decides_and_nothing_marked_leaves_no_sheet(small):
 
 def test_classes_come_from_samples_names_and_from_folders(small, trained):
     generator = sampling.load(trained, device="cpu")
-    sampling.sample(generator, [i % 10 for i in range(12)], range(12), sampling.Settings(steps=2), "drawn", quiet=True)
-    assert json.loads(run("fidelity", "drawn", "--classifier", small, "--json").stdout)["images"] == 12
+    sampling.sample(
+        generator,
+        [i % 10 for i in range(12)],
+        range(12),
+        sampling.Settings(steps=2),
+        "drawn",
+        quiet=True,
+    )
+    assert (
+        json.loads(run("fidelity", "drawn", "--classifier", small, "--json").stdout)["images"] == 12
+    )
     found = imagesets.open_set("drawn")
     assert sorted(found.labels) == sorted(i % 10 for i in range(12))
-    assert [f"class{label:04d}" in name for label, name in zip(found.labels, found.names)] == [True] * 12
+    assert [f"class{label:04d}" in name for label, name in zip(found.labels, found.names)] == [
+        True
+    ] * 12
     for name in ("b", "a"):
         Path("folders", name).mkdir(parents=True)
         Image.fromarray(photographs(1, 32)[0].numpy()).save(f"folders/{name}/0.png")
@@ -144,10 +174,13 @@ def test_classes_come_from_samples_names_and_from_folders(small, trained):
 
 
 @pytest.mark.parametrize(
-    "labels, message", [(None, "doesn't say which class"), (np.arange(8, 12), "the classifier knows 10")]
+    "labels, message",
+    [(None, "doesn't say which class"), (np.arange(8, 12), "the classifier knows 10")],
 )
 def test_unknown_classes_are_an_error(small, labels, message):
-    np.savez("set.npz", arr_0=photographs(4, 32).numpy(), **({} if labels is None else {"arr_1": labels}))
+    np.savez(
+        "set.npz", arr_0=photographs(4, 32).numpy(), **({} if labels is None else {"arr_1": labels})
+    )
     assert message in run("fidelity", "set.npz", "--classifier", small, status=1).stderr
     assert not Path("set-marked").exists()
 
@@ -155,7 +188,10 @@ def test_unknown_classes_are_an_error(small, labels, message):
 def test_samples_of_another_number_of_classes_are_refused(small):
     np.savez("set.npz", arr_0=photographs(4, 32).numpy(), arr_1=np.arange(4))
     Path("set.json").write_text(json.dumps({"num_classes": 1000}))
-    assert "of 1000 and the classifier knows 10" in run("fidelity", "set.npz", "--classifier", small, status=1).stderr
+    assert (
+        "of 1000 and the classifier knows 10"
+        in run("fidelity", "set.npz", "--classifier", small, status=1).stderr
+    )
 
 
 # Votes
@@ -168,13 +204,21 @@ def write_votes(rows, header="image,person,distorted"):
 def test_the_rate_is_the_mean_over_people_of_their_shares(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shares = {"Ann": [1, 0, 0, 0], "Bob": [1, 1], "Cy": [0, 0, 1], "Di": [0], "Ed": [1, 0, 1, 0, 1]}
-    write_votes(f"{i:03d}.png,{person},{vote}" for person, votes in shares.items() for i, vote in enumerate(votes))
+    write_votes(
+        f"{i:03d}.png,{person},{vote}"
+        for person, votes in shares.items()
+        for i, vote in enumerate(votes)
+    )
     result = json.loads(run("distortion", "votes.csv", "--json").stdout)
     means = [np.mean(votes) for votes in shares.values()]
-    assert result["distortion_rate"] == pytest.approx(np.mean(means))  # 0.437, while 7 of 15 votes are 0.467
+    assert result["distortion_rate"] == pytest.approx(
+        np.mean(means)
+    )  # 0.437, while 7 of 15 votes are 0.467
     low, high = stats.t.interval(0.95, 4, loc=np.mean(means), scale=stats.sem(means))
     assert result["interval"] == pytest.approx([max(0, low), min(1, high)])
-    assert (result["images"], result["votes"]) == (5, 15) and result["people"]["Ed"] == pytest.approx(0.6)
+    assert (result["images"], result["votes"]) == (5, 15) and result["people"][
+        "Ed"
+    ] == pytest.approx(0.6)
     assert "5 people, 5 images, 15 votes" in run("distortion", "votes.csv").output
 
 
@@ -189,14 +233,20 @@ def test_one_person_has_a_rate_and_no_interval(tmp_path, monkeypatch):
     "rows, header, message",
     [
         (["a,Ann"], "image,person", "lacks the column distorted"),
-        (["a,Ann,maybe"], "image,person,distorted", "line 2: image 'a', person 'Ann', distorted 'maybe'"),
+        (
+            ["a,Ann,maybe"],
+            "image,person,distorted",
+            "line 2: image 'a', person 'Ann', distorted 'maybe'",
+        ),
         (["a,Ann,1", "a,Ann,0"], "image,person,distorted", "line 3: Ann has judged a before"),
         (["a,,1"], "image,person,distorted", "person ''"),
         (["a,Ann"], "image,person,distorted", "distorted ''"),
         ([], "image,person,distorted", "holds no votes"),
     ],
 )
-def test_votes_that_can_not_be_counted_are_named_by_line(tmp_path, monkeypatch, rows, header, message):
+def test_votes_that_can_not_be_counted_are_named_by_line(
+    tmp_path, monkeypatch, rows, header, message
+):
     monkeypatch.chdir(tmp_path)
     write_votes(rows, header)
     assert message in run("distortion", "votes.csv", status=1).stderr

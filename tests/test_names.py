@@ -26,7 +26,9 @@ def test_every_name_finds_its_class_unless_several_share_it():
     assert shared == 2 * 19
 
 
-@pytest.mark.parametrize("text", ["giant panda", "Giant_Panda", " coon  bear", "ailuropoda-melanoleuca", "n02510455"])
+@pytest.mark.parametrize(
+    "text", ["giant panda", "Giant_Panda", " coon  bear", "ailuropoda-melanoleuca", "n02510455"]
+)
 def test_synonyms_case_and_separators_are_understood(text):
     assert imagenet_names.find(text) == 388
 
@@ -37,10 +39,16 @@ def test_a_name_of_two_classes_names_both():
         imagenet_names.find("Crane")
 
 
-@pytest.mark.parametrize("text, near", [
-    ("giant pand", r"giant panda \(388\)"), ("retriever", r"golden retriever \(207\)"),
-    ("gold fish", r"goldfish \(1\)"),
-    ("zzzz", "give an index from 0 to 999"), ("", "give an index from 0 to 999")])
+@pytest.mark.parametrize(
+    "text, near",
+    [
+        ("giant pand", r"giant panda \(388\)"),
+        ("retriever", r"golden retriever \(207\)"),
+        ("gold fish", r"goldfish \(1\)"),
+        ("zzzz", "give an index from 0 to 999"),
+        ("", "give an index from 0 to 999"),
+    ],
+)
 def test_unknown_names_get_near_ones(text, near):
     with pytest.raises(UserError, match=f"class '{text}' is not a name in ImageNet-1k; .*{near}"):
         imagenet_names.find(text)

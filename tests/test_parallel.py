@@ -30,23 +30,42 @@ def losses(run):
 
 
 def start_torchrun(*arguments, **options):
-    return subprocess.Popen([*TORCHRUN, *map(str, arguments)], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(
+        [*TORCHRUN, *map(str, arguments)],
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
 def children(pid):
-    found = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
-    return {int(re.search(rb"\0RANK=(\d+)", Path(f"/proc/{child}/environ").read_bytes())[1]): child for child in found}
+    found = [
+        int(child)
+        for path in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in path.read_text().split()
+    ]
+    return {
+        int(re.search(rb"\0RANK=(\d+)", Path(f"/proc/{child}/environ").read_bytes())[1]): child
+        for child in found
+    }
 
 
 def wait_for_step(run, step, process):
-    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < step:
+    while (
+        not (run / "metrics.jsonl").exists()
+        or (run / "metrics.jsonl").read_text().count("\n") < step
+    ):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
 
 
 def outcome(run):
     last = runs.checkpoints(run)[-1]
-    return {path.name: path.read_bytes() for path in last.iterdir()}, [line["loss"] for line in training.read_metrics(run)]
+    return {path.name: path.read_bytes() for path in last.iterdir()}, [
+        line["loss"] for line in training.read_metrics(run)
+    ]
 
 
 # the same run
@@ -99,7 +118,18 @@ def test_a_run_goes_on_on_another_number_of_processes(trained, digits, tmp_path)
     shutil.copytree(trained, out)
     shutil.rmtree(out / "checkpoints" / "step-0000012")
     shutil.rmtree(out / "checkpoints" / "step-0000008")
-    dimr_command("train", "--out", out, "--workers", "0", "--sample-every", "0", "--device", "cpu", torchrun=2)
+    dimr_command(
+        "train",
+        "--out",
+        out,
+        "--workers",
+        "0",
+        "--sample-every",
+        "0",
+        "--device",
+        "cpu",
+        torchrun=2,
+    )
     np.testing.assert_allclose(losses(out), losses(trained), rtol=1e-5)
     assert losses(out)[:4].tolist() == losses(trained)[:4].tolist()
 
@@ -133,7 +163,9 @@ parallel.stop()
 
 def test_each_process_does_its_share_and_exchanges_gradients_once_a_step(digits, tmp_path):
     (tmp_path / "count.py").write_text(COUNT)
-    process = start_torchrun("--standalone", "--nproc-per-node", 2, tmp_path / "count.py", tmp_path / "run", digits)
+    process = start_torchrun(
+        "--standalone", "--nproc-per-node", 2, tmp_path / "count.py", tmp_path / "run", digits
+    )
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     for calls, exchanges in json.loads(stdout):
@@ -142,13 +174,17 @@ def test_each_process_does_its_share_and_exchanges_gradients_once_a_step(digits,
 
 
 def test_rank_0_alone_prints_and_writes(digits, tmp_path):
-    done = dimr_command("train", "--data", digits, "--out", tmp_path / "run", *SMALL, "--json", torchrun=2)
+    done = dimr_command(
+        "train", "--data", digits, "--out", tmp_path / "run", *SMALL, "--json", torchrun=2
+    )
     assert len(done.stdout.strip().splitlines()) == 1 and json.loads(done.stdout)["step"] == 12
     assert done.stderr.count("12/12") >= 1 and "rank" not in done.stderr
     assert [line["step"] for line in training.read_metrics(tmp_path / "run")] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("batch, micro, words", [(10, None, "use 8 or 12"), (16, 3, "use 12 or 24"), (2, None, "use 4")])
+@pytest.mark.parametrize(
+    "batch, micro, words", [(10, None, "use 8 or 12"), (16, 3, "use 12 or 24"), (2, None, "use 4")]
+)
 def test_an_uneven_split_names_the_nearest_sizes(monkeypatch, batch, micro, words):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=words):
@@ -164,10 +200,17 @@ def test_a_failure_of_any_rank_is_named_with_it_and_ends_all(digits, tmp_path):
     folder = dataset.open_data(data)
     read_by_rank_1 = dataset.Order(len(folder), 0)(8, 16)[0]
     Path(folder.paths[int(read_by_rank_1[0])]).write_bytes(b"not an image")
-    done = dimr_command("train", "--data", data, "--out", tmp_path / "run", *SMALL, torchrun=2, check=False)
+    done = dimr_command(
+        "train", "--data", data, "--out", tmp_path / "run", *SMALL, torchrun=2, check=False
+    )
     lines = re.findall("Error: (rank .*)", done.stderr)
-    assert done.returncode == 1 and any(line.startswith("rank 1: ") and "not a JPEG, PNG or WebP" in line for line in lines)
-    assert all("rank 1: " in line or "another process ended" in line for line in lines) and str(ROOT / "training.py") not in done.stderr
+    assert done.returncode == 1 and any(
+        line.startswith("rank 1: ") and "not a JPEG, PNG or WebP" in line for line in lines
+    )
+    assert (
+        all("rank 1: " in line or "another process ended" in line for line in lines)
+        and str(ROOT / "training.py") not in done.stderr
+    )
 
 
 def test_a_killed_process_is_named_and_ends_all(digits, tmp_path):
@@ -181,15 +224,35 @@ def test_a_killed_process_is_named_and_ends_all(digits, tmp_path):
 
 
 def test_sampling_names_a_killed_process_and_goes_on_from_there(trained, tmp_path):
-    command = ["sample", "--weights", trained, "--balanced", "-n", "80", "--batch-size", "2", "--steps", "10", "--device", "cpu", "--out"]
-    process = start_torchrun("--standalone", "--nproc-per-node", 2, "-m", "cli", *command, tmp_path / "set.npz")
+    command = [
+        "sample",
+        "--weights",
+        trained,
+        "--balanced",
+        "-n",
+        "80",
+        "--batch-size",
+        "2",
+        "--steps",
+        "10",
+        "--device",
+        "cpu",
+        "--out",
+    ]
+    process = start_torchrun(
+        "--standalone", "--nproc-per-node", 2, "-m", "cli", *command, tmp_path / "set.npz"
+    )
     noted = tmp_path / "set.npz.partial" / "done-1"
     while not noted.exists() or noted.read_text().count("\n") < 2:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and re.search(r"rank\s*: 1", stderr) and str(ROOT / "sampling.py") not in stderr
+    assert (
+        process.returncode == 1
+        and re.search(r"rank\s*: 1", stderr)
+        and str(ROOT / "sampling.py") not in stderr
+    )
     assert not (tmp_path / "set.npz").exists() and noted.exists()
     dimr_command(*command, tmp_path / "set.npz")
     with np.load(tmp_path / "set.npz") as arrays:
@@ -198,14 +261,29 @@ def test_sampling_names_a_killed_process_and_goes_on_from_there(trained, tmp_pat
 
 def test_torchrun_picks_a_killed_run_up_by_itself(digits, tmp_path):
     options = ["-m", "cli", "train", "--data", digits, *SMALL, "--steps", 120]
-    calm = start_torchrun("--standalone", "--nproc-per-node", 2, *options, "--out", tmp_path / "calm")
-    process = start_torchrun("--standalone", "--nproc-per-node", 2, "--max-restarts", 1, *options, "--out", tmp_path / "run")
+    calm = start_torchrun(
+        "--standalone", "--nproc-per-node", 2, *options, "--out", tmp_path / "calm"
+    )
+    process = start_torchrun(
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "--max-restarts",
+        1,
+        *options,
+        "--out",
+        tmp_path / "run",
+    )
     wait_for_step(tmp_path / "run", 10, process)
     os.kill(children(process.pid)[0], signal.SIGKILL)
     for torchrun in (calm, process):
         stdout, stderr = torchrun.communicate(timeout=120)
         assert torchrun.returncode == 0, stderr
-    assert "going on from" in stderr and "step 120 of 120" in stdout and outcome(tmp_path / "run") == outcome(tmp_path / "calm")
+    assert (
+        "going on from" in stderr
+        and "step 120 of 120" in stdout
+        and outcome(tmp_path / "run") == outcome(tmp_path / "calm")
+    )
 
 
 def test_torchrun_hands_on_the_signals_it_is_told_to(digits, tmp_path):
@@ -215,8 +293,14 @@ def test_torchrun_hands_on_the_signals_it_is_told_to(digits, tmp_path):
     process.send_signal(signal.SIGUSR1)
     stdout, stderr = process.communicate(timeout=60)
     saved = runs.step_of(runs.newest_whole(tmp_path / "run"))
-    assert "stopped by SIGUSR1" in stdout and f"step {saved:,} of 100,000" in stdout and process.returncode != 0
-    assert [line["step"] for line in training.read_metrics(tmp_path / "run")] == list(range(1, saved + 1))
+    assert (
+        "stopped by SIGUSR1" in stdout
+        and f"step {saved:,} of 100,000" in stdout
+        and process.returncode != 0
+    )
+    assert [line["step"] for line in training.read_metrics(tmp_path / "run")] == list(
+        range(1, saved + 1)
+    )
 
 
 # memory
@@ -229,7 +313,9 @@ def test_memory_is_counted_without_values_as_with_them():
         model.checkpoint_blocks = flag
         real = memory.activations(model, config, 8, "fp32")
         state, made[flag] = memory.training_memory(config, 8, flag, "fp32")
-        assert made[flag] == pytest.approx(real, rel=0.02) and state == 20 * sum(p.numel() for p in model.parameters())
+        assert made[flag] == pytest.approx(real, rel=0.02) and state == 20 * sum(
+            p.numel() for p in model.parameters()
+        )
     assert made[True] < 0.7 * made[False]
     doubled = memory.training_memory(config, 16, False, "fp32")[1]
     assert doubled == pytest.approx(2 * made[False], rel=0.2)

@@ -48,7 +48,10 @@ def dimr_process(tmp_path_factory):
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the server
 
     def start(*arguments, limit=None, wait=True):
-        process = context.Process(target=command_line, args=(folder / f"{len(started)}.log", limit, list(map(str, arguments))))
+        process = context.Process(
+            target=command_line,
+            args=(folder / f"{len(started)}.log", limit, list(map(str, arguments))),
+        )
         process.log = folder / f"{len(started)}.log"
         started.append(process)
         process.start()
@@ -69,13 +72,19 @@ def dimr_process(tmp_path_factory):
 def outcome(run):
     """What has to be the same to the byte: the last checkpoint's files, and the losses."""
     last = runs.checkpoints(run)[-1]
-    losses = [(line["step"], line["loss"], line["loss_branches"], line["gradient_norm"]) for line in training.read_metrics(run)]
+    losses = [
+        (line["step"], line["loss"], line["loss_branches"], line["gradient_norm"])
+        for line in training.read_metrics(run)
+    ]
     return {path.name: path.read_bytes() for path in last.iterdir()}, losses
 
 
 def wait_for_step(run, step):
     until = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < step:
+    while (
+        not (run / "metrics.jsonl").exists()
+        or (run / "metrics.jsonl").read_text().count("\n") < step
+    ):
         assert time.monotonic() < until, "it does not train"
         time.sleep(0.01)
 
@@ -95,7 +104,10 @@ def test_a_run_killed_at_any_moment_ends_as_the_undisturbed_one(digits, tmp_path
     saving = lambda: any((out / "checkpoints").glob(".step-*.tmp"))
     newest = lambda: max(map(runs.step_of, runs.checkpoints(out)), default=0)
     while anywhere + inside < KILLS:
-        process, kind = dimr_process("train", "--out", out, *options, wait=False), (anywhere + inside) % 6
+        process, kind = (
+            dimr_process("train", "--out", out, *options, wait=False),
+            (anywhere + inside) % 6,
+        )
         if kind < 5:  # after a few saves, or none
             until = newest() + 7 * rng.randrange(3)
             while process.is_alive() and newest() < until:
@@ -119,10 +131,14 @@ def test_a_run_killed_at_any_moment_ends_as_the_undisturbed_one(digits, tmp_path
 # stopped
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name
+)
 def test_a_stop_signal_saves_and_the_run_goes_on_from_there(digits, tmp_path, dimr_process, number):
     out = tmp_path / "run"
-    process = dimr_process("train", "--out", out, "--data", digits, *NETWORK, "--steps", "100000", wait=False)
+    process = dimr_process(
+        "train", "--out", out, "--data", digits, *NETWORK, "--steps", "100000", wait=False
+    )
     wait_for_step(out, 10)
     os.kill(process.pid, number)
     process.join(60)
@@ -130,13 +146,30 @@ def test_a_stop_signal_saves_and_the_run_goes_on_from_there(digits, tmp_path, di
     assert process.exitcode == 75 and number.name in process.log.read_text() and stopped < 100000
     check_steps(out, stopped)
     assert dimr_process("train", "--out", out, "--steps", stopped + 3).exitcode == 0
-    assert dimr_process("train", "--out", tmp_path / "calm", "--data", digits, *NETWORK, "--steps", stopped + 3).exitcode == 0
+    assert (
+        dimr_process(
+            "train", "--out", tmp_path / "calm", "--data", digits, *NETWORK, "--steps", stopped + 3
+        ).exitcode
+        == 0
+    )
     assert outcome(out) == outcome(tmp_path / "calm")
 
 
 def test_a_second_interrupt_ends_at_once_without_damage(digits, tmp_path, dimr_process):
     out = tmp_path / "run"
-    options = ["--out", out, "--data", digits, *NETWORK, "--batch-size", "1024", "--micro-batch", "2", "--save-every", "1"]  # seconds a step
+    options = [
+        "--out",
+        out,
+        "--data",
+        digits,
+        *NETWORK,
+        "--batch-size",
+        "1024",
+        "--micro-batch",
+        "2",
+        "--save-every",
+        "1",
+    ]  # seconds a step
     process = dimr_process("train", *options, "--steps", "1000", wait=False)
     wait_for_step(out, 1)
     time.sleep(0.1)
@@ -144,7 +177,11 @@ def test_a_second_interrupt_ends_at_once_without_damage(digits, tmp_path, dimr_p
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
-    assert process.exitcode == 1 and "Aborted" in process.log.read_text() and "Traceback" not in process.log.read_text()
+    assert (
+        process.exitcode == 1
+        and "Aborted" in process.log.read_text()
+        and "Traceback" not in process.log.read_text()
+    )
     step = runs.step_of(runs.newest_whole(out))
     check_steps(out, step)
     assert dimr_process("train", *options, "--steps", step).exitcode == 0
@@ -155,7 +192,11 @@ def test_a_finished_run_says_so_again(trained, tmp_path, dimr_process):
     process = dimr_process("train", "--out", tmp_path / "small", "--json")
     said = process.log.read_text()
     result = json.loads(said[said.index('{"out"') :])
-    assert process.exitcode == 0 and result["step"] == 12 and result["loss"] == training.read_metrics(trained)[-1]["loss"]
+    assert (
+        process.exitcode == 0
+        and result["step"] == 12
+        and result["loss"] == training.read_metrics(trained)[-1]["loss"]
+    )
 
 
 # starved
@@ -165,10 +206,14 @@ def test_a_full_disk_is_reported_and_costs_nothing_that_was_there(digits, tmp_pa
     options = ["--data", digits, *NETWORK, "--steps", "40", "--save-every", "8"]
     assert dimr_process("train", "--out", tmp_path / "calm", *options).exitcode == 0
     out = tmp_path / "full"
-    starved = dimr_process("train", "--out", out, *options, limit=9000)  # room for some metrics, not for a checkpoint
+    starved = dimr_process(
+        "train", "--out", out, *options, limit=9000
+    )  # room for some metrics, not for a checkpoint
     said = starved.log.read_text()
     assert starved.exitcode == 1 and "Traceback" not in said and "File too large" in said
-    assert all(f"checkpoint at step {step} NOT saved" in said for step in (8, 16, 24, 32))  # and training went on
+    assert all(
+        f"checkpoint at step {step} NOT saved" in said for step in (8, 16, 24, 32)
+    )  # and training went on
     assert not runs.checkpoints(out) and not list((out / "checkpoints").iterdir())
     written = len(training.read_metrics(out))
     check_steps(out, written)
@@ -179,13 +224,31 @@ def test_a_full_disk_is_reported_and_costs_nothing_that_was_there(digits, tmp_pa
 
 def test_training_outlives_a_disk_that_is_full_for_a_while(digits, tmp_path, dimr_process):
     out = tmp_path / "run"
-    process = dimr_process("train", "--out", out, "--data", digits, *NETWORK, "--save-every", "20", "--steps", "100000", wait=False)
+    process = dimr_process(
+        "train",
+        "--out",
+        out,
+        "--data",
+        digits,
+        *NETWORK,
+        "--save-every",
+        "20",
+        "--steps",
+        "100000",
+        wait=False,
+    )
     wait_for_step(out, 20)
     before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, before[1]))  # metrics, checkpoints and the log it prints to
+    resource.prlimit(
+        process.pid, resource.RLIMIT_FSIZE, (0, before[1])
+    )  # metrics, checkpoints and the log it prints to
     saved, told = runs.checkpoints(out), len(training.read_metrics(out))
     time.sleep(1)
-    assert process.is_alive() and runs.checkpoints(out)[:-1] in ([], saved[:-1], saved) and len(training.read_metrics(out)) <= told + 10
+    assert (
+        process.is_alive()
+        and runs.checkpoints(out)[:-1] in ([], saved[:-1], saved)
+        and len(training.read_metrics(out)) <= told + 10
+    )
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
     wait_for_step(out, told + 40)
     os.kill(process.pid, signal.SIGTERM)
@@ -204,7 +267,9 @@ def test_training_outlives_a_disk_that_is_full_for_a_while(digits, tmp_path, dim
     ("manifest.json", lambda content: b"{}", "manifest.json"), ("manifest.json", lambda content: b"[1", "manifest.json"),
     ("manifest.json", lambda content: bytes(len(content)), "manifest.json"),
 ])  # fmt: skip
-def test_damage_of_any_kind_is_named_and_the_checkpoint_before_used(trained, tmp_path, name, damage, words):
+def test_damage_of_any_kind_is_named_and_the_checkpoint_before_used(
+    trained, tmp_path, name, damage, words
+):
     out, said = tmp_path / "small", []
     shutil.copytree(trained, out)
     path = out / "checkpoints" / "step-0000012" / name
@@ -216,19 +281,28 @@ def test_damage_of_any_kind_is_named_and_the_checkpoint_before_used(trained, tmp
     assert len(said) == 1 and str(path) in said[0] and words in said[0] and "\n" not in said[0]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(trained, tmp_path, dimr_process):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(
+    trained, tmp_path, dimr_process
+):
     out = tmp_path / "small"
     shutil.copytree(trained, out)
     for checkpoint in runs.checkpoints(out):
         (checkpoint / "ema.safetensors").write_bytes(b"")
     before = (out / "metrics.jsonl").read_bytes()
     process = dimr_process("train", "--out", out)
-    assert process.exitcode == 1 and "none of the 3 checkpoints" in process.log.read_text() and "Traceback" not in process.log.read_text()
+    assert (
+        process.exitcode == 1
+        and "none of the 3 checkpoints" in process.log.read_text()
+        and "Traceback" not in process.log.read_text()
+    )
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def save(run, step, keep):
-    files = {name: ({"a": torch.full((3,), float(step))}, {"step": str(step), "more": "x"}) for name in ("weights", "ema", "optimizer")}
+    files = {
+        name: ({"a": torch.full((3,), float(step))}, {"step": str(step), "more": "x"})
+        for name in ("weights", "ema", "optimizer")
+    }
     return runs.save_checkpoint(run, step, files, {"step": step}, keep)
 
 
@@ -242,7 +316,10 @@ def test_damaged_newer_checkpoints_do_not_push_out_whole_ones(tmp_path):
 
 
 def test_a_checkpoint_is_the_same_bytes_each_time(tmp_path):
-    first, second = ({path.name: path.read_bytes() for path in save(tmp_path / name, 10, 0).iterdir()} for name in "ab")
+    first, second = (
+        {path.name: path.read_bytes() for path in save(tmp_path / name, 10, 0).iterdir()}
+        for name in "ab"
+    )
     assert first == second
 
 
@@ -255,7 +332,9 @@ def test_the_library_reads_what_is_written(tmp_path):
     with safe_open(tmp_path / "all.safetensors", "pt") as file:
         assert file.metadata() == {"é": "ü"} and set(file.keys()) == tensors.keys()
         for name, tensor in tensors.items():
-            assert file.get_tensor(name).dtype == tensor.dtype and torch.equal(file.get_tensor(name), tensor)
+            assert file.get_tensor(name).dtype == tensor.dtype and torch.equal(
+                file.get_tensor(name), tensor
+            )
 
 
 # losses and gradients that are not finite
@@ -267,20 +346,40 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(digits, tmp
     def spoiled(*arguments):
         sums, branches = losses(*arguments)
         calls[0] += 1
-        return sums + {4: float("inf"), 6: float("nan")}.get(calls[0], 0), branches  # the gradient is not changed by it
+        return sums + {4: float("inf"), 6: float("nan")}.get(
+            calls[0], 0
+        ), branches  # the gradient is not changed by it
 
     monkeypatch.setattr(training, "losses", spoiled)
     recipe = {"steps": 8, "batch_size": 4, "warmup": 0, "compile": False}
     result = training.train(tmp_path / "run", digits, "demo", recipe, {"layers": (1, 1), "dims": (8, 8), "heads": 1}, device="cpu", workers=0,
                             sample_every=0, save_every=1, keep=0, quiet=True)  # fmt: skip
     lines = training.read_metrics(tmp_path / "run")
-    assert [line["step"] for line in lines if line["skipped"]] == [4, 6] and lines[3]["loss"] is None and result["skipped_steps"] == 2
-    hashes = [json.loads((c / "manifest.json").read_text()) for c in runs.checkpoints(tmp_path / "run")]
-    same = [k + 1 for k in range(1, 8) if hashes[k]["optimizer.safetensors"] == hashes[k - 1]["optimizer.safetensors"]]
-    assert same == [4, 6]  # moments and step count; weights and EMA differ in the step they are labelled with alone
+    assert (
+        [line["step"] for line in lines if line["skipped"]] == [4, 6]
+        and lines[3]["loss"] is None
+        and result["skipped_steps"] == 2
+    )
+    hashes = [
+        json.loads((c / "manifest.json").read_text()) for c in runs.checkpoints(tmp_path / "run")
+    ]
+    same = [
+        k + 1
+        for k in range(1, 8)
+        if hashes[k]["optimizer.safetensors"] == hashes[k - 1]["optimizer.safetensors"]
+    ]
+    assert same == [
+        4,
+        6,
+    ]  # moments and step count; weights and EMA differ in the step they are labelled with alone
     for k in same:
         for name in ("weights", "ema"):
-            before, after = (training.load_tensors(runs.checkpoints(tmp_path / "run")[i] / f"{name}.safetensors")[0] for i in (k - 2, k - 1))
+            before, after = (
+                training.load_tensors(
+                    runs.checkpoints(tmp_path / "run")[i] / f"{name}.safetensors"
+                )[0]
+                for i in (k - 2, k - 1)
+            )
             assert all(torch.equal(before[key], after[key]) for key in before)
 
 
@@ -288,18 +387,32 @@ class NoReading(TorchDispatchMode):
     """Raises where a value is read from the device."""
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        assert function not in {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}, "waits for the device"
+        assert function not in {
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+        }, "waits for the device"
         return function(*arguments, **(keywords or {}))
 
 
 def test_a_step_never_waits_for_the_device():
-    config = dimr.Config(size=8, channels=1, layers=(1, 1), dims=(8, 8), heads=1, num_classes=10, null_class=True, space="pixel")
+    config = dimr.Config(
+        size=8,
+        channels=1,
+        layers=(1, 1),
+        dims=(8, 8),
+        heads=1,
+        num_classes=10,
+        null_class=True,
+        space="pixel",
+    )
     recipe = training.Recipe(grad_clip=1.0, precision="fp32", compile=False)
     state = training.State(config, recipe, torch.device("cpu"))
     images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
     with NoReading():
         for _ in range(2):
-            sums, _ = training.losses(state.model, config, solver.Linear(), recipe, images, labels, 0)
+            sums, _ = training.losses(
+                state.model, config, solver.Linear(), recipe, images, labels, 0
+            )
             sums.sum().backward()
             _, bad = state.update()
         with pytest.raises(AssertionError, match="waits"):
@@ -315,14 +428,20 @@ def test_memory_stays_flat(digits, tmp_path, dimr_process):
     process = dimr_process("train", "--out", out, "--data", digits, *NETWORK, "--dims", "8,8", "--heads", "1", "--batch-size", "2", "--steps", steps,
                            "--save-every", "100")  # fmt: skip
     peaks = [line["peak_bytes"] for line in training.read_metrics(out)]
-    print(f"peak after {len(peaks) // 5} steps {peaks[len(peaks) // 5] / 1e6:.1f} MB, after {len(peaks)} {peaks[-1] / 1e6:.1f} MB")
+    print(
+        f"peak after {len(peaks) // 5} steps {peaks[len(peaks) // 5] / 1e6:.1f} MB, after {len(peaks)} {peaks[-1] / 1e6:.1f} MB"
+    )
     assert process.exitcode == 0 and peaks[-1] - peaks[len(peaks) // 5] < 4e6
 
 
 def test_the_soak_survives_its_faults(tmp_path):
-    minutes = os.environ.get("DIMR_SOAK_MINUTES", "0.7")  # of faults; the undisturbed run and the end come on top
+    minutes = os.environ.get(
+        "DIMR_SOAK_MINUTES", "0.7"
+    )  # of faults; the undisturbed run and the end come on top
     done = subprocess.run([sys.executable, ROOT / "tests" / "soak.py", "--minutes", minutes, "--steps", "200", "--seed", "3"],
                           capture_output=True, text=True, timeout=900, env={**os.environ, "TMPDIR": str(tmp_path)})  # fmt: skip
     assert done.returncode == 0, done.stderr
     count = json.loads(done.stdout)
-    assert count["rounds whose end was the undisturbed one, to the byte"] >= 1 and count["lives"] > 1
+    assert (
+        count["rounds whose end was the undisturbed one, to the byte"] >= 1 and count["lives"] > 1
+    )

@@ -41,8 +41,12 @@ def test_images_are_byte_equal_at_one_batch_size_for_any_number(generator):
     classes, seeds = [i % 10 for i in range(11)], list(range(50, 61))
     all_of_them = generator.images(classes, seeds, batch_size=4)
     for count in (1, 3, 6):
-        assert np.array_equal(generator.images(classes[:count], seeds[:count], batch_size=4), all_of_them[:count])
-    assert np.array_equal(generator.images(classes[5:6], seeds[5:6], batch_size=4), all_of_them[5:6])
+        assert np.array_equal(
+            generator.images(classes[:count], seeds[:count], batch_size=4), all_of_them[:count]
+        )
+    assert np.array_equal(
+        generator.images(classes[5:6], seeds[5:6], batch_size=4), all_of_them[5:6]
+    )
 
 
 def test_images_agree_within_one_level_across_batch_sizes(generator):
@@ -53,8 +57,34 @@ def test_images_agree_within_one_level_across_batch_sizes(generator):
 
 
 def test_asking_for_a_seed_alone_gives_the_image_back(trained, tmp_path):
-    dimr_command("sample", "--weights", trained, "--class", "3", "-n", "4", "--seed", "10", "--out", tmp_path / "four", "--device", "cpu")
-    dimr_command("sample", "--weights", trained, "--class", "3", "--seeds", "12", "--out", tmp_path / "one", "--device", "cpu")
+    dimr_command(
+        "sample",
+        "--weights",
+        trained,
+        "--class",
+        "3",
+        "-n",
+        "4",
+        "--seed",
+        "10",
+        "--out",
+        tmp_path / "four",
+        "--device",
+        "cpu",
+    )
+    dimr_command(
+        "sample",
+        "--weights",
+        trained,
+        "--class",
+        "3",
+        "--seeds",
+        "12",
+        "--out",
+        tmp_path / "one",
+        "--device",
+        "cpu",
+    )
     names = [f"class0003-seed{seed:06d}.png" for seed in range(10, 14)] + ["grid.png"]
     assert sorted(p.name for p in (tmp_path / "four").iterdir()) == names
     one, four = (pixels(tmp_path / folder / names[2]) for folder in ("one", "four"))
@@ -64,7 +94,11 @@ def test_asking_for_a_seed_alone_gives_the_image_back(trained, tmp_path):
 def test_guidance_solver_and_steps_change_the_image(generator):
     draw = lambda **settings: generator.images([3], [0], **settings)
     plain = draw(cfg=1, steps=10)
-    for other in (draw(cfg=4, steps=10), draw(cfg=1, steps=5), draw(cfg=1, steps=10, solver="dpm-1s")):
+    for other in (
+        draw(cfg=4, steps=10),
+        draw(cfg=1, steps=5),
+        draw(cfg=1, steps=10, solver="dpm-1s"),
+    ):
         assert not np.array_equal(other, plain)
     np.testing.assert_array_equal(draw(cfg=4, steps=10, cfg_interval=(1e6, 2e6)), plain)
 
@@ -84,26 +118,58 @@ def test_a_compiled_network_draws_the_same_and_says_so(trained, generator, monke
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager"))
     compiled = sampling.load(trained, device="cpu", compiled=True)
-    assert compiled.model._compiled_call_impl is not None and generator.model._compiled_call_impl is None
+    assert (
+        compiled.model._compiled_call_impl is not None
+        and generator.model._compiled_call_impl is None
+    )
     images = [g.images([3, 5], [0, 1], cfg=2, steps=4).astype(int) for g in (compiled, generator)]
     assert np.abs(images[0] - images[1]).max() <= 1
     settings = sampling.Settings().resolved(generator.config)
-    assert [sampling.describe(g, settings)["compiled"] for g in (compiled, generator)] == [True, False]
+    assert [sampling.describe(g, settings)["compiled"] for g in (compiled, generator)] == [
+        True,
+        False,
+    ]
 
 
 # files
 
 
 def test_each_png_says_what_it_is_and_how_it_was_made(trained, generator, tmp_path):
-    done = dimr_command("sample", "--weights", trained, "--class", "3", "--class", "5", "-n", "3", "--cfg", "2", "--out", tmp_path, "--device", "cpu", "--json")
+    done = dimr_command(
+        "sample",
+        "--weights",
+        trained,
+        "--class",
+        "3",
+        "--class",
+        "5",
+        "-n",
+        "3",
+        "--cfg",
+        "2",
+        "--out",
+        tmp_path,
+        "--device",
+        "cpu",
+        "--json",
+    )
     result = json.loads(done.stdout)
     assert result["n"] == 3 and [os.path.basename(f) for f in result["files"]] == [
         "class0003-seed000000.png", "class0005-seed000001.png", "class0003-seed000002.png"]  # fmt: skip
     with Image.open(result["files"][1]) as image:
         assert image.size == (8, 8) and image.mode == "L"
         facts = json.loads(image.text["dimr"])
-        assert "not a photograph" in image.text["Description"] and "--class 3 --class 5" in image.text["Command"]
-    assert facts["class"] == 5 and facts["seed"] == 1 and facts["cfg"] == 2 and facts["solver"] == "2m" and facts["steps"] == 25
+        assert (
+            "not a photograph" in image.text["Description"]
+            and "--class 3 --class 5" in image.text["Command"]
+        )
+    assert (
+        facts["class"] == 5
+        and facts["seed"] == 1
+        and facts["cfg"] == 2
+        and facts["solver"] == "2m"
+        and facts["steps"] == 25
+    )
     assert facts["weights"] == generator.hash and facts["step"] == 12
     with Image.open(result["picture"]) as grid:
         assert "not a photograph" in grid.text["Description"]
@@ -129,7 +195,9 @@ def test_a_balanced_set_is_what_an_evaluator_reads(trained, generator, tmp_path)
     assert classes.tolist() == [i % 10 for i in range(25)]
     expected = generator.images([i % 10 for i in range(25)], range(25), batch_size=8)
     assert np.array_equal(images, np.repeat(expected, 3, -1))
-    assert json.loads(out.with_suffix(".json").read_text())["balanced"] and not list(tmp_path.glob("*.partial"))
+    assert json.loads(out.with_suffix(".json").read_text())["balanced"] and not list(
+        tmp_path.glob("*.partial")
+    )
 
 
 def test_processes_share_the_work_and_write_the_same_set(trained, tmp_path):
@@ -141,7 +209,21 @@ def test_processes_share_the_work_and_write_the_same_set(trained, tmp_path):
 
 
 def test_an_interrupted_set_goes_on_where_it_stopped(trained, tmp_path):
-    command = ["sample", "--weights", str(trained), "--balanced", "-n", "200", "--batch-size", "2", "--steps", "20", "--device", "cpu", "--out"]
+    command = [
+        "sample",
+        "--weights",
+        str(trained),
+        "--balanced",
+        "-n",
+        "200",
+        "--batch-size",
+        "2",
+        "--steps",
+        "20",
+        "--device",
+        "cpu",
+        "--out",
+    ]
     victim = subprocess.Popen([sys.executable, "-m", "cli", *command, str(tmp_path / "cut.npz")], cwd=tmp_path, stderr=subprocess.DEVNULL,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     log = tmp_path / "cut.npz.partial" / "done-0"
@@ -163,7 +245,20 @@ def test_an_interrupted_set_goes_on_where_it_stopped(trained, tmp_path):
 
 def test_a_set_drawn_otherwise_is_not_mixed_in(trained, tmp_path):
     out = tmp_path / "set.npz"
-    base = ["sample", "--weights", trained, "--balanced", "-n", "4", "--steps", "2", "--device", "cpu", "--out", out]
+    base = [
+        "sample",
+        "--weights",
+        trained,
+        "--balanced",
+        "-n",
+        "4",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    ]
     dimr_command(*base)
     assert "set.npz" in dimr_command(*base).stdout  # the same again is there already
     done = dimr_command(*base, "--cfg", "3", check=False)
@@ -174,14 +269,21 @@ def test_the_newest_run_is_the_default(trained, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "small").symlink_to(trained)
     done = dimr_command("sample", "--class", "1", "-n", "1", "--device", "cpu", cwd=tmp_path)
-    assert "runs/small" in done.stdout and (tmp_path / "samples" / "small-cfg1.5" / "grid.png").exists()
+    assert (
+        "runs/small" in done.stdout
+        and (tmp_path / "samples" / "small-cfg1.5" / "grid.png").exists()
+    )
 
 
 def test_the_readmes_five_lines(trained, tmp_path):
     generator = sampling.load(trained)
     images = generator.images(classes=[3] * 4, seeds=range(4), cfg=1.5)
     sampling.save_grid(tmp_path / "threes.png", images)
-    assert images.shape == (4, 8, 8, 1) and images.dtype == np.uint8 and Image.open(tmp_path / "threes.png").width > 100
+    assert (
+        images.shape == (4, 8, 8, 1)
+        and images.dtype == np.uint8
+        and Image.open(tmp_path / "threes.png").width > 100
+    )
 
 
 # what can't be drawn
@@ -198,8 +300,12 @@ def test_bad_requests_are_one_clear_line(trained, tmp_path, arguments, status, w
 
     import cli
 
-    result = CliRunner().invoke(cli.main, ["sample", "--weights", str(trained), "--out", str(tmp_path / "out"), *arguments])
-    assert result.exit_code == status and words in result.output and "Traceback" not in result.output
+    result = CliRunner().invoke(
+        cli.main, ["sample", "--weights", str(trained), "--out", str(tmp_path / "out"), *arguments]
+    )
+    assert (
+        result.exit_code == status and words in result.output and "Traceback" not in result.output
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -208,7 +314,10 @@ def test_guidance_without_a_null_class_is_refused(generator):
 
     with pytest.raises(UserError, match="null class"):
         sampling.Settings(cfg=2.0).resolved(dataclasses.replace(generator.config, null_class=False))
-    assert sampling.Settings().resolved(dataclasses.replace(generator.config, null_class=False)).cfg == 1
+    assert (
+        sampling.Settings().resolved(dataclasses.replace(generator.config, null_class=False)).cfg
+        == 1
+    )
 
 
 def test_the_papers_preset_is_the_papers(generator):

@@ -39,7 +39,14 @@ def network(name):
     path = DATA / f"{name}.safetensors"
     with safe_open(path, "pt") as file:
         heads = int(file.metadata()["heads"])
-    return dimr.from_released({k.removeprefix("weight."): v for k, v in load_file(path).items() if k.startswith("weight.")}, heads)
+    return dimr.from_released(
+        {
+            k.removeprefix("weight."): v
+            for k, v in load_file(path).items()
+            if k.startswith("weight.")
+        },
+        heads,
+    )
 
 
 # schedules
@@ -49,7 +56,9 @@ def test_the_latent_schedule_is_stable_diffusions():
     given = solver.ScaledLinear(ARRAYS["betas"])
     assert torch.equal(given.knots_log_alpha, LATENT.knots_log_alpha)
     assert relative(LATENT.lam(ARRAYS["discrete_t"]), ARRAYS["discrete_lambda"]) < 1e-6
-    assert relative(LATENT.t_of_lam(ARRAYS["discrete_lambda"]), ARRAYS["discrete_t_of_lambda"]) < 1e-6
+    assert (
+        relative(LATENT.t_of_lam(ARRAYS["discrete_lambda"]), ARRAYS["discrete_t_of_lambda"]) < 1e-6
+    )
 
 
 def test_the_pixel_schedule_is_the_linear_vp_sde():
@@ -108,7 +117,10 @@ def test_pixel_sampling_end_to_end():
     assert relative(x, END_TO_END["pixel_x_0_20"]) < 1e-4
 
 
-@pytest.mark.parametrize("space, name, time, noised", [("latent", "network_2r", "n", "xn"), ("pixel", "network_3r_ln", "t", "xt")])
+@pytest.mark.parametrize(
+    "space, name, time, noised",
+    [("latent", "network_2r", "n", "xn"), ("pixel", "network_3r_ln", "t", "xt")],
+)
 @torch.no_grad()
 def test_training_loss_end_to_end(space, name, time, noised):
     schedule, get = solver.SCHEDULES[space](), lambda key: END_TO_END[f"train_{space}_{key}"]
@@ -117,16 +129,22 @@ def test_training_loss_end_to_end(space, name, time, noised):
     assert relative(x, get(noised)) < 1e-4
     if space == "pixel":
         assert relative(4 * schedule.tau(t), get("log_snr")) < 1e-4
-    total, branches = solver.multi_scale_loss(network(name)(x, schedule.tau(t).float(), END_TO_END[f"{space}_y"]), get("noise"))
+    total, branches = solver.multi_scale_loss(
+        network(name)(x, schedule.tau(t).float(), END_TO_END[f"{space}_y"]), get("noise")
+    )
     assert relative(total, get("loss")) < 1e-4
     weights = torch.tensor([4.0**-k for k in reversed(range(len(branches)))])
     torch.testing.assert_close((weights[:, None] * branches).sum(0), total)
 
 
-@pytest.mark.parametrize("target, key", [("unit", "loss_unit_variance"), ("mean", "loss_mean_pool")])
+@pytest.mark.parametrize(
+    "target, key", [("unit", "loss_unit_variance"), ("mean", "loss_mean_pool")]
+)
 def test_both_targets_of_the_multi_scale_loss(target, key):
     arrays = load_file(DATA / "loss.safetensors")
-    total, _ = solver.multi_scale_loss([arrays[f"pred_{r}"] for r in range(3)], arrays["noise"], target)
+    total, _ = solver.multi_scale_loss(
+        [arrays[f"pred_{r}"] for r in range(3)], arrays["noise"], target
+    )
     assert relative(total, arrays[key]) < 1e-5
 
 
@@ -137,7 +155,9 @@ def test_the_power_cosine_schedule_is_the_releases():
     table = json.loads((DATA / "cfg_power_cosine.json").read_text())
     for row in table["rows"]:
         guidance = solver.Guidance(row["cfg"], row["power"])
-        assert [guidance.at(LATENT, n / 1000) for n in table["timestep"]] == pytest.approx(row["scale"], rel=1e-9)
+        assert [guidance.at(LATENT, n / 1000) for n in table["timestep"]] == pytest.approx(
+            row["scale"], rel=1e-9
+        )
 
 
 def test_guidance_stays_inside_its_interval():
@@ -147,7 +167,10 @@ def test_guidance_stays_inside_its_interval():
         assert guidance.at(LATENT, t) == (2.0 if 0.5 < ratio <= 3.0 else 1.0)
 
 
-@pytest.mark.parametrize("bad", [dict(scale=0.4), dict(scale=math.nan), dict(scale=2, power=0), dict(scale=2, interval=(3, 1))])
+@pytest.mark.parametrize(
+    "bad",
+    [dict(scale=0.4), dict(scale=math.nan), dict(scale=2, power=0), dict(scale=2, interval=(3, 1))],
+)
 def test_senseless_guidance_is_refused(bad):
     with pytest.raises(ValueError):
         solver.Guidance(**bad)
@@ -161,7 +184,16 @@ def test_a_scale_below_one_explains_the_other_convention():
 class Counting(torch.nn.Module):
     """Counts rows, and predicts by class, so that guidance shows."""
 
-    config = dimr.Config(size=2, channels=1, layers=(1,), dims=(2,), heads=1, num_classes=2, null_class=True, space="latent")
+    config = dimr.Config(
+        size=2,
+        channels=1,
+        layers=(1,),
+        dims=(2,),
+        heads=1,
+        num_classes=2,
+        null_class=True,
+        space="latent",
+    )
 
     def __init__(self):
         super().__init__()
@@ -176,7 +208,9 @@ def test_guidance_is_one_batched_call_and_none_where_the_scale_is_one():
     model, y = Counting(), torch.tensor([0, 1, 0])
     noise = solver.denoiser(model, LATENT, y, solver.Guidance(3.0, interval=(0.5, 100.0)))
     x = torch.zeros(3, 1, 2, 2)
-    assert noise(x, 1.0)[:, 0, 0, 0].tolist() == [2 + 3 * (c - 2) for c in (0, 1, 0)]  # the null class is 2
+    assert noise(x, 1.0)[:, 0, 0, 0].tolist() == [
+        2 + 3 * (c - 2) for c in (0, 1, 0)
+    ]  # the null class is 2
     assert noise(x, 0.01)[:, 0, 0, 0].tolist() == [0, 1, 0]
     assert model.rows == [6, 3]
 
@@ -196,14 +230,21 @@ def test_every_solver_on_every_grid_reaches_the_exact_solution(name, grid):
 
     found = solver.sample(noise, x, schedule, 60, name, grid, end=0.02)
     assert len(calls) == 60
-    assert relative(found, exact(schedule, x, 1.0, 0.02)) < (0.06 if solver.SOLVERS[name].order == 1 else 0.01)
+    assert relative(found, exact(schedule, x, 1.0, 0.02)) < (
+        0.06 if solver.SOLVERS[name].order == 1 else 0.01
+    )
 
 
 def order_of(name, counts, **options):
     """Observed order of accuracy on the linear schedule, log-SNR grid, between t = 0.9 and 0.3."""
     x, start, end = ARRAYS["x_T"].double(), 0.9, 0.3
     truth = exact(PIXEL, x, start, end)
-    errors = [float((solver.sample(gaussian(PIXEL), x, PIXEL, n, name, "logsnr", start, end) - truth).norm()) for n in counts]
+    errors = [
+        float(
+            (solver.sample(gaussian(PIXEL), x, PIXEL, n, name, "logsnr", start, end) - truth).norm()
+        )
+        for n in counts
+    ]
     return math.log(errors[0] / errors[1]) / math.log(counts[1] / counts[0])
 
 
@@ -225,13 +266,22 @@ def test_fast_loses_an_order_to_its_last_update_elsewhere(counts, order):
 def test_third_order_multistep_has_its_order_with_exact_start_values(name):
     method, errors, x = solver.SOLVERS[name], [], ARRAYS["x_T"].double()
     for steps in (60, 120):
-        lam = torch.linspace(float(PIXEL.lam(0.9)), float(PIXEL.lam(0.3)), steps + 1, dtype=torch.float64)
+        lam = torch.linspace(
+            float(PIXEL.lam(0.9)), float(PIXEL.lam(0.3)), steps + 1, dtype=torch.float64
+        )
         ts, history = PIXEL.t_of_lam(lam), []
         for t in ts[:2].tolist():  # what a perfect solver would have seen
             at = exact(PIXEL, x, 0.9, t)
             epsilon = gaussian(PIXEL)(at, t)
-            history.append((float(PIXEL.lam(t)), (at - PIXEL.sigma(t) * epsilon) / PIXEL.alpha(t) if method.data else epsilon))
-        found = solver._multistep(gaussian(PIXEL), exact(PIXEL, x, 0.9, ts[2]), PIXEL, method, ts[2:], history=history)
+            history.append(
+                (
+                    float(PIXEL.lam(t)),
+                    (at - PIXEL.sigma(t) * epsilon) / PIXEL.alpha(t) if method.data else epsilon,
+                )
+            )
+        found = solver._multistep(
+            gaussian(PIXEL), exact(PIXEL, x, 0.9, ts[2]), PIXEL, method, ts[2:], history=history
+        )
         errors.append(float((found - exact(PIXEL, x, 0.9, 0.3)).norm()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(3, abs=0.2)
 
@@ -253,7 +303,17 @@ def test_2m_agrees_with_diffusers(steps):
     assert relative(ours, x) < 1e-5
 
 
-@pytest.mark.parametrize("steps, expected", [(20, [3] * 6 + [2]), (21, [3] * 6 + [2, 1]), (22, [3] * 7 + [1]), (1, [1]), (2, [2]), (3, [2, 1])])
+@pytest.mark.parametrize(
+    "steps, expected",
+    [
+        (20, [3] * 6 + [2]),
+        (21, [3] * 6 + [2, 1]),
+        (22, [3] * 7 + [1]),
+        (1, [1]),
+        (2, [2]),
+        (3, [2, 1]),
+    ],
+)
 def test_fast_uses_every_evaluation(steps, expected):
     assert solver.orders(steps, solver.SOLVERS["fast"]) == expected
 

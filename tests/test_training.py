@@ -17,12 +17,23 @@ import solver
 import training
 from storage import UserError, load_tensors
 
-CONFIG = dimr.Config(size=8, channels=1, layers=(1, 1), dims=(8, 8), heads=1, num_classes=10, null_class=True, space="pixel")
+CONFIG = dimr.Config(
+    size=8,
+    channels=1,
+    layers=(1, 1),
+    dims=(8, 8),
+    heads=1,
+    num_classes=10,
+    null_class=True,
+    space="pixel",
+)
 RECIPE = dataclasses.replace(training.RECIPES["demo"], precision="fp32", compile=False)
 
 
 def read(run):
-    return [(line["step"], line["loss"], line["loss_branches"]) for line in training.read_metrics(run)]
+    return [
+        (line["step"], line["loss"], line["loss_branches"]) for line in training.read_metrics(run)
+    ]
 
 
 def weights(run, step, name="weights"):
@@ -39,22 +50,31 @@ def same(a, b):
 def test_what_a_sample_is_made_of_depends_on_its_position_alone():
     whole = training.normal(5, "noise", 0, 100, (2, 3))
     assert torch.equal(training.normal(5, "noise", 37, 71, (2, 3)), whole[37:71])
-    assert torch.equal(training.uniform(5, "time", 99, 100), training.uniform(5, "time", 0, 100)[99:])
+    assert torch.equal(
+        training.uniform(5, "time", 99, 100), training.uniform(5, "time", 0, 100)[99:]
+    )
     assert not torch.equal(training.normal(6, "noise", 0, 100, (2, 3)), whole)
-    assert not torch.equal(training.uniform(5, "time", 0, 100), training.uniform(5, "label", 0, 100))
+    assert not torch.equal(
+        training.uniform(5, "time", 0, 100), training.uniform(5, "label", 0, 100)
+    )
 
 
 def test_noise_is_standard_normal_and_times_uniform():
     from scipy import stats
 
-    assert stats.kstest(training.normal(0, "noise", 0, 2000, (8,)).flatten().numpy(), "norm").pvalue > 0.01
+    assert (
+        stats.kstest(training.normal(0, "noise", 0, 2000, (8,)).flatten().numpy(), "norm").pvalue
+        > 0.01
+    )
     assert stats.kstest(training.uniform(0, "time", 0, 5000).numpy(), "uniform").pvalue > 0.01
 
 
 def test_losses_do_not_depend_on_how_a_batch_is_cut():
     state = training.State(CONFIG, RECIPE, torch.device("cpu"))
     images, labels = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8), torch.arange(24) % 10
-    cut = lambda a, b: training.losses(state.model, CONFIG, solver.Linear(), RECIPE, images[a:b], labels[a:b], 1000 + a)[0]
+    cut = lambda a, b: training.losses(
+        state.model, CONFIG, solver.Linear(), RECIPE, images[a:b], labels[a:b], 1000 + a
+    )[0]
     torch.testing.assert_close(torch.cat([cut(0, 5), cut(5, 24)]), cut(0, 24))
 
 
@@ -66,8 +86,18 @@ def test_labels_are_dropped_at_the_recipes_rate(monkeypatch):
         return x[:, :, ::2, ::2], x
 
     recipe = dataclasses.replace(RECIPE, label_dropout=0.3)
-    training.losses(model, CONFIG, solver.Linear(), recipe, torch.zeros(4000, 1, 8, 8, dtype=torch.uint8), torch.zeros(4000, dtype=torch.long), 0)
-    assert set(seen[0].tolist()) == {0, 10} and float((seen[0] == 10).float().mean()) == pytest.approx(0.3, abs=0.03)
+    training.losses(
+        model,
+        CONFIG,
+        solver.Linear(),
+        recipe,
+        torch.zeros(4000, 1, 8, 8, dtype=torch.uint8),
+        torch.zeros(4000, dtype=torch.long),
+        0,
+    )
+    assert set(seen[0].tolist()) == {0, 10} and float(
+        (seen[0] == 10).float().mean()
+    ) == pytest.approx(0.3, abs=0.03)
 
 
 def test_latents_are_sampled_from_their_mean_and_deviation():
@@ -81,10 +111,22 @@ def test_latents_are_sampled_from_their_mean_and_deviation():
             seen["z"] = x0
             return x0
 
-    stored = torch.stack([torch.full((2000, 4, 8, 8), 3.0), torch.full((2000, 4, 8, 8), -1.0)], 1).half()
-    training.losses(lambda x, tau, y: (x[:, :, ::2, ::2], x), config, Noise(), RECIPE, stored, torch.zeros(2000, dtype=torch.long), 0)
+    stored = torch.stack(
+        [torch.full((2000, 4, 8, 8), 3.0), torch.full((2000, 4, 8, 8), -1.0)], 1
+    ).half()
+    training.losses(
+        lambda x, tau, y: (x[:, :, ::2, ::2], x),
+        config,
+        Noise(),
+        RECIPE,
+        stored,
+        torch.zeros(2000, dtype=torch.long),
+        0,
+    )
     z = seen["z"] / vae.SCALE
-    assert float(z.mean()) == pytest.approx(3, abs=0.01) and float(z.std()) == pytest.approx(np.exp(-0.5), rel=0.01)
+    assert float(z.mean()) == pytest.approx(3, abs=0.01) and float(z.std()) == pytest.approx(
+        np.exp(-0.5), rel=0.01
+    )
 
 
 # one step
@@ -93,14 +135,20 @@ def test_latents_are_sampled_from_their_mean_and_deviation():
 def gradients(state, value=None):
     torch.manual_seed(1)
     for parameter in state.parameters.values():
-        parameter.grad = torch.randn_like(parameter) if value is None else torch.full_like(parameter, value)
+        parameter.grad = (
+            torch.randn_like(parameter) if value is None else torch.full_like(parameter, value)
+        )
 
 
 def test_a_step_is_adamw_with_warm_up_and_ema():
-    recipe = dataclasses.replace(RECIPE, lr=0.1, warmup=4, ema=0.9, weight_decay=0.5, betas=(0.8, 0.95))
+    recipe = dataclasses.replace(
+        RECIPE, lr=0.1, warmup=4, ema=0.9, weight_decay=0.5, betas=(0.8, 0.95)
+    )
     state = training.State(CONFIG, recipe, torch.device("cpu"))
     twin = training.State(CONFIG, recipe, torch.device("cpu"))
-    plain = torch.optim.AdamW(twin.model.parameter_groups(0.5), lr=0.1, betas=(0.8, 0.95), fused=False, foreach=False)
+    plain = torch.optim.AdamW(
+        twin.model.parameter_groups(0.5), lr=0.1, betas=(0.8, 0.95), fused=False, foreach=False
+    )
     ema = {name: p.detach().clone() for name, p in twin.parameters.items()}
     for step in range(6):
         gradients(state), gradients(twin)
@@ -121,7 +169,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value):
     for _ in range(2):
         gradients(state)
         state.update()
-    tensors = lambda: {f"{part}/{name}": t.clone() for part, (group, _) in state.files({}).items() for name, t in group.items()}
+    tensors = lambda: {
+        f"{part}/{name}": t.clone()
+        for part, (group, _) in state.files({}).items()
+        for name, t in group.items()
+    }
     before = tensors()
     gradients(state)
     state.parameters["branches.0.position"].grad[0, 0] = value
@@ -139,7 +191,12 @@ def test_gradients_are_clipped_to_their_norm():
         state = training.State(CONFIG, recipe, torch.device("cpu"))
         gradients(state)
         norm, _ = state.update()
-        steps[clip] = float(norm), torch.cat([state.optimizer.state[p]["exp_avg"].flatten() for p in state.parameters.values()]).norm()
+        steps[clip] = (
+            float(norm),
+            torch.cat(
+                [state.optimizer.state[p]["exp_avg"].flatten() for p in state.parameters.values()]
+            ).norm(),
+        )
     assert steps[None][0] == steps[1.0][0] > 1  # what is reported is the norm before
     assert float(steps[1.0][1]) == pytest.approx(float(steps[None][1]) / steps[None][0], rel=1e-3)
 
@@ -149,17 +206,40 @@ def test_gradients_are_clipped_to_their_norm():
 
 def test_a_run_folder_is_the_record_of_the_run(trained, digits):
     record = json.loads((trained / "config.json").read_text())
-    assert record["config"]["dims"] == [16, 8] and record["config"]["num_classes"] == 10 and record["config"]["channels"] == 1
-    assert record["recipe"]["batch_size"] == 16 and record["recipe"]["seed"] == 0 and record["data"]["path"] == str(digits)
+    assert (
+        record["config"]["dims"] == [16, 8]
+        and record["config"]["num_classes"] == 10
+        and record["config"]["channels"] == 1
+    )
+    assert (
+        record["recipe"]["batch_size"] == 16
+        and record["recipe"]["seed"] == 0
+        and record["data"]["path"] == str(digits)
+    )
     assert record["versions"]["torch"] == torch.__version__
     lines = training.read_metrics(trained)
     assert [line["step"] for line in lines] == list(range(1, 13))
-    assert lines[0]["lr"] == 0 and lines[1]["lr"] == record["recipe"]["lr"] / 2 and lines[2]["lr"] == record["recipe"]["lr"]
-    assert {"loss", "loss_branches", "gradient_norm", "images_per_second", "share_of_peak", "peak_bytes"} <= lines[0].keys()
+    assert (
+        lines[0]["lr"] == 0
+        and lines[1]["lr"] == record["recipe"]["lr"] / 2
+        and lines[2]["lr"] == record["recipe"]["lr"]
+    )
+    assert {
+        "loss",
+        "loss_branches",
+        "gradient_norm",
+        "images_per_second",
+        "share_of_peak",
+        "peak_bytes",
+    } <= lines[0].keys()
     assert Image.open(trained / "loss.png").size == (900, 480)
     assert [runs.step_of(c) for c in runs.checkpoints(trained)] == [4, 8, 12]
     model, facts = runs.read_weights(trained / "checkpoints" / "step-0000012" / "ema.safetensors")
-    assert facts["step"] == 12 and facts["classes"] == list("0123456789") and model.config.dims == (16, 8)
+    assert (
+        facts["step"] == 12
+        and facts["classes"] == list("0123456789")
+        and model.config.dims == (16, 8)
+    )
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(trained, digits, tmp_path):
@@ -169,7 +249,19 @@ def test_a_resumed_run_ends_with_the_same_bytes(trained, digits, tmp_path):
         shutil.rmtree(out / "checkpoints" / f"step-{step:07d}")
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 13, "half a li')
-    done = dimr_command("train", "--out", out, "--workers", "0", "--sample-every", "0", "--save-every", "4", "--device", "cpu")
+    done = dimr_command(
+        "train",
+        "--out",
+        out,
+        "--workers",
+        "0",
+        "--sample-every",
+        "0",
+        "--save-every",
+        "4",
+        "--device",
+        "cpu",
+    )
     assert "going on from" in done.stderr and read(out) == read(trained)
     for name in ("weights", "ema", "optimizer"):
         assert same(weights(out, 12, name), weights(trained, 12, name))
@@ -182,7 +274,9 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(trained
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    done = dimr_command("train", "--out", out, "--workers", "0", "--sample-every", "0", "--device", "cpu")
+    done = dimr_command(
+        "train", "--out", out, "--workers", "0", "--sample-every", "0", "--device", "cpu"
+    )
     assert str(damaged) in done.stderr and "step-0000008" in done.stderr
     assert same(weights(out, 12), weights(trained, 12))
 
@@ -191,23 +285,61 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(trained
 def test_any_split_of_the_batch_gives_the_same_losses(trained, digits, tmp_path, processes, micro):
     dimr_command("train", "--data", digits, "--out", tmp_path / "small", *SMALL, "--micro-batch", micro,
                  torchrun=processes if processes > 1 else None)  # fmt: skip
-    ours, theirs = (np.array([loss for _, loss, _ in read(run)]) for run in (tmp_path / "small", trained))
+    ours, theirs = (
+        np.array([loss for _, loss, _ in read(run)]) for run in (tmp_path / "small", trained)
+    )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def test_seeds_differ(trained, digits, tmp_path):
-    dimr_command("train", "--data", digits, "--out", tmp_path / "small", *SMALL, "--seed", "1", "--steps", "2")
+    dimr_command(
+        "train",
+        "--data",
+        digits,
+        "--out",
+        tmp_path / "small",
+        *SMALL,
+        "--seed",
+        "1",
+        "--steps",
+        "2",
+    )
     assert read(tmp_path / "small")[0] != read(trained)[0]
 
 
 def test_checkpoints_beyond_keep_are_deleted(digits, tmp_path):
-    dimr_command("train", "--data", digits, "--out", tmp_path / "small", *SMALL, "--steps", "6", "--save-every", "2", "--keep", "2")
+    dimr_command(
+        "train",
+        "--data",
+        digits,
+        "--out",
+        tmp_path / "small",
+        *SMALL,
+        "--steps",
+        "6",
+        "--save-every",
+        "2",
+        "--keep",
+        "2",
+    )
     assert [runs.step_of(c) for c in runs.checkpoints(tmp_path / "small")] == [4, 6]
 
 
 def test_max_time_saves_and_stops_with_a_status_of_its_own(digits, tmp_path):
     out = tmp_path / "small"
-    done = dimr_command("train", "--data", digits, "--out", out, *SMALL, "--steps", "100000", "--max-time", "0.02", check=False)
+    done = dimr_command(
+        "train",
+        "--data",
+        digits,
+        "--out",
+        out,
+        *SMALL,
+        "--steps",
+        "100000",
+        "--max-time",
+        "0.02",
+        check=False,
+    )
     assert done.returncode == 75 and "max-time" in done.stdout
     assert runs.step_of(runs.checkpoints(out)[-1]) == read(out)[-1][0] < 100000
 
@@ -221,7 +353,9 @@ def test_fine_tuning_takes_what_fits_and_says_what_starts_fresh(trained, digits,
     assert "fresh: branches.0.class_token.weight" in done.stderr
     tuned, before = weights(tmp_path / "tuned", 1), weights(trained, 12, "ema")
     assert tuned["branches.0.class_token.weight"].shape == (4, 16)
-    torch.testing.assert_close(tuned["branches.0.position"], before["branches.0.position"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        tuned["branches.0.position"], before["branches.0.position"], rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("option, value, words", [
@@ -229,7 +363,12 @@ def test_fine_tuning_takes_what_fits_and_says_what_starts_fresh(trained, digits,
 ])  # fmt: skip
 def test_a_run_folder_of_another_configuration_is_refused(trained, option, value, words):
     done = dimr_command("train", "--out", trained, option, value, check=False)
-    assert done.returncode == 1 and words in done.stderr and "choose another --out" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and words in done.stderr
+        and "choose another --out" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_an_uneven_split_names_the_nearest_sizes():
@@ -244,8 +383,27 @@ def test_a_run_in_use_names_its_owner(trained):
 
 
 def test_training_ends_after_a_run_of_bad_steps(digits, tmp_path):
-    done = dimr_command("train", "--data", digits, "--out", tmp_path / "run", *SMALL, "--lr", "1e30", "--warmup", "0", "--steps", "500", check=False)
-    assert done.returncode == 1 and "not finite for 50 steps" in done.stderr and "1e+30" in done.stderr and "Traceback" not in done.stderr
+    done = dimr_command(
+        "train",
+        "--data",
+        digits,
+        "--out",
+        tmp_path / "run",
+        *SMALL,
+        "--lr",
+        "1e30",
+        "--warmup",
+        "0",
+        "--steps",
+        "500",
+        check=False,
+    )
+    assert (
+        done.returncode == 1
+        and "not finite for 50 steps" in done.stderr
+        and "1e+30" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_the_nearest_variant_fills_in_what_is_not_given(digits):

@@ -11,8 +11,14 @@ import vae
 def reference(widths, seed=0):
     torch.manual_seed(seed)
     model = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, layers_per_block=2, block_out_channels=widths,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        layers_per_block=2,
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -42,7 +48,13 @@ def compvis_names(weights):
         parts = name.split(".")
         if parts[1] == "mid_block":
             where, number = ("block_", int(parts[3]) + 1) if parts[2] == "resnets" else ("attn_", 1)
-            leaves = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}
+            leaves = {
+                "group_norm": "norm",
+                "to_q": "q",
+                "to_k": "k",
+                "to_v": "v",
+                "to_out": "proj_out",
+            }
             leaf = leaves.get(parts[4], parts[4])
             parts = [parts[0], "mid", f"{where}{number}", leaf, parts[-1]]
             if where == "attn_" and leaf != "norm" and tensor.ndim == 2:
@@ -58,7 +70,10 @@ def compvis_names(weights):
 
 
 SPELLINGS = {
-    "diffusers, new attention names": dict, "diffusers, old attention names": old_names, "CompVis": compvis_names}
+    "diffusers, new attention names": dict,
+    "diffusers, old attention names": old_names,
+    "CompVis": compvis_names,
+}
 
 
 def apart(ours, theirs):
@@ -100,11 +115,17 @@ def test_files_of_every_kind_load(small, tmp_path, spelling, suffix):
 
 
 def test_a_whole_diffusion_checkpoint_gives_up_its_vae_and_the_rest_is_counted(small):
-    inside = {f"first_stage_model.{name}": tensor for name, tensor in compvis_names(small.state_dict()).items()}
+    inside = {
+        f"first_stage_model.{name}": tensor
+        for name, tensor in compvis_names(small.state_dict()).items()
+    }
     others = {"model.diffusion_model.out.0.weight": torch.zeros(3), "betas": torch.zeros(1000)}
     ours = vae.from_state_dict(inside | others | {"first_stage_model.loss.logvar": torch.zeros(())})
     assert ours.source == "CompVis; 3 other tensors left out"
-    training = {"loss.discriminator.main.0.weight": torch.zeros(2), "model_ema.decay": torch.zeros(())}
+    training = {
+        "loss.discriminator.main.0.weight": torch.zeros(2),
+        "model_ema.decay": torch.zeros(()),
+    }
     ours = vae.from_state_dict(compvis_names(small.state_dict()) | training)
     assert ours.source == "CompVis; 2 other tensors left out"
 
@@ -120,14 +141,19 @@ def test_every_tensor_at_fault_is_named(small):
     with pytest.raises(ValueError) as caught:
         vae.from_state_dict(weights)
     assert set(str(caught.value).partition(": ")[2].split("; ")) == {
-        "decoder.conv_in.bias holds values that are not finite", "missing decoder.conv_out.bias",
-        "missing encoder.mid_block.resnets.1.norm1.weight", "unknown decoder.extra",
+        "decoder.conv_in.bias holds values that are not finite",
+        "missing decoder.conv_out.bias",
+        "missing encoder.mid_block.resnets.1.norm1.weight",
+        "unknown decoder.extra",
         "encoder.down_blocks.0.resnets.0.conv2.bias is torch.float32 (7,), expected floats (32,)",
-        "quant_conv.weight is torch.int64 (8, 8, 1, 1), expected floats (8, 8, 1, 1)"}
+        "quant_conv.weight is torch.int64 (8, 8, 1, 1), expected floats (8, 8, 1, 1)",
+    }
 
 
 def test_other_weights_are_refused(small, tmp_path):
-    with pytest.raises(ValueError, match="not an SD-VAE.*mid_block.attentions.0.to_q.*mid.attn_1.q"):
+    with pytest.raises(
+        ValueError, match="not an SD-VAE.*mid_block.attentions.0.to_q.*mid.attn_1.q"
+    ):
         vae.from_state_dict({"conv.weight": torch.zeros(3)})
     narrow = {name: tensor[:5] for name, tensor in small.state_dict().items()}
     with pytest.raises(ValueError, match=r"widths \[5, 5, 5, 5\].*multiples of 32"):
@@ -143,7 +169,9 @@ class Trap:
 def test_cut_or_hostile_files_are_refused_with_their_name(small, tmp_path, monkeypatch, suffix):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / f"vae.{suffix}"
-    save_file(small.state_dict(), path) if suffix == "safetensors" else torch.save(small.state_dict(), path)
+    save_file(small.state_dict(), path) if suffix == "safetensors" else torch.save(
+        small.state_dict(), path
+    )
     path.write_bytes(path.read_bytes()[:100_000])
     with pytest.raises(ValueError, match=f"vae.{suffix} can't be read as plain weights"):
         vae.load(path)
@@ -160,7 +188,10 @@ def test_cut_or_hostile_files_are_refused_with_their_name(small, tmp_path, monke
 
 def test_log_variance_is_clamped_as_in_the_original(small):
     weights = dict(small.state_dict())
-    weights["quant_conv.weight"], x = weights["quant_conv.weight"] * 1e5, torch.rand(1, 3, 32, 32) * 2 - 1
+    weights["quant_conv.weight"], x = (
+        weights["quant_conv.weight"] * 1e5,
+        torch.rand(1, 3, 32, 32) * 2 - 1,
+    )
     mean, logvar = vae.from_state_dict(weights).encode(x)
     assert (logvar.min(), logvar.max()) == (-30, 20) and mean.abs().max() > 100
 
@@ -178,7 +209,9 @@ def test_chunks_change_memory_and_not_the_result(small, monkeypatch):
 
 
 def test_half_precision_weights_compute_in_their_type_and_return_float32(small):
-    ours = vae.from_state_dict({name: tensor.half() for name, tensor in small.state_dict().items()}).to(torch.bfloat16)
+    ours = vae.from_state_dict(
+        {name: tensor.half() for name, tensor in small.state_dict().items()}
+    ).to(torch.bfloat16)
     z = torch.randn(1, 4, 8, 8)
     with torch.autocast("cpu", torch.float16):  # of no effect on it
         image = ours.decode(z)

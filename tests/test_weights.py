@@ -53,11 +53,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         hub = self.server
         if "/resolve/" in self.path:
-            headers = {"X-Linked-ETag": f'"{hub.etag()}"', "X-Linked-Size": len(hub.body)} if hub.linked else {}
-            return self.answer(302, b"", {"Location": "/store/" + self.path.rpartition("/")[2], **headers})
+            headers = (
+                {"X-Linked-ETag": f'"{hub.etag()}"', "X-Linked-Size": len(hub.body)}
+                if hub.linked
+                else {}
+            )
+            return self.answer(
+                302, b"", {"Location": "/store/" + self.path.rpartition("/")[2], **headers}
+            )
         hub.asked.append(self.headers["Range"])
         fault = hub.faults.pop(0) if hub.faults else None
-        asked = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-")) if self.headers["Range"] else 0
+        asked = (
+            int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            if self.headers["Range"]
+            else 0
+        )
         body, status = hub.body, 200
         headers = {"ETag": f'"store-{hashlib.md5(body).hexdigest()}"'}
         if isinstance(fault, int):
@@ -109,19 +119,27 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.delenv("DIMR_OFFLINE", raising=False)
         address = "{hub}/someone/resolve/main/model.bin"
         monkeypatch.setitem(weights.ASSETS, "model", weights.Asset(address, "a model", "none"))
-        monkeypatch.setitem(weights.ASSETS, "plain", weights.Asset(hub.url + "/store/plain.bin", "a file", "none"))
+        monkeypatch.setitem(
+            weights.ASSETS, "plain", weights.Asset(hub.url + "/store/plain.bin", "a file", "none")
+        )
         yield hub
         hub.shutdown()
         thread.join()
 
 
 def known(monkeypatch, name, **facts):
-    monkeypatch.setitem(weights.ASSETS, name, weights.Asset(weights.ASSETS[name].address, "a model", "none", **facts))
+    monkeypatch.setitem(
+        weights.ASSETS,
+        name,
+        weights.Asset(weights.ASSETS[name].address, "a model", "none", **facts),
+    )
 
 
 def left(name):
     """What lies beside the finished file in the cache."""
-    return {path.name for path in weights.place(name).parent.iterdir()} - {f".{weights.ASSETS[name].file}.lock"}
+    return {path.name for path in weights.place(name).parent.iterdir()} - {
+        f".{weights.ASSETS[name].file}.lock"
+    }
 
 
 def test_a_name_is_fetched_once_through_the_redirect_and_then_found(hub, tmp_path, capfd):
@@ -135,8 +153,12 @@ def test_a_name_is_fetched_once_through_the_redirect_and_then_found(hub, tmp_pat
 def test_a_path_is_returned_as_it_is_and_anything_else_lists_the_names(tmp_path, monkeypatch):
     file = tmp_path / "my.safetensors"
     file.touch()
-    assert weights.find(str(file)) == weights.find(file) == file and weights.find(tmp_path) == tmp_path
-    with pytest.raises(UserError, match="xl9r is no file, nor known by name.*xl2r, g2r, sd-vae-ft-ema, inception"):
+    assert (
+        weights.find(str(file)) == weights.find(file) == file and weights.find(tmp_path) == tmp_path
+    )
+    with pytest.raises(
+        UserError, match="xl9r is no file, nor known by name.*xl2r, g2r, sd-vae-ft-ema, inception"
+    ):
         weights.find("xl9r")
 
 
@@ -202,7 +224,9 @@ def test_a_damaged_part_is_found_by_the_hash_and_fetched_anew_once(hub):
 
 def test_a_wrong_hash_is_refused_at_once_and_nothing_kept(hub, monkeypatch):
     hub.etag = lambda: hashlib.sha256(OTHER).hexdigest()
-    with pytest.raises(UserError, match=f"SHA-256 is {hashlib.sha256(BODY).hexdigest()}, expected {hub.etag()}"):
+    with pytest.raises(
+        UserError, match=f"SHA-256 is {hashlib.sha256(BODY).hexdigest()}, expected {hub.etag()}"
+    ):
         weights.fetch("model", **QUICK)
     assert hub.asked == [None] and not left("model")
 
@@ -220,13 +244,17 @@ def test_a_known_hash_or_its_beginning_overrules_the_server(hub, monkeypatch, di
 
 def test_a_server_that_promises_more_than_it_sends_is_given_up(hub):
     hub.faults = ["long"] + [416, "long"] * 9
-    with pytest.raises(UserError, match=f"ended after {len(BODY):,} of {len(BODY) + 100:,} bytes|answers 416"):
+    with pytest.raises(
+        UserError, match=f"ended after {len(BODY):,} of {len(BODY) + 100:,} bytes|answers 416"
+    ):
         weights.fetch("plain", **QUICK)
     assert len(hub.asked) < 9 and not weights.place("plain").exists()
 
 
 @pytest.mark.parametrize("fault", ["short", "page"])
-def test_a_length_that_is_not_the_known_one_is_refused_before_anything_is_kept(hub, monkeypatch, fault):
+def test_a_length_that_is_not_the_known_one_is_refused_before_anything_is_kept(
+    hub, monkeypatch, fault
+):
     hub.faults = [fault] * 3
     with pytest.raises(UserError, match=f"the server offers [0-9,]+ bytes, expected {len(BODY):,}"):
         weights.fetch("model", **QUICK)
@@ -238,7 +266,9 @@ def test_a_length_that_is_not_the_known_one_is_refused_before_anything_is_kept(h
 
 def test_refusals_end_at_once_and_passing_faults_are_tried_again(hub):
     hub.faults = [404]
-    with pytest.raises(UserError, match="answers 404 .* or put model.bin from http://127.0.0.1.* into "):
+    with pytest.raises(
+        UserError, match="answers 404 .* or put model.bin from http://127.0.0.1.* into "
+    ):
         weights.fetch("model", **QUICK)
     assert len(hub.asked) == 1
     hub.faults = [500, 503, 500]
@@ -254,8 +284,10 @@ def test_offline_one_line_says_which_file_to_put_where(hub, monkeypatch):
     with pytest.raises(UserError) as caught:
         weights.find("model")
     place = weights.place("model")
-    assert str(caught.value) == ("model is not in the cache and DIMR_OFFLINE is set: unset it; or put model.bin from "
-                                 f"{hub.url}/someone/resolve/main/model.bin into {place.parent}")
+    assert str(caught.value) == (
+        "model is not in the cache and DIMR_OFFLINE is set: unset it; or put model.bin from "
+        f"{hub.url}/someone/resolve/main/model.bin into {place.parent}"
+    )
     place.parent.mkdir(parents=True)
     place.write_bytes(BODY)
     assert weights.find("model") == place and hub.asked == []
@@ -265,7 +297,9 @@ def test_without_a_network_the_same_line_follows(monkeypatch, tmp_path, hub):
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
-    with pytest.raises(UserError, match="no connection .*refused.*; or put model.bin from http://127.0.0.1"):
+    with pytest.raises(
+        UserError, match="no connection .*refused.*; or put model.bin from http://127.0.0.1"
+    ):
         weights.fetch("model", **QUICK)
     monkeypatch.setenv("HF_ENDPOINT", "hub.example")
     with pytest.raises(UserError, match="HF_ENDPOINT is 'hub.example'; expected a URL"):
@@ -288,7 +322,10 @@ def test_a_cached_file_of_the_wrong_length_is_named(hub, monkeypatch):
 
 def test_a_full_disk_is_reported_before_the_download(hub):
     hub.faults = ["huge"]
-    with pytest.raises(UserError, match="it takes 1,000,000,000,000,307,200 bytes and .* free space or set DIMR_HOME"):
+    with pytest.raises(
+        UserError,
+        match="it takes 1,000,000,000,000,307,200 bytes and .* free space or set DIMR_HOME",
+    ):
         weights.fetch("plain", **QUICK)
     assert not left("plain")
 
@@ -301,7 +338,9 @@ print(weights.fetch("model"))
 
 
 def fetching():
-    return subprocess.Popen([sys.executable, "-c", FETCH], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", FETCH], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_two_processes_at_once_end_with_one_good_file(hub):
@@ -310,7 +349,11 @@ def test_two_processes_at_once_end_with_one_good_file(hub):
     for process in both:
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out.strip()) == (0, str(weights.place("model"))), err
-    assert hub.asked == [None] and weights.place("model").read_bytes() == BODY and left("model") == {"model.bin"}
+    assert (
+        hub.asked == [None]
+        and weights.place("model").read_bytes() == BODY
+        and left("model") == {"model.bin"}
+    )
 
 
 def test_the_lock_of_a_killed_process_is_free_and_its_part_goes_on(hub):
@@ -334,7 +377,9 @@ def test_a_living_owner_that_does_not_move_is_named_after_a_while(hub):
         file.write("process 7 on elsewhere")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="fetched by process 7 on elsewhere, which has not moved for 0.3 s"):
+        with pytest.raises(
+            UserError, match="fetched by process 7 on elsewhere, which has not moved for 0.3 s"
+        ):
             weights.fetch("model", patience=0.3, **QUICK)
 
 
@@ -349,7 +394,9 @@ def test_the_cache_is_dimr_home_or_the_platforms(monkeypatch, tmp_path):
 def test_the_table_names_what_the_release_page_and_adm_offer(monkeypatch):
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     urls = {item["name"]: item["url"] for item in weights.listing()}
-    assert urls["xl2r"] == "https://huggingface.co/QHL067/DiMR/resolve/main/DiMR-XL_2R_800epochs.pth"
+    assert (
+        urls["xl2r"] == "https://huggingface.co/QHL067/DiMR/resolve/main/DiMR-XL_2R_800epochs.pth"
+    )
     assert urls["imagenet512"].endswith("/ref_batches/imagenet/512/VIRTUAL_imagenet512.npz")
     for item, asset in zip(weights.listing(), weights.ASSETS.values()):
         assert item["licence"] and item["what"] and asset.file == item["url"].split("/")[-1]
@@ -363,11 +410,18 @@ def dimr(*arguments):
 
 def test_the_command_lists_gets_and_lists_again(hub, monkeypatch, tmp_path):
     before = dimr("weights")
-    assert before.exit_code == 0 and all(name in before.stdout for name in weights.ASSETS.keys() - {"model", "plain"})
-    got = dimr("weights", "get", "xl2r", "--json")  # a small file, from the hub that HF_ENDPOINT names
+    assert before.exit_code == 0 and all(
+        name in before.stdout for name in weights.ASSETS.keys() - {"model", "plain"}
+    )
+    got = dimr(
+        "weights", "get", "xl2r", "--json"
+    )  # a small file, from the hub that HF_ENDPOINT names
     assert got.exit_code == 0, got.output
     path = tmp_path / "cache" / "xl2r" / "DiMR-XL_2R_800epochs.pth"
-    assert json.loads(got.stdout.splitlines()[-1]) == {"name": "xl2r", "path": str(path)} and path.read_bytes() == BODY
+    assert (
+        json.loads(got.stdout.splitlines()[-1]) == {"name": "xl2r", "path": str(path)}
+        and path.read_bytes() == BODY
+    )
     listed = {item["name"]: item for item in json.loads(dimr("weights", "--json").stdout)}
     assert listed["xl2r"]["cached"] == str(path) and listed["g2r"]["cached"] is None
     assert dimr("weights", "get", "xl9r").exit_code == 2
@@ -377,7 +431,11 @@ def test_the_command_lists_gets_and_lists_again(hub, monkeypatch, tmp_path):
 def released(tmp_path):
     """A small network as its authors would publish it: plain tensors under their names, and its number of heads."""
     with safe_open(DATA / "network_2r.safetensors", "pt") as file:
-        tensors = {n.removeprefix("weight."): file.get_tensor(n) for n in file.keys() if n.startswith("weight.")}
+        tensors = {
+            n.removeprefix("weight."): file.get_tensor(n)
+            for n in file.keys()
+            if n.startswith("weight.")
+        }
         heads = int(file.metadata()["heads"])
     torch.save(tensors, tmp_path / "released.pth")
     return tmp_path / "released.pth", tensors, heads
@@ -385,17 +443,25 @@ def released(tmp_path):
 
 def test_convert_goes_to_safetensors_and_back_with_the_configuration(released, tmp_path):
     path, tensors, heads = released
-    ours, theirs, again = (str(tmp_path / name) for name in ("ours.safetensors", "theirs.pth", "again.safetensors"))
+    ours, theirs, again = (
+        str(tmp_path / name) for name in ("ours.safetensors", "theirs.pth", "again.safetensors")
+    )
     done = dimr("convert", str(path), ours, "--heads", str(heads), "--json")
     assert done.exit_code == 0, done.output
     config = json.loads(done.stdout)["config"]
     assert config["heads"] == heads and config["norm"] == "tdrms" and config["space"] == "latent"
     model, _ = runs.read_weights(ours)
-    assert dataclasses.asdict(model.config) == config | {k: tuple(config[k]) for k in ("layers", "dims")}
+    assert dataclasses.asdict(model.config) == config | {
+        k: tuple(config[k]) for k in ("layers", "dims")
+    }
 
     assert dimr("convert", ours, theirs).exit_code == 0
     back = torch.load(theirs, weights_only=True)  # as the authors' code would read it
-    assert list(back) and back.keys() == tensors.keys() and all(torch.equal(back[n], t) for n, t in tensors.items())
+    assert (
+        list(back)
+        and back.keys() == tensors.keys()
+        and all(torch.equal(back[n], t) for n, t in tensors.items())
+    )
 
     assert dimr("convert", theirs, again).exit_code == 0  # without --heads: the file knows
     with safe_open(ours, "pt") as one, safe_open(again, "pt") as two:
@@ -408,7 +474,9 @@ def test_convert_keeps_what_a_run_knows_of_itself(released, tmp_path):
     model, _ = runs.read_weights(path, heads)
     facts = {"step": 7, "classes": ["cat", "dog"], "vae": None}
     runs.write_weights(tmp_path / "run.safetensors", model, facts)
-    runs.write_weights(tmp_path / "run.pth", runs.read_weights(tmp_path / "run.safetensors")[0], facts)
+    runs.write_weights(
+        tmp_path / "run.pth", runs.read_weights(tmp_path / "run.safetensors")[0], facts
+    )
     assert runs.read_weights(tmp_path / "run.pth")[1] == facts
 
 
@@ -422,7 +490,9 @@ def test_convert_refuses_what_it_cannot_do_in_one_line(released, tmp_path):
     assert not (tmp_path / "ours.safetensors").exists()
 
 
-@pytest.mark.parametrize("metadata", [{"config": "no json"}, {"config": "[]"}, {"config": '{"size": 9}'}])
+@pytest.mark.parametrize(
+    "metadata", [{"config": "no json"}, {"config": "[]"}, {"config": '{"size": 9}'}]
+)
 def test_a_configuration_that_makes_no_sense_is_an_error(released, metadata):
     path, tensors, heads = released
     state = collections.OrderedDict(tensors)
@@ -452,9 +522,20 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.
 
 
 def test_loading_released_weights_takes_little_more_memory_than_the_file(tmp_path):
-    config = network.Config(size=32, channels=4, layers=(9, 5), dims=(640, 320), heads=16, num_classes=1000,
-                            null_class=True, space="latent", norm="tdrms")
+    config = network.Config(
+        size=32,
+        channels=4,
+        layers=(9, 5),
+        dims=(640, 320),
+        heads=16,
+        num_classes=1000,
+        null_class=True,
+        space="latent",
+        norm="tdrms",
+    )
     path = tmp_path / "large.pth"
     torch.save(network.to_released(network.DiMR(config)), path)
-    loading = subprocess.run([sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True)
+    loading = subprocess.run(
+        [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True
+    )
     assert path.stat().st_size > 150e6 and int(loading.stdout) < 1.2 * path.stat().st_size
