@@ -1,18 +1,20 @@
 """How fast each part is, and how close to what the machine can do.
 
     python bench.py                                  # every part, on CUDA if there is one
-    python bench.py network train --against ../DiMR  # beside the authors' release, in a checkout of theirs
+    python bench.py network train --against ../DiMR  # beside a checkout of the release
     python bench.py train --variant xl2r --batch 128 --json > train.json
 
-What is compared runs in turns, A B A B …, in one process, together with the ceiling: a large matrix product of random
-numbers. Reported are medians over the rounds, with half the distance between the quartiles (±). *Share* is operations per
-second over those of the ceiling in the same round. *Ratio* is how many times as long as the line above it without one.
-*Peak* is the most memory held, weights included: on CUDA the allocator's, on Linux what resident memory grew by. Needs more
-than the product does for comparison with others (`pip install -e '.[bench]'`, and tests/requirements.txt); what is not
-installed is left out and named."""
+What is compared runs in turns, A B A B …, in one process, together with the ceiling: a large matrix
+product of random numbers. Reported are medians over the rounds, with half the distance between the
+quartiles (±). *Share* is operations per second over those of the ceiling in the same round. *Ratio*
+is how many times as long as the line above it without one. *Peak* is the most memory held, weights
+included: on CUDA the allocator's, on Linux what resident memory grew by. Needs more than the
+product does for comparison with others (`pip install -e '.[bench]'`, and tests/requirements.txt);
+what is not installed is left out and named."""
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import io
@@ -61,7 +63,8 @@ DIGITS = dimr.Config(
 
 @dataclasses.dataclass
 class Row:
-    """A line of the table. `seconds` and `throughput` are of one call; `share`, `peak_bytes` and `ratio` where they apply."""
+    """A line of the table. `seconds` and `throughput` are of one call; `share`, `peak_bytes` and
+    `ratio` where they apply."""
 
     name: str
     device: str
@@ -78,8 +81,8 @@ class Row:
 
 @dataclasses.dataclass
 class Candidate:
-    """Something to time: `build()` gives a function; `flops` are of one call (None: counted; 0: not of interest);
-    `model` is a network that holds memory already."""
+    """Something to time: `build()` gives a function; `flops` are of one call (None: counted; 0: not
+    of interest); `model` is a network that holds memory already."""
 
     name: str
     build: object
@@ -147,7 +150,8 @@ class Bench:
     def compare(
         self, part, candidates, precision="fp32", batch=1, items=None, unit="img/s", rounds=3
     ):
-        """Time candidates in turns, the ceiling between them, and add a row for each. `items` of one call: `batch`."""
+        """Time candidates in turns, the ceiling between them, and add a row for each. `items` of
+        one call: `batch`."""
         functions, peaks = [], []
         for candidate in list(candidates):
             before = self.memory()
@@ -179,18 +183,18 @@ class Bench:
         times, tops, begun = [[] for _ in functions], [], time.perf_counter()
         while len(tops) < rounds or time.perf_counter() - begun < self.seconds:
             tops.append(self.timed(top))
-            for spent, function in zip(times, functions):
+            for spent, function in zip(times, functions, strict=True):
                 spent.append(self.timed(function))
-        for candidate, spent, peak in zip(candidates, times, peaks):
+        for candidate, spent, peak in zip(candidates, times, peaks, strict=True):
             share = (
                 statistics.median(
-                    candidate.flops / s / (top_flops / t) for s, t in zip(spent, tops)
+                    candidate.flops / s / (top_flops / t) for s, t in zip(spent, tops, strict=True)
                 )
                 if candidate.flops
                 else None
             )
             ratio = (
-                statistics.median(s / first for s, first in zip(spent, times[0]))
+                statistics.median(s / first for s, first in zip(spent, times[0], strict=True))
                 if spent is not times[0]
                 else None
             )
@@ -226,7 +230,8 @@ def spread(values):
 
 def line(row):
     cells = [
-        f"{row.name:<58} {row.precision:<5} {row.batch:>6} {row.seconds * 1e3:>11,.2f} ms ±{row.spread:>4.0%} "
+        f"{row.name:<58} {row.precision:<5} {row.batch:>6} {row.seconds * 1e3:>11,.2f} "
+        f"ms ±{row.spread:>4.0%} "
         f"{row.throughput:>11,.4g} {row.unit:<7}",
         f"{row.share:6.3f}" if row.share else " " * 6,
         f"{row.peak_bytes / 1e9:8.2f} GB" if row.peak_bytes else " " * 11,
@@ -262,17 +267,31 @@ def other(name, attribute):
 
 
 class Release(nn.Module):
-    """The network in a checkout of the authors' release, called as ours is. `tuned`: without its recomputation in the
-    backward pass and its warnings."""
+    """The network in a checkout of the authors' release, called as ours is. `tuned`: without its
+    recomputation in the backward pass and its warnings."""
 
     def __init__(self, checkout, config, tuned):
         super().__init__()
         blocks = self.module(checkout)
-        stages = [types.SimpleNamespace(
-            block_type="ConvNeXtBlock" if r else "TransformerBlock", dim=dim, hidden_dim=2 * dim, num_attention_heads=config.heads,
-            kernel_size=7, num_blocks=layers, max_height=grid, max_width=grid, image_input_ratio=1,
-            input_feature_ratio=config.size // grid, final_kernel_size=3, dropout_prob=0)
-            for r, (dim, layers, grid) in enumerate(zip(config.dims, config.layers, config.grids))]  # fmt: skip
+        stages = [
+            types.SimpleNamespace(
+                block_type="ConvNeXtBlock" if r else "TransformerBlock",
+                dim=dim,
+                hidden_dim=2 * dim,
+                num_attention_heads=config.heads,
+                kernel_size=7,
+                num_blocks=layers,
+                max_height=grid,
+                max_width=grid,
+                image_input_ratio=1,
+                input_feature_ratio=config.size // grid,
+                final_kernel_size=3,
+                dropout_prob=0,
+            )
+            for r, (dim, layers, grid) in enumerate(
+                zip(config.dims, config.layers, config.grids, strict=True)
+            )
+        ]
         norm = {"tdln": "LN", "tdrms": "TDRMSN"}[config.norm]
         self.net = blocks.MRModel(
             types.SimpleNamespace(
@@ -323,7 +342,8 @@ class Release(nn.Module):
 
 
 def networks(bench, config):
-    """(name, network in training mode on the device): ours, and the release's with the same weights, checked."""
+    """(name, network in training mode on the device): ours, and the release's with the same
+    weights, checked."""
     torch.manual_seed(0)
     ours = dimr.DiMR(config).to(bench.device)
     yield "dimr", ours
@@ -337,7 +357,7 @@ def networks(bench, config):
             theirs.net.load_state_dict(released)
             x, tau, y = inputs(config, 2, bench.device)
             with torch.no_grad():
-                for a, b in zip(theirs(x, tau, y), ours(x, tau, y)):
+                for a, b in zip(theirs(x, tau, y), ours(x, tau, y), strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
             yield name, theirs
 
@@ -353,7 +373,7 @@ def inputs(config, batch, device):
     )
 
 
-# --------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def ceilings(bench):
@@ -361,7 +381,7 @@ def ceilings(bench):
     for precision in ("fp32", "bf16"):
         bench.compare(
             "ceiling",
-            [Candidate("matrix product", lambda: bench.ceiling(precision)[0])],
+            [Candidate("matrix product", lambda p=precision: bench.ceiling(p)[0])],
             precision,
             0,
             bench.ceiling(precision)[1] / 1e12,
@@ -396,7 +416,7 @@ def network(bench):
             candidates.append(
                 Candidate(
                     name,
-                    lambda model=model: forward(bench, model, config, batch, precision),
+                    functools.partial(forward, bench, model, config, batch, precision),
                     flops,
                     model,
                 )
@@ -435,7 +455,7 @@ def train(bench):
         )
         flops = 6 * sum(config.macs) * batch
         candidates = [
-            Candidate(who, lambda model=model: steps(bench, model, recipe), flops, model)
+            Candidate(who, functools.partial(steps, bench, model, recipe), flops, model)
             for who, model in networks(bench, config)
         ]
         bench.compare(f"training step {name}", candidates, precision, batch)
@@ -470,7 +490,8 @@ def steps(bench, model, recipe):
 
 
 def sample(bench):
-    """Guided sampling, without the VAE: 2M at 25 NFE and the paper's preset. The release calls its network twice."""
+    """Guided sampling, without the VAE: 2M at 25 NFE and the paper's preset. The release calls its
+    network twice."""
     variant, batch = bench.variant or ("xl2r" if bench.cuda else "demo"), bench.batch or 64
     config, precision = dimr.VARIANTS[variant], bench.precisions[0]
     made = list(networks(bench, config))
@@ -486,7 +507,7 @@ def sample(bench):
             candidates.append(
                 Candidate(
                     name,
-                    lambda model=model: solved(bench, model, config, settings, batch, precision),
+                    functools.partial(solved, bench, model, config, settings, batch, precision),
                     settings.steps * (1 + config.null_class) * 2 * sum(config.macs) * batch,
                     model,
                 )
@@ -562,7 +583,7 @@ def autoencoder(bench):
         bench.compare(
             f"VAE {direction}",
             [
-                Candidate(k, lambda m=m: call(m, direction, value), None, m)
+                Candidate(k, functools.partial(call, m, direction, value), None, m)
                 for k, m in models.items()
             ],
             precision,
@@ -571,7 +592,8 @@ def autoencoder(bench):
 
 
 def inception(bench):
-    """Features for FID and its relatives, beside torch-fidelity's and pytorch-fid's, from 256 × 256 images, fp32."""
+    """Features for FID and its relatives, beside torch-fidelity's and pytorch-fid's, from 256 × 256
+    images, fp32."""
     batch = bench.batch or (64 if bench.cuda else 8)
     images = torch.randint(256, (batch, 256, 256, 3), dtype=torch.uint8, device=bench.device)
     planes, unit = images.permute(0, 3, 1, 2).contiguous(), images.permute(0, 3, 1, 2).float() / 255
@@ -611,7 +633,8 @@ def inception(bench):
 
 
 def metrics(bench):
-    """Fréchet distance at 2,048 features beside SciPy's square root; precision and recall at 50,000 × 10,000."""
+    """Fréchet distance at 2,048 features beside SciPy's square root; precision and recall at 50,000
+    × 10,000."""
     import scipy.linalg
 
     generator = torch.Generator().manual_seed(0)
@@ -664,7 +687,8 @@ def metrics(bench):
 
 
 def readers(bench):
-    """What a training loop reads from: latents, pixels and photographs. The ceiling of none of these is a product."""
+    """What a training loop reads from: latents, pixels and photographs. The ceiling of none of
+    these is a product."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         rng = np.random.default_rng(0)
@@ -710,10 +734,18 @@ def write_shards(root, kind, data):
         file.write(dataset.shard_header(kind, data.shape))
         file.write(data)
         file.write(np.zeros(len(data), np.int64))
-    write_json(root / "index.json", {
-        "format": dataset.FORMAT, "kind": kind, "size": data.shape[-1] if kind == "latents" else data.shape[1],
-        "channels": 4 if kind == "latents" else 3, "classes": ["one"], "options": {"res": 256 if kind == "latents" else 64},
-        "shards": [{"file": "0.safetensors", "count": len(data), "sha256": ""}]})  # fmt: skip
+    write_json(
+        root / "index.json",
+        {
+            "format": dataset.FORMAT,
+            "kind": kind,
+            "size": data.shape[-1] if kind == "latents" else data.shape[1],
+            "channels": 4 if kind == "latents" else 3,
+            "classes": ["one"],
+            "options": {"res": 256 if kind == "latents" else 64},
+            "shards": [{"file": "0.safetensors", "count": len(data), "sha256": ""}],
+        },
+    )
 
 
 PARTS = {
@@ -740,7 +772,10 @@ def machine(device):
         if device.type == "cpu"
         else f", CUDA {torch.version.cuda}"
     )
-    return f"{name}{threads}, PyTorch {torch.__version__}, Python {platform.python_version()}, dimr {VERSION}"
+    return (
+        f"{name}{threads}, PyTorch {torch.__version__}, Python "
+        f"{platform.python_version()}, dimr {VERSION}"
+    )
 
 
 def about():

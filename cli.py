@@ -1,7 +1,8 @@
-"""The command line. Options and help live here; the work is done by the jobs, imported only when run.
+"""The command line. Options and help live here; the work is done by the jobs, imported only when
+run.
 
-`dimr COMMAND` and `python -m cli COMMAND` are the same; `torchrun --nproc-per-node N -m cli COMMAND`
-spreads train, encode, sample and eval over processes."""
+`dimr COMMAND` and `python -m cli COMMAND` are the same; `torchrun --nproc-per-node N -m cli
+COMMAND` spreads train, encode, sample and eval over processes."""
 
 import ctypes
 import dataclasses
@@ -16,15 +17,26 @@ import click
 
 from storage import VERSION, UserError
 
-# What the machine refuses (full, read-only or forbidden storage) is foreseen; any other OSError is a bug of ours.
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
-            errno.EEXIST}  # fmt: skip
-NO_ROOM = "No usable temporary directory"  # how Python begins to say that it can write none, which PyTorch asks for
+# What the machine refuses (full, read-only or forbidden storage) is foreseen; any other OSError is
+# a bug of ours.
+REFUSALS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+}
+# how Python begins to say that it can write none, which PyTorch asks for
+NO_ROOM = "No usable temporary directory"
 
 
 class Group(click.Group):
-    """Turns foreseen errors into one line on stderr, naming the rank if there are several, and an exit status: 2 for bad
-    usage, 1 for a failed job."""
+    """Turns foreseen errors into one line on stderr, naming the rank if there are several, and an
+    exit status: 2 for bad usage, 1 for a failed job."""
 
     def invoke(self, context):
         rank = f"rank {os.environ.get('RANK')}: " * (int(os.environ.get("WORLD_SIZE", 1)) > 1)
@@ -35,7 +47,10 @@ class Group(click.Group):
         except OSError as error:
             if error.errno not in REFUSALS and not str(error.strerror).startswith(NO_ROOM):
                 raise
-            what = f"{error.filename or 'output'}: {error.strerror}; free space or choose another place"
+            what = (
+                f"{error.filename or 'output'}: {error.strerror}; free space or "
+                "choose another place"
+            )
             raise click.ClickException(rank + what) from None
         except RuntimeError as error:
             import parallel
@@ -77,7 +92,8 @@ class Numbers(click.ParamType):
         ):
             limit = f" from 0 to below {self.below}" if self.below else ""
             self.fail(
-                f"{value!r} is not {self.count or 'one or more'} comma-separated numbers{limit}, like {self.name}",
+                f"{value!r} is not {self.count or 'one or more'} comma-separated "
+                f"numbers{limit}, like {self.name}",
                 param,
                 context,
             )
@@ -97,7 +113,8 @@ class Seeds(click.ParamType):
             ] or self.fail("")
         except (ValueError, click.BadParameter):
             self.fail(
-                f"{value!r} is not a list of seeds; expected numbers and ranges like 0-63 or 3,7,10-12",
+                f"{value!r} is not a list of seeds; expected numbers and ranges like "
+                "0-63 or 3,7,10-12",
                 param,
                 context,
             )
@@ -112,7 +129,8 @@ class Guidance(click.ParamType):
         scale = click.FLOAT.convert(value, param, context)
         if not 1 <= scale < float("inf"):
             self.fail(
-                f"{value} is not at least 1 (1 = no guidance); U-ViT and the DiMR release write the excess over 1: "
+                f"{value} is not at least 1 (1 = no guidance); U-ViT and the DiMR "
+                "release write the excess over 1: "
                 "their 0.4 is --cfg 1.4 here",
                 param,
                 context,
@@ -165,7 +183,8 @@ def report(result, as_json, line):
 
 
 def default_data(space, size):
-    """Where training data is looked for: what encode wrote, then folders of images; None if there is nothing."""
+    """Where training data is looked for: what encode wrote, then folders of images; None if there
+    is nothing."""
     encoded = [Path("data") / (f"latents-{size * 8}" if space == "latent" else f"pixels-{size}")]
     images = (
         [
@@ -180,8 +199,8 @@ def default_data(space, size):
 
 
 def keep_memory():
-    """On Linux, keep the memory of freed tensors for the next ones. Otherwise the C library hands it back, and page faults
-    take up to a fifth of a training step on CPUs (docs/performance.md)."""
+    """On Linux, keep the memory of freed tensors for the next ones. Otherwise the C library hands
+    it back, and page faults take up to a fifth of a training step on CPUs (docs/performance.md)."""
     if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: what is smaller comes from the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much of the heap stays
@@ -195,7 +214,7 @@ def main():
     """DiMR: multi-resolution diffusion for class-conditional images (arXiv:2406.09416).
 
     \b
-    dimr demo                                  everything at once, on handwritten digits, in two minutes
+    dimr demo                                  everything at once, on handwritten digits
     dimr encode --res 256                      ImageNet to latents            -> data/latents-256
     torchrun -m cli train --variant xl2r       train on them                  -> runs/xl2r
     dimr sample --class 388 --cfg 1.5          draw images from the newest run -> samples/
@@ -228,11 +247,18 @@ def info(variant, micro_batch, as_json):
     with torch.device("meta"):
         model = dimr.DiMR(config)
     branches = [
-        {"branch": r + 1, "blocks": config.blocks[r], "kind": "transformer" if r == 0 else "convnext", "dim": config.dims[r],
-         "grid": config.grids[r], "tokens": config.grids[r] ** 2 + (r == 0), "gmacs": round(config.macs[r] / 1e9, 4),
-         "params": sum(p.numel() for p in branch.parameters())}
+        {
+            "branch": r + 1,
+            "blocks": config.blocks[r],
+            "kind": "transformer" if r == 0 else "convnext",
+            "dim": config.dims[r],
+            "grid": config.grids[r],
+            "tokens": config.grids[r] ** 2 + (r == 0),
+            "gmacs": round(config.macs[r] / 1e9, 4),
+            "params": sum(p.numel() for p in branch.parameters()),
+        }
         for r, branch in enumerate(model.branches)
-    ]  # fmt: skip
+    ]
     result = {
         "variant": variant,
         "params": sum(b["params"] for b in branches),
@@ -240,11 +266,14 @@ def info(variant, micro_batch, as_json):
         "branches": branches,
     }
     lines = [
-        f"{variant}: {result['params']:,} parameters, {result['gmacs']:,.4f} GMAC per image and forward pass, "
-        f"{config.channels}×{config.size}×{config.size} {config.space} input, {config.embeddings} class embeddings"
+        f"{variant}: {result['params']:,} parameters, {result['gmacs']:,.4f} GMAC per "
+        "image and forward pass, "
+        f"{config.channels}×{config.size}×{config.size} {config.space} input, "
+        f"{config.embeddings} class embeddings"
     ]
     lines += [
-        f"  branch {b['branch']}: {b['blocks']:2} {b['kind']:11} blocks of width {b['dim']:4} on {b['grid']}×{b['grid']} "
+        f"  branch {b['branch']}: {b['blocks']:2} {b['kind']:11} blocks of width "
+        f"{b['dim']:4} on {b['grid']}×{b['grid']} "
         f"({b['tokens']:4} tokens), {b['params']:13,} parameters, {b['gmacs']:8.4f} GMAC"
         for b in branches
     ]
@@ -263,8 +292,11 @@ def info(variant, micro_batch, as_json):
                 }
             )
             lines.append(
-                f"  training, micro-batch {micro_batch}, bf16{', --checkpoint-blocks' * flag}: {(state + activations) / 1e9:.1f} GB per GPU "
-                f"({state / 1e9:.1f} GB state, {activations / 1e9:.1f} GB activations; computed, without torch.compile)"
+                f"  training, micro-batch {micro_batch}, "
+                f"bf16{', --checkpoint-blocks' * flag}: "
+                f"{(state + activations) / 1e9:.1f} GB per GPU "
+                f"({state / 1e9:.1f} GB state, {activations / 1e9:.1f} GB activations; "
+                "computed, without torch.compile)"
             )
     report(result, as_json, "\n".join(lines))
 
@@ -373,7 +405,8 @@ def info(variant, micro_batch, as_json):
 )
 @click.option(
     "--ref",
-    help="What FID compares with, as in dimr eval fid [default: the name that fits, else the training images].",
+    help="What FID compares with, as in dimr eval fid [default: the name that fits, "
+    "else the training images].",
 )
 @feature_options
 @json_option
@@ -405,8 +438,8 @@ def train(
 ):
     """Train a network; run the same command again to go on.
 
-    Defaults are the paper's recipe (Table 4). The run folder holds config.json, metrics.jsonl, samples/, loss.png and
-    checkpoints/.
+    Defaults are the paper's recipe (Table 4). The run folder holds config.json, metrics.jsonl,
+    samples/, loss.png and checkpoints/.
 
     \b
     Examples:
@@ -429,7 +462,8 @@ def train(
                 else f"--res {config.size} --pixels"
             )
             raise UserError(
-                f"no training data for {variant or 'xl2r'}: expected data/latents-{config.size * 8} or "
+                f"no training data for {variant or 'xl2r'}: expected "
+                f"data/latents-{config.size * 8} or "
                 * (config.space == "latent")
                 + f"give --data FOLDER, or run dimr encode {kind} first"
             )
@@ -474,7 +508,8 @@ def train(
     report(
         result,
         as_json,
-        f"{result['out']}: step {result['step']:,} of {result['steps']:,}, loss {result['loss'] or math.nan:.4f}, "
+        f"{result['out']}: step {result['step']:,} of {result['steps']:,}, loss "
+        f"{result['loss'] or math.nan:.4f}, "
         f"{result['seconds']:.0f} s"
         + (
             f"; stopped by {result['stopped']}, run the same command to go on"
@@ -539,7 +574,8 @@ sampling_options = shared(
         "--compile",
         "compiled",
         is_flag=True,
-        help="torch.compile for the network: about a minute at the start, then faster; for thousands of images.",
+        help="torch.compile for the network: about a minute at the start, then faster; "
+        "for thousands of images.",
     ),
     device_option,
 )
@@ -633,7 +669,8 @@ def sample(
     report(
         result,
         as_json,
-        f"{result['n']:,} images from {result['source']} (cfg {result['cfg']:g}, {result['solver']}, {result['steps']} NFE) in "
+        f"{result['n']:,} images from {result['source']} (cfg {result['cfg']:g}, "
+        f"{result['solver']}, {result['steps']} NFE) in "
         f"{result['seconds']:.1f} s -> {result['out']}, to look at: {result['picture']}",
     )
 
@@ -641,11 +678,13 @@ def sample(
 @main.command()
 @click.option(
     "--data",
-    help="Image folder, one folder per class or flat [default: $DIMR_DATA, data/imagenet/train, data/imagenet].",
+    help="Image folder, one folder per class or flat [default: $DIMR_DATA, "
+    "data/imagenet/train, data/imagenet].",
 )
 @click.option(
     "--out",
-    help="Folder to write; an unfinished one goes on [default: data/latents-RES or data/pixels-RES].",
+    help="Folder to write; an unfinished one goes on [default: data/latents-RES or "
+    "data/pixels-RES].",
 )
 @click.option(
     "--res",
@@ -703,8 +742,9 @@ def sample(
 def encode(data, out, res, pixels, channels, verify, as_json, **options):
     """Turn a folder of images into shards that train reads fast: latents, or pixels.
 
-    Crops as ADM does. Run the same command again to go on after an interruption, or to redo damaged shards; the bytes
-    written depend on neither, nor on the number of processes. Latents come with preview.png, to look at.
+    Crops as ADM does. Run the same command again to go on after an interruption, or to redo damaged
+    shards; the bytes written depend on neither, nor on the number of processes. Latents come with
+    preview.png, to look at.
 
     \b
     Examples:
@@ -723,11 +763,13 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
             report(
                 result,
                 as_json,
-                f"{result['shards']} shards of {result['items']:,} items in {out} are as they were written",
+                f"{result['shards']} shards of {result['items']:,} items in {out} are as "
+                "they were written",
             )
         if result["damaged"]:
             raise UserError(
-                f"{'; '.join(result['damaged'])}. Run the encode that wrote {out} again: it redoes them"
+                f"{'; '.join(result['damaged'])}. Run the encode that wrote {out} again: "
+                "it redoes them"
             )
         return
     data = (
@@ -737,7 +779,8 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
     )
     if data is None:
         raise UserError(
-            "no images: expected ImageNet in data/imagenet/train; give --data FOLDER or set DIMR_DATA"
+            "no images: expected ImageNet in data/imagenet/train; give --data FOLDER or "
+            "set DIMR_DATA"
         )
     try:
         result = encoding.encode(
@@ -751,8 +794,10 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
     report(
         result,
         as_json,
-        f"{result['items']:,} {result['kind']} of {result['classes']:,} classes in {result['shards']} shards, "
-        f"{result['bytes'] / 1e6:,.1f} MB, {result['encoded_images']:,} images encoded in {result['seconds']:.1f} s -> {out}{look}{skipped}",
+        f"{result['items']:,} {result['kind']} of {result['classes']:,} classes in "
+        f"{result['shards']} shards, "
+        f"{result['bytes'] / 1e6:,.1f} MB, {result['encoded_images']:,} images encoded "
+        f"in {result['seconds']:.1f} s -> {out}{look}{skipped}",
     )
 
 
@@ -784,8 +829,9 @@ def curves(run):
 def demo(out, seed, as_json):
     """The whole tool on real handwritten digits, offline, in about two minutes on two cores.
 
-    Writes scikit-learn's digits as PNGs, trains a two-branch DiMR on half of them, draws a guided grid and judges it with
-    a classifier that saw only the other half. Needs the extra `demo` (scikit-learn).
+    Writes scikit-learn's digits as PNGs, trains a two-branch DiMR on half of them, draws a guided
+    grid and judges it with a classifier that saw only the other half. Needs the extra `demo`
+    (scikit-learn).
 
     Example: dimr demo
     """
@@ -795,8 +841,10 @@ def demo(out, seed, as_json):
     report(
         result,
         as_json,
-        f"accuracy: real digits {result['accuracy_real']:.3f}, generated {result['accuracy_generated']:.3f}; coverage "
-        f"{result['coverage']:.3f}; distance to training digits relative to real ones {result['nearest_train']:.2f}; "
+        f"accuracy: real digits {result['accuracy_real']:.3f}, generated "
+        f"{result['accuracy_generated']:.3f}; coverage "
+        f"{result['coverage']:.3f}; distance to training digits relative to real ones "
+        f"{result['nearest_train']:.2f}; "
         f"{result['seconds']:.0f} s\nlook at {result['picture']} and {result['run']}",
     )
 
@@ -807,8 +855,9 @@ def demo(out, seed, as_json):
 def weights_group(context, as_json):
     """What can be fetched by name: released weights, the VAE, Inception, ADM's references.
 
-    Wherever a command takes weights, a VAE or a reference, these names work, and are fetched when first used. DIMR_HOME
-    moves the cache; DIMR_OFFLINE=1 forbids downloads; HF_ENDPOINT and http(s)_proxy are honoured.
+    Wherever a command takes weights, a VAE or a reference, these names work, and are fetched when
+    first used. DIMR_HOME moves the cache; DIMR_OFFLINE=1 forbids downloads; HF_ENDPOINT and
+    http(s)_proxy are honoured.
 
     \b
     Examples:
@@ -820,7 +869,8 @@ def weights_group(context, as_json):
     if context.invoked_subcommand is None:
         table = weights.listing()
         lines = [
-            f"{item['name']:14} {item['size'] or 0:15,} bytes  {'cached' if item['cached'] else '-':7} {item['what']}\n"
+            f"{item['name']:14} {item['size'] or 0:15,} bytes  "
+            f"{'cached' if item['cached'] else '-':7} {item['what']}\n"
             f"{'':14} {item['licence']}".replace(" 0 bytes", " ? bytes")
             for item in table
         ]
@@ -859,8 +909,8 @@ def weights_get(name, as_json):
 def convert(source, target, heads, as_json):
     """Turn released weights into ours, or ours into released ones.
 
-    IN is a name (see dimr weights) or a file. OUT ends in .safetensors for our names, in .pth for the authors', which their
-    code loads. The configuration goes with the weights either way.
+    IN is a name (see dimr weights) or a file. OUT ends in .safetensors for our names, in .pth for
+    the authors', which their code loads. The configuration goes with the weights either way.
 
     \b
     Examples:
@@ -886,7 +936,7 @@ def eval_group():
 
     \b
     Examples:
-      dimr eval fid                               the newest balanced samples, else what the newest run draws
+      dimr eval fid          the newest balanced set, else what the newest run draws
       dimr eval all samples.npz --ref imagenet256 --against xl2r
     """
 
@@ -915,21 +965,22 @@ def metric_command(name, what):
         name,
         help=f"""{what}
 
-        SAMPLES is an .npz with arr_0 (uint8, N × H × W × 3) or a folder of images. Without it: the newest balanced set that
-        sample wrote, else --count images that the newest run draws, which are measured without being written. Published
-        numbers are of 50,000 samples.
+        SAMPLES is an .npz with arr_0 (uint8, N × H × W × 3) or a folder of images. Without it: the
+        newest balanced set that sample wrote, else --count images that the newest run draws, which
+        are measured without being written. Published numbers are of 50,000 samples.
 
         \b
         Examples:
           dimr eval {name} samples.npz --ref imagenet256 --against xl2r
           dimr eval {name} photos/ --ref reference.safetensors --json
-          torchrun --nproc-per-node 8 -m cli eval {name} --weights runs/xl2r -n 50000 --cfg 1.5 --preset paper
+          torchrun --nproc-per-node 8 -m cli eval {name} --weights runs/xl2r --preset paper
         """,
     )
     @click.argument("samples", required=False, type=click.Path(path_type=Path))
     @click.option(
         "--ref",
-        help="What to compare with: imagenet64, imagenet256, imagenet512, ADM's .npz, a file that dimr eval stats wrote, "
+        help="What to compare with: imagenet64, imagenet256, imagenet512, ADM's .npz, a "
+        "file that dimr eval stats wrote, "
         "or images [default: the name that fits, else the images that the run was trained on].",
     )
     @click.option(
@@ -1013,7 +1064,8 @@ def metric_command(name, what):
 for _name, _what in {
     "fid": "Fréchet Inception distance.",
     "sfid": "Fréchet distance of spatial features, sensitive to structure.",
-    "is": "Inception Score: mean over splits of 5,000 in the order given (a folder's is permuted by a fixed seed). Needs no reference.",
+    "is": "Inception Score: mean over splits of 5,000 in the order given (a folder's is "
+    "permuted by a fixed seed). Needs no reference.",
     "pr": "Precision and recall (3 neighbours), density and coverage (5).",
     "kid": "Kernel Inception distance, mean over 100 subsets of 1,000.",
     "all": "All metrics from one pass over the images.",
@@ -1032,7 +1084,8 @@ for _name, _what in {
 def eval_stats(folder, out, inception, features, res, batch_size, device, as_json):
     """Measure reference images once, for --ref: moments of all, features of 10,000.
 
-    FOLDER holds images at any depth, or pixel shards; an .npz with arr_0 will do. OUT ends in .safetensors.
+    FOLDER holds images at any depth, or pixel shards; an .npz with arr_0 will do. OUT ends in
+    .safetensors.
 
     Example: dimr eval stats data/imagenet/train imagenet128.safetensors --res 128
     """
@@ -1052,7 +1105,8 @@ def eval_stats(folder, out, inception, features, res, batch_size, device, as_jso
             report(
                 {"out": str(out), **evaluation.describe(found), "features": found.extractor},
                 as_json,
-                f"{found.count:,} images of {found.size}×{found.size} from {folder}, {found.extractor} -> {out}",
+                f"{found.count:,} images of {found.size}×{found.size} from {folder}, "
+                f"{found.extractor} -> {out}",
             )
     finally:
         parallel.stop()
@@ -1083,11 +1137,13 @@ def eval_stats(folder, out, inception, features, res, batch_size, device, as_jso
 @device_option
 @json_option
 def eval_fidelity(samples, classifier, threshold, out, res, batch_size, device, as_json):
-    """Mark images of low fidelity: a classifier gives their class a probability under the threshold (paper, Sec. 5.3).
+    """Mark images of low fidelity: a classifier gives their class a probability under the threshold
+    (paper, Sec. 5.3).
 
-    SAMPLES: what sample wrote, an .npz with classes under arr_1, or one folder per class, in the order of the classifier's
-    classes (ImageNet's). Preprocessing: bicubic to 248, centre crop to 224, values to [-1, 1]. Not every image marked is
-    distorted: let people judge the contact sheets, and give their votes to dimr eval distortion.
+    SAMPLES: what sample wrote, an .npz with classes under arr_1, or one folder per class, in the
+    order of the classifier's classes (ImageNet's). Preprocessing: bicubic to 248, centre crop to
+    224, values to [-1, 1]. Not every image marked is distorted: let people judge the contact
+    sheets, and give their votes to dimr eval distortion.
 
     Example: dimr eval fidelity samples/xl2r-cfg1.5/balanced-50000.npz
     """
@@ -1108,8 +1164,9 @@ def eval_fidelity(samples, classifier, threshold, out, res, batch_size, device, 
 def eval_distortion(votes, as_json):
     """The distortion rate that people's votes give, as in the paper's Sec. 5.3.
 
-    VOTES is a CSV with the columns image, person, distorted (1/0 or yes/no). The rate is the mean over people of the share of
-    the images they judged that they call distorted; the interval is Student's t over people, 95%.
+    VOTES is a CSV with the columns image, person, distorted (1/0 or yes/no). The rate is the mean
+    over people of the share of the images they judged that they call distorted; the interval is
+    Student's t over people, 95%.
 
     Example: dimr eval distortion votes.csv
     """
@@ -1122,7 +1179,8 @@ def eval_distortion(votes, as_json):
     report(
         result,
         as_json,
-        f"distortion rate {result['distortion_rate']:.1%}{interval}: {len(result['people'])} people, "
+        f"distortion rate {result['distortion_rate']:.1%}{interval}: "
+        f"{len(result['people'])} people, "
         f"{result['images']:,} images, {result['votes']:,} votes",
     )
 

@@ -1,11 +1,14 @@
-"""Images and latents for training: folders of images, finished shards, and the order they are visited in.
+"""Images and latents for training: folders of images, finished shards, and the order they are
+visited in.
 
-`open_data` gives an `ImageFolder` or `Shards`, which look alike: `kind`, `size`, `channels`, `classes`, `labels`,
-`fingerprint`, `len` and `batch`. `Order` says which items a run visits, `loader` reads them ahead.
+`open_data` gives an `ImageFolder` or `Shards`, which look alike: `kind`, `size`, `channels`,
+`classes`, `labels`, `fingerprint`, `len` and `batch`. `Order` says which items a run visits,
+`loader` reads them ahead.
 
-A shard set is a folder of `shard-00000.safetensors`, … and `index.json`, which is written last. Each shard holds
-`labels` (n,) int64 and `data`: for pixels uint8 (n, H, W, C), for latents float16 (n, 2, 2, C, h, w), whose second
-axis is the image and its horizontal flip, the third mean and log-variance in the VAE's own units."""
+A shard set is a folder of `shard-00000.safetensors`, … and `index.json`, which is written last.
+Each shard holds `labels` (n,) int64 and `data`: for pixels uint8 (n, H, W, C), for latents float16
+(n, 2, 2, C, h, w), whose second axis is the image and its horizontal flip, the third mean and
+log-variance in the VAE's own units."""
 
 import atexit
 import functools
@@ -65,8 +68,9 @@ class BadImage(UserError):
 
 
 def center_crop(image, size):
-    """ADM's crop of a PIL image to (size, size): halved with a box filter while the short side is at least twice
-    `size`, then bicubic to `size`, then the centre. Halving floors both sides, the offset floors."""
+    """ADM's crop of a PIL image to (size, size): halved with a box filter while the short side is
+    at least twice `size`, then bicubic to `size`, then the centre. Halving floors both sides, the
+    offset floors."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -80,9 +84,10 @@ def center_crop(image, size):
 def read_image(path, size, channels=3, exif=False):
     """The centre crop of a JPEG, PNG or WebP file, uint8 (size, size, channels), channels 1 or 3.
 
-    16-bit grey is divided by 257, transparency is laid on white, CMYK and palettes become RGB; an animation gives
-    its first frame. EXIF rotation is ignored, as ADM does, unless `exif`. Raises BadImage where the file is at
-    fault, UserError where it can't be reached or is in colour though `channels` is 1."""
+    16-bit grey is divided by 257, transparency is laid on white, CMYK and palettes become RGB; an
+    animation gives its first frame. EXIF rotation is ignored, as ADM does, unless `exif`. Raises
+    BadImage where the file is at fault, UserError where it can't be reached or is in colour though
+    `channels` is 1."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -144,8 +149,8 @@ def _plain(image):
 
 
 class Paths(Sequence):
-    """Paths below `root`, in one block of bytes: worker processes share it, while reading a list of strings
-    would copy it page by page through the reference counts."""
+    """Paths below `root`, in one block of bytes: worker processes share it, while reading a list of
+    strings would copy it page by page through the reference counts."""
 
     def __init__(self, root, names):
         names = [os.fsencode(name) for name in names]
@@ -168,8 +173,9 @@ class Paths(Sequence):
 class ImageFolder:
     """One folder of images per class, numbered by sorted name, or images alone: one class.
 
-    `size` None takes the images' own where a sample shares one square size, else `default_size`; `channels` None is 1
-    where the sample is all grey, else 3. Raises UserError for a folder that is neither of the two kinds, or empty."""
+    `size` None takes the images' own where a sample shares one square size, else `default_size`;
+    `channels` None is 1 where the sample is all grey, else 3. Raises UserError for a folder that is
+    neither of the two kinds, or empty."""
 
     kind = "pixels"
 
@@ -183,7 +189,8 @@ class ImageFolder:
             )
         if not folders and not images:
             raise UserError(
-                f"{root} holds no images ({KNOWN}); expected one folder of them per class, or images alone"
+                f"{root} holds no images ({KNOWN}); expected one folder of them per "
+                "class, or images alone"
             )
         self.classes = folders or [self.root.resolve().name]
         groups = [_list_class(self.root, folder) for folder in folders] or [images]
@@ -230,7 +237,8 @@ class ImageFolder:
             elif others or width != height:
                 found = ", ".join(f"{path} is {w}×{h}" for (w, h), path in list(sizes.items())[:2])
                 raise UserError(
-                    f"{self.root}: not of one square size ({found}); give --res, the size to crop to"
+                    f"{self.root}: not of one square size ({found}); give --res, the "
+                    "size to crop to"
                 )
             self.size = width
 
@@ -241,8 +249,8 @@ class ImageFolder:
     def batch(self, indices, flips, bad=None, drop=False):
         """Images uint8 (B, C, H, W), mirrored where `flips` (B,) says so, and labels int64 (B,).
 
-        An unreadable image raises BadImage; with a list `bad` its message is appended there, and the next readable
-        item takes its place, or with `drop` none does: B is then smaller."""
+        An unreadable image raises BadImage; with a list `bad` its message is appended there, and
+        the next readable item takes its place, or with `drop` none does: B is then smaller."""
         images = np.empty((len(indices), self.size, self.size, self.channels), np.uint8)
         items, rows = [], []
         for row, index in enumerate(indices):
@@ -261,7 +269,8 @@ class ImageFolder:
             else:
                 if not drop:
                     raise UserError(
-                        f"{self.root}: none of the {len(self):,} images can be read; the last: {bad[-1]}"
+                        f"{self.root}: none of the {len(self):,} images can be read; the "
+                        f"last: {bad[-1]}"
                     )
         return _pixels(images[: len(items)], np.asarray(flips, bool)[rows]), torch.from_numpy(
             self.labels[items]
@@ -293,7 +302,8 @@ def _list_class(root, name):
 
 
 def _pixels(images, flips):
-    """uint8 array (B, H, W, C) → tensor (B, C, H, W), mirrored where `flips`. In NumPy: one thread never waits."""
+    """uint8 array (B, H, W, C) → tensor (B, C, H, W), mirrored where `flips`. In NumPy: one thread
+    never waits."""
     images[flips] = images[flips, :, ::-1]
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
@@ -302,8 +312,9 @@ def _pixels(images, flips):
 
 
 class Shards:
-    """A finished shard set, memory-mapped. `index` is its parsed index.json; `size` of latents is their grid's side
-    (32 for images of 256). Raises UserError where a file is missing, damaged or of another format."""
+    """A finished shard set, memory-mapped. `index` is its parsed index.json; `size` of latents is
+    their grid's side (32 for images of 256). Raises UserError where a file is missing, damaged or
+    of another format."""
 
     def __init__(self, root):
         self.root = Path(root)
@@ -340,8 +351,9 @@ class Shards:
         return sha256(self.root / "index.json")
 
     def batch(self, indices, flips, bad=None, drop=False):
-        """Pixels uint8 (B, C, H, W), or latents float16 (B, 2, C, h, w): mean and log-variance of the image, or of
-        its flip where `flips` (B,) says so; and labels int64 (B,). No item is bad here."""
+        """Pixels uint8 (B, C, H, W), or latents float16 (B, 2, C, h, w): mean and log-variance of
+        the image, or of its flip where `flips` (B,) says so; and labels int64 (B,). No item is bad
+        here."""
         indices, flips = np.asarray(indices), np.asarray(flips, bool)
         item = self.data[0].shape[1 if self.kind == "pixels" else 2 :]
         found = np.empty((len(indices), *item), self.data[0].dtype)
@@ -357,12 +369,13 @@ class Shards:
 
 
 def read_index(root, name="index.json"):
-    """The parsed index.json of a finished shard set, or plan.json of an unfinished one. Raises UserError where it is
-    missing or of another format."""
+    """The parsed index.json of a finished shard set, or plan.json of an unfinished one. Raises
+    UserError where it is missing or of another format."""
     path = Path(root) / name
     if not path.is_file() and (path.parent / "plan.json").is_file():
         raise UserError(
-            f"{root} is an unfinished encode; run the same dimr encode again, and it goes on where it was"
+            f"{root} is an unfinished encode; run the same dimr encode again, and it "
+            "goes on where it was"
         )
     index = read_json(path)
     if (
@@ -371,7 +384,8 @@ def read_index(root, name="index.json"):
         or index.get("kind") not in DATA_DTYPE
     ):
         raise UserError(
-            f"{path} is not of shard format {FORMAT}; encode elsewhere, or use the dimr that wrote it"
+            f"{path} is not of shard format {FORMAT}; encode elsewhere, or use the dimr "
+            "that wrote it"
         )
     return index
 
@@ -383,7 +397,8 @@ def item_shape(index):
 
 
 def shard_header(kind, shape):
-    """The HEADER bytes of a shard whose data has `shape` (n, …): safetensors' header, padded with spaces."""
+    """The HEADER bytes of a shard whose data has `shape` (n, …): safetensors' header, padded with
+    spaces."""
     data = int(np.prod(shape)) * np.dtype(DTYPES[DATA_DTYPE[kind]]).itemsize
     tensors = {
         "__metadata__": {"format": f"dimr {kind} {FORMAT}"},
@@ -395,7 +410,8 @@ def shard_header(kind, shape):
 
 
 def map_shard(path):
-    """Memory-mapped data (n, …) and labels (n,) of a shard, its header checked against the file's size."""
+    """Memory-mapped data (n, …) and labels (n,) of a shard, its header checked against the file's
+    size."""
     try:
         with open(path, "rb") as file:
             length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
@@ -430,7 +446,8 @@ def damaged(path, reason):
 
 
 def open_data(path, size=None, channels=None, exif=False, default_size=None):
-    """The shard set or image folder at `path`, the latter read at `size`. Raises UserError for anything else."""
+    """The shard set or image folder at `path`, the latter read at `size`. Raises UserError for
+    anything else."""
     path = Path(path)
     if (path / "index.json").is_file() or (path / "plan.json").is_file():
         shards = Shards(path)
@@ -448,15 +465,17 @@ def open_data(path, size=None, channels=None, exif=False, default_size=None):
 
 
 class Order:
-    """What a run visits: position p is item permutation(seed, p // n)[p % n], and its flip is a coin of seed and p.
-    Counter-based random bits (Philox), so any stretch can be asked for at any time."""
+    """What a run visits: position p is item permutation(seed, p // n)[p % n], and its flip is a
+    coin of seed and p. Counter-based random bits (Philox), so any stretch can be asked for at any
+    time."""
 
     def __init__(self, n, seed):
         self.n, self.seed = n, seed
         self.permutation = functools.lru_cache(2)(self._permutation)
 
     def _bits(self, stream, first, last):
-        """Random uint64 of positions first..last-1 of `stream`; Philox makes four a counter value."""
+        """Random uint64 of positions first..last-1 of `stream`; Philox makes four a counter
+        value."""
         generator = np.random.Philox(key=(stream << 64) + self.seed % 2**64).advance(first // 4)
         return generator.random_raw(last - first // 4 * 4)[first % 4 :]
 
@@ -472,8 +491,8 @@ class Order:
 
 
 class _Steps(torch.utils.data.Dataset):
-    """What a worker does for one (indices, flips). A foreseen error travels as a value: raised in a worker it would
-    reach the user inside the worker's traceback."""
+    """What a worker does for one (indices, flips). A foreseen error travels as a value: raised in a
+    worker it would reach the user inside the worker's traceback."""
 
     def __init__(self, data, on_bad):
         self.data, self.on_bad = data, on_bad
@@ -495,7 +514,8 @@ STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # signals that ask to s
 
 
 def _follow(_):
-    """A worker leaves signals to stop to the main process, which may have a batch to finish, and ends when that does."""
+    """A worker leaves signals to stop to the main process, which may have a batch to finish, and
+    ends when that does."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
@@ -513,12 +533,13 @@ def _kill(processes):
 
 
 def loader(data, steps, workers=None, on_bad="error", pin=False):
-    """Yield (images, labels, bad) of `data.batch` for each (indices, flips) of the iterable `steps`, in order, read
-    ahead by `workers` processes (None: this machine's share of cores, at most 8; for shards 0).
+    """Yield (images, labels, bad) of `data.batch` for each (indices, flips) of the iterable
+    `steps`, in order, read ahead by `workers` processes (None: this machine's share of cores, at
+    most 8; for shards 0).
 
-    `on_bad`: "error" raises an unreadable image's BadImage here; "skip" puts the next readable item in its place and
-    its message in the list `bad`, "drop" only the latter. A worker that dies is a UserError. `pin`: page-locked
-    memory, for copies to CUDA."""
+    `on_bad`: "error" raises an unreadable image's BadImage here; "skip" puts the next readable item
+    in its place and its message in the list `bad`, "drop" only the latter. A worker that dies is a
+    UserError. `pin`: page-locked memory, for copies to CUDA."""
     if workers is None:
         share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = (
@@ -527,9 +548,15 @@ def loader(data, steps, workers=None, on_bad="error", pin=False):
             else min(8, max(1, share // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         )
     reader = torch.utils.data.DataLoader(
-        _Steps(data, on_bad), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin,
-        worker_init_fn=_follow, generator=torch.Generator(),  # its own: the global one stays untouched
-    )  # fmt: skip
+        _Steps(data, on_bad),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        pin_memory=pin,
+        # its own: the global one stays untouched
+        worker_init_fn=_follow,
+        generator=torch.Generator(),
+    )
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if main and workers else None
     others, kill = set(multiprocessing.active_children()), None

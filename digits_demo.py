@@ -1,5 +1,6 @@
-"""The main job on embedded data: real handwritten digits (8 × 8, 1,797 of them, scikit-learn's), half to train on, half
-kept to judge by. Everything goes through the functions and files that `encode`, `train` and `sample` use."""
+"""The main job on embedded data: real handwritten digits (8 × 8, 1,797 of them, scikit-learn's),
+half to train on, half kept to judge by. Everything goes through the functions and files that
+`encode`, `train` and `sample` use."""
 
 import time
 
@@ -12,11 +13,13 @@ import training
 from storage import UserError
 
 SAMPLES = 1500
-NEIGHBOUR = 3  # coverage counts a kept digit within the radius to its third real neighbour (Naeem et al., 2020)
+# coverage counts a kept digit within the radius to its third real neighbour (Naeem et al., 2020)
+NEIGHBOUR = 3
 
 
 def run(out, seed=0, quiet=False):
-    """Write digits, train, sample, judge, all under folder `out`. Returns the figures as a dict. Raises UserError."""
+    """Write digits, train, sample, judge, all under folder `out`. Returns the figures as a dict.
+    Raises UserError."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -44,7 +47,8 @@ def run(out, seed=0, quiet=False):
     )
     if trained["stopped"]:
         raise UserError(
-            f"stopped by {trained['stopped']} at step {trained['step']}; delete {out} and start again"
+            f"stopped by {trained['stopped']} at step {trained['step']}; delete {out} "
+            "and start again"
         )
 
     generator = sampling.load(out / "run", device="cpu")
@@ -63,17 +67,26 @@ def run(out, seed=0, quiet=False):
     with np.load(drawn["npz"]) as arrays:
         generated = arrays["arr_0"][..., 0]
     return {
-        **judge(pixels[halves["kept"]], digits.target[halves["kept"]], generated, classes, pixels[halves["train"]]),
+        **judge(
+            pixels[halves["kept"]],
+            digits.target[halves["kept"]],
+            generated,
+            classes,
+            pixels[halves["train"]],
+        ),
         "seconds": round(time.monotonic() - begun, 1),
-        "seed": seed, "picture": drawn["picture"], "run": str(out / "run"),
-    }  # fmt: skip
+        "seed": seed,
+        "picture": drawn["picture"],
+        "run": str(out / "run"),
+    }
 
 
 def judge(kept, kept_labels, made, classes, trained):
-    """How good the images `made` of `classes` are, by real ones kept out of training: the shares that a nearest-neighbour
-    classifier recognises, of the samples and of real images (it learns from every other kept image, and is tested on
-    the rest); coverage, over no more kept images than there are samples; and how far samples are from the `trained`
-    images, relative to kept ones (near 1: no copies)."""
+    """How good the images `made` of `classes` are, by real ones kept out of training: the shares
+    that a nearest-neighbour classifier recognises, of the samples and of real images (it learns
+    from every other kept image, and is tested on the rest); coverage, over no more kept images than
+    there are samples; and how far samples are from the `trained` images, relative to kept ones
+    (near 1: no copies)."""
     from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
     kept, made, trained = (

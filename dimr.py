@@ -1,13 +1,16 @@
-"""DiMR: the multi-resolution network of "Alleviating Distortion in Image Generation via Multi-Resolution
-Diffusion Models" (arXiv:2406.09416, Sec. 4), in the order data flows: norms, MLP, blocks, branch, network.
+"""DiMR: the multi-resolution network of "Alleviating Distortion in Image Generation via
+Multi-Resolution Diffusion Models" (arXiv:2406.09416, Sec. 4), in the order data flows: norms, MLP,
+blocks, branch, network.
 
-R branches see the noisy image from coarse to fine. Branch 1 runs Transformer blocks on the coarsest grid, the
-others ConvNeXt blocks. Each adds the upsampled features of the branch before it to its own patchified input
-(the cascade), and each predicts the noise at its resolution; the last prediction is the output.
+R branches see the noisy image from coarse to fine. Branch 1 runs Transformer blocks on the coarsest
+grid, the others ConvNeXt blocks. Each adds the upsampled features of the branch before it to its
+own patchified input (the cascade), and each predicts the noise at its resolution; the last
+prediction is the output.
 
-The paper's text and its released code differ in three places, and this file follows the code, which gives the
-published parameter counts and GFLOPs: the cascade carries the features of *every* block, concatenated; the number
-of blocks is rounded up to odd; and the released weights' blocks use TD-LN's scale-only sibling (`tdrms`)."""
+The paper's text and its released code differ in three places, and this file follows the code, which
+gives the published parameter counts and GFLOPs: the cascade carries the features of *every* block,
+concatenated; the number of blocks is rounded up to odd; and the released weights' blocks use
+TD-LN's scale-only sibling (`tdrms`)."""
 
 import dataclasses
 import re
@@ -20,17 +23,19 @@ import torch.utils.checkpoint
 
 
 class Condition(NamedTuple):
-    """What a norm may depend on: `tau` (B,) or (1,) when all samples share it, and class indices `y` (B,)."""
+    """What a norm may depend on: `tau` (B,) or (1,) when all samples share it, and class indices
+    `y` (B,)."""
 
     tau: torch.Tensor
     y: torch.Tensor
 
 
-# ---------------------------------------------------------------------------------------------- norms
+# -------------------------------------------------------------------------------------------- norms
 
 
 class TimeVector(nn.Module):
-    """A vector that moves with time, s·p₁ + (1 − s)·p₂ with s = σ(w·τ + b), elementwise (paper, eqs. 5-6).
+    """A vector that moves with time, s·p₁ + (1 − s)·p₂ with s = σ(w·τ + b), elementwise (paper,
+    eqs. 5-6).
 
     w is stored less 1, so that no initial value and no pull of an optimiser favours w = 0."""
 
@@ -47,8 +52,8 @@ class TimeVector(nn.Module):
 
 
 class Norm(nn.Module):
-    """Base of the norms: `norm(x, condition)`, and the pre-norm residual step, which adaLN-Zero would override
-    to scale what it adds. x: (B, tokens, D)."""
+    """Base of the norms: `norm(x, condition)`, and the pre-norm residual step, which adaLN-Zero
+    would override to scale what it adds. x: (B, tokens, D)."""
 
     def residual(self, x, condition, function):
         return x + function(self(x, condition))
@@ -69,7 +74,8 @@ class TDLN(Norm):
 
 
 class TDRMS(Norm):
-    """TD-LN's scale-only sibling, x / (‖x‖₂/√D + 1e-8) · γ(τ), which the released checkpoints use."""
+    """TD-LN's scale-only sibling, x / (‖x‖₂/√D + 1e-8) · γ(τ), which the released checkpoints
+    use."""
 
     def __init__(self, dim):
         super().__init__()
@@ -86,7 +92,7 @@ class TDRMS(Norm):
 NORMS = {"tdln": TDLN, "tdrms": TDRMS}
 
 
-# ------------------------------------------------------------------------------------------------ MLP
+# ---------------------------------------------------------------------------------------------- MLP
 
 
 class GEGLU(nn.Module):
@@ -107,7 +113,7 @@ class GEGLU(nn.Module):
 MLPS = {"geglu": GEGLU}
 
 
-# --------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
 def attention(q, k, v):
@@ -165,7 +171,7 @@ class ConvNeXtBlock(nn.Module):
         return self.norm.residual(x, condition, self.mlp)
 
 
-# ------------------------------------------------------------------------------------ branch, network
+# ---------------------------------------------------------------------------------- branch, network
 
 
 class Upsample(nn.Module):
@@ -189,7 +195,8 @@ class Upsample(nn.Module):
 
 
 class Branch(nn.Module):
-    """Branch r: patchify, add position and cascade, run the blocks with U-ViT's long skips, predict the noise."""
+    """Branch r: patchify, add position and cascade, run the blocks with U-ViT's long skips, predict
+    the noise."""
 
     def __init__(self, config, r):
         super().__init__()
@@ -212,9 +219,11 @@ class Branch(nn.Module):
         self.grid, self.tokens = grid, int(r == 0)  # tokens in front of the grid's own
 
     def forward(self, image, y, condition, run):
-        """`image` (B, C, H, W), `y` the branch before's features or None; `run(block, x, condition)` applies a block.
+        """`image` (B, C, H, W), `y` the branch before's features or None; `run(block, x,
+        condition)` applies a block.
 
-        Returns the noise at this resolution (B, C, h, w) and this branch's features (B, h·w, (blocks + 1)·D)."""
+        Returns the noise at this resolution (B, C, h, w) and this branch's features (B, h·w,
+        (blocks + 1)·D)."""
         x = (
             self.patchify(image).flatten(2).transpose(1, 2).contiguous() + self.position
         )  # (B, h·w, D), channels last for good
@@ -240,7 +249,8 @@ class Branch(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The shape of a network and the space it works in. Tuples run over branches, coarse to fine."""
+    """The shape of a network and the space it works in. Tuples run over branches, coarse to
+    fine."""
 
     size: int  # height and width of the input, in pixels or latent cells
     channels: int
@@ -312,9 +322,12 @@ class Config:
 
     @property
     def macs(self):
-        """Multiply-accumulates of one forward pass of one image, per branch: what the paper calls Gflops."""
+        """Multiply-accumulates of one forward pass of one image, per branch: what the paper calls
+        Gflops."""
         counts = []
-        for r, (dim, grid, blocks) in enumerate(zip(self.dims, self.grids, self.blocks)):
+        for r, (dim, grid, blocks) in enumerate(
+            zip(self.dims, self.grids, self.blocks, strict=True)
+        ):
             cells = grid * grid
             tokens = cells + (r == 0)
             mixing = 4 * dim * dim + 2 * tokens * dim if r == 0 else 49 * dim
@@ -344,10 +357,12 @@ class DiMR(nn.Module):
         self.apply(initialise)
 
     def forward(self, x, tau, y):
-        """x (B, C, H, W) noisy images; tau (B,) time as `solver`'s schedules give it, or (1,) when all share it;
-        y (B,) class indices. Returns the R noise predictions, coarse to fine: (B, C, H/2^(R-r), W/2^(R-r)).
+        """x (B, C, H, W) noisy images; tau (B,) time as `solver`'s schedules give it, or (1,) when
+        all share it; y (B,) class indices. Returns the R noise predictions, coarse to fine: (B, C,
+        H/2^(R-r), W/2^(R-r)).
 
-        Raises ValueError for wrong shapes; values are the caller's to check, since that would wait for the device."""
+        Raises ValueError for wrong shapes; values are the caller's to check, since that would wait
+        for the device."""
         c = self.config
         if x.dim() != 4 or tuple(x.shape[1:]) != (c.channels, c.size, c.size):
             raise ValueError(
@@ -370,7 +385,8 @@ class DiMR(nn.Module):
         return tuple(predictions)
 
     def parameter_groups(self, weight_decay):
-        """For AdamW: everything decays, biases and embeddings included, but TD-LN's w and b (`TimeVector`)."""
+        """For AdamW: everything decays, biases and embeddings included, but TD-LN's w and b
+        (`TimeVector`)."""
         groups = {True: [], False: []}
         for name, parameter in self.named_parameters():
             groups[not name.endswith((".w_minus_1", "gamma.b", "beta.b"))].append(parameter)
@@ -389,7 +405,8 @@ def recompute(block, x, condition):
 
 
 def initialise(module):
-    """Linear layers and embeddings: truncated normal of deviation 0.02, biases 0. Convolutions as PyTorch does."""
+    """Linear layers and embeddings: truncated normal of deviation 0.02, biases 0. Convolutions as
+    PyTorch does."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if getattr(module, "bias", None) is not None:
@@ -420,7 +437,7 @@ VARIANTS = {  # paper, Table 3; g2r is on the release's page only
 }
 
 
-# ----------------------------------------------------------------------------- the released checkpoints
+# ------------------------------------------------------------------------- the released checkpoints
 
 # Fragments of a parameter's name, ours and the release's, applied in this order.
 _RELEASED = (
@@ -449,7 +466,8 @@ _RELEASED = (
 
 
 def _released_names(model):
-    """Our parameter names → the release's. The scale of `tdrms` is its `scale`, that of TD-LN its `weight`."""
+    """Our parameter names → the release's. The scale of `tdrms` is its `scale`, that of TD-LN its
+    `weight`."""
     names = {}
     for ours in model.state_dict():
         name = ours
@@ -461,7 +479,8 @@ def _released_names(model):
 
 
 def _released_config(shapes, heads, space, null_class):
-    """Read a configuration off the shapes of a released state dict, by vote where several tensors tell the same."""
+    """Read a configuration off the shapes of a released state dict, by vote where several tensors
+    tell the same."""
 
     def vote(pattern, axis, default=1):
         found = [
@@ -505,7 +524,8 @@ def _released_config(shapes, heads, space, null_class):
 
 
 def from_config(config, state_dict):
-    """The network of `config` holding the tensors of `state_dict` (our names) themselves, in eval mode.
+    """The network of `config` holding the tensors of `state_dict` (our names) themselves, in eval
+    mode.
 
     Raises ValueError naming every unknown, missing or misshapen tensor."""
     with torch.device("meta"):
@@ -516,7 +536,8 @@ def from_config(config, state_dict):
 
 
 def check_names(expected, tensors):
-    """Raise ValueError listing the differences between `expected` (name → shape) and `tensors` (name → tensor)."""
+    """Raise ValueError listing the differences between `expected` (name → shape) and `tensors`
+    (name → tensor)."""
     faults = [f"unknown {name}" for name in tensors if name not in expected]
     faults += [f"missing {name}" for name in expected if name not in tensors]
     faults += [
@@ -531,11 +552,12 @@ def check_names(expected, tensors):
 
 
 def from_released(state_dict, heads=16, space=None, null_class=None, config=None):
-    """A network in eval mode from a state dict under the authors' released names; its shape is read off the tensors.
+    """A network in eval mode from a state dict under the authors' released names; its shape is read
+    off the tensors.
 
-    Not in the tensors: `heads`; `space` ("latent" by default for 4 channels, else "pixel"); and whether the last
-    class embedding is the null class (by default in latent space). `config`, where it is known, overrules all three.
-    Raises ValueError naming every tensor at fault."""
+    Not in the tensors: `heads`; `space` ("latent" by default for 4 channels, else "pixel"); and
+    whether the last class embedding is the null class (by default in latent space). `config`, where
+    it is known, overrules all three. Raises ValueError naming every tensor at fault."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     config = config or _released_config(shapes, heads, space, null_class)
     with torch.device("meta"):

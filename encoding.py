@@ -1,4 +1,5 @@
-"""`dimr encode`: a folder of images becomes a shard set (dataset.py), of cropped pixels or of SD-VAE latents.
+"""`dimr encode`: a folder of images becomes a shard set (dataset.py), of cropped pixels or of
+SD-VAE latents.
 
     plan.json                  what is encoded, from the first moment on
     shard-00000.safetensors    a shard, and after it
@@ -6,8 +7,9 @@
     preview.png                of latents: images beside what the VAE makes of their latents
     index.json                 all of it, last; plan and rows go then
 
-A shard is a stretch of the folder's images, made by one process, whole or not at all. Nothing else decides its bytes,
-so any number of processes, killed at any moment and started again, end with the same set."""
+A shard is a stretch of the folder's images, made by one process, whole or not at all. Nothing else
+decides its bytes, so any number of processes, killed at any moment and started again, end with the
+same set."""
 
 import contextlib
 import functools
@@ -31,19 +33,35 @@ import vae
 import weights
 from storage import UserError, read_json, sha256, write_json, writing
 
-SHARDS = 128  # about as many as there are, unless told otherwise: a kill costs each process a part of one
+# about as many as there are, unless told otherwise: a kill costs each process a part of one
+SHARDS = 128
 MOST_SHARDS = 512  # a reader holds one file descriptor for each
 PREVIEW = 4  # images in preview.png
 
 
-def encode(source, out, res, pixels=False, vae_weights="sd-vae-ft-ema", channels=None, exif=False, on_bad="error",
-           batch_size=32, shard_size=None, precision=None, device="auto", workers=None, quiet=False):  # fmt: skip
+def encode(
+    source,
+    out,
+    res,
+    pixels=False,
+    vae_weights="sd-vae-ft-ema",
+    channels=None,
+    exif=False,
+    on_bad="error",
+    batch_size=32,
+    shard_size=None,
+    precision=None,
+    device="auto",
+    workers=None,
+    quiet=False,
+):
     """Encode image folder `source`, cropped to `res`, into the shard set `out`, or go on with it.
 
-    `pixels`: store the crops (`channels` 1 or 3, None to look), else the latents of image and flip that the VAE gives
-    whose weights have that name or path. `on_bad` "skip" leaves unreadable images out. `shard_size` None makes about
-    SHARDS. Latents depend on `batch_size` (on CUDA), `precision` and the kind of device, pixels on none of them.
-    Returns a summary dict. Raises UserError; a disk too small or another set in `out` before anything is written."""
+    `pixels`: store the crops (`channels` 1 or 3, None to look), else the latents of image and flip
+    that the VAE gives whose weights have that name or path. `on_bad` "skip" leaves unreadable
+    images out. `shard_size` None makes about SHARDS. Latents depend on `batch_size` (on CUDA),
+    `precision` and the kind of device, pixels on none of them. Returns a summary dict. Raises
+    UserError; a disk too small or another set in `out` before anything is written."""
     begun, out = time.monotonic(), Path(out)
     device = torch.device("cpu") if pixels else parallel.pick_device(device)
     parallel.start(torch.device("cpu"), minutes=60 * 24 * 30)  # they only meet here and at the end
@@ -96,16 +114,26 @@ def encode(source, out, res, pixels=False, vae_weights="sd-vae-ft-ema", channels
     index, done = read_json(out / "index.json"), sum(len(shards[k]) for k in todo)
     seconds = time.monotonic() - begun
     return {
-        "out": str(out), "kind": index["kind"], "size": index["size"], "channels": index["channels"],
-        "classes": len(index["classes"]), "items": index["items"], "shards": len(index["shards"]),
-        "bytes": sum((out / row["file"]).stat().st_size for row in index["shards"]), "skipped": index["skipped"],
-        "encoded_shards": len(todo), "encoded_images": done, "seconds": round(seconds, 2),
-        "images_per_second": round(done / seconds, 2), "processes": world,
-    }  # fmt: skip
+        "out": str(out),
+        "kind": index["kind"],
+        "size": index["size"],
+        "channels": index["channels"],
+        "classes": len(index["classes"]),
+        "items": index["items"],
+        "shards": len(index["shards"]),
+        "bytes": sum((out / row["file"]).stat().st_size for row in index["shards"]),
+        "skipped": index["skipped"],
+        "encoded_shards": len(todo),
+        "encoded_images": done,
+        "seconds": round(seconds, 2),
+        "images_per_second": round(done / seconds, 2),
+        "processes": world,
+    }
 
 
 def verify(out, quiet=False):
-    """Compare every shard of a finished set with its hash. Returns a dict whose `damaged` names what does not agree."""
+    """Compare every shard of a finished set with its hash. Returns a dict whose `damaged` names
+    what does not agree."""
     out = Path(out)
     index, damaged = dataset.read_index(out), []
     for row in tqdm(index["shards"], desc="verifying", unit="shard", disable=quiet):
@@ -147,22 +175,29 @@ def _plan(folder, res, exif, shard_size):
             f"use {-(-items // MOST_SHARDS):,} or more"
         )
     return {
-        "format": dataset.FORMAT, "kind": "pixels", "size": res, "channels": folder.channels, "classes": folder.classes,
-        "source": {"items": items, "fingerprint": folder.fingerprint}, "shard_size": shard_size,
+        "format": dataset.FORMAT,
+        "kind": "pixels",
+        "size": res,
+        "channels": folder.channels,
+        "classes": folder.classes,
+        "source": {"items": items, "fingerprint": folder.fingerprint},
+        "shard_size": shard_size,
         "options": {"res": res, "exif": exif, "crop": "adm"},
-    }  # fmt: skip
+    }
 
 
 def _plan_latents(plan, name, batch_size, precision, device):
     res = plan["size"]
     if res % vae.DOWN:
         raise UserError(
-            f"--res {res}: the VAE takes multiples of {vae.DOWN}; use {max(1, res // vae.DOWN) * vae.DOWN}"
+            f"--res {res}: the VAE takes multiples of {vae.DOWN}; use "
+            f"{max(1, res // vae.DOWN) * vae.DOWN}"
         )
     path = weights.find(name)
     if not path.is_file():
         raise UserError(
-            f"--vae {name} is a folder; expected a file of SD-VAE weights (.safetensors, .ckpt, .pth)"
+            f"--vae {name} is a folder; expected a file of SD-VAE weights (.safetensors, "
+            ".ckpt, .pth)"
         )
     name = name if name in weights.ASSETS else str(path.resolve())
     plan |= {"kind": "latents", "size": res // vae.DOWN, "channels": vae.CHANNELS}
@@ -181,7 +216,10 @@ def _begin(out, plan):
     """Note the plan in `out`, or find the same one there."""
     names = (name for name in ("index.json", "plan.json") if (out / name).is_file())
     before = next((dataset.read_index(out, name) for name in names), None)
-    flat = lambda plan: {"kind": plan["kind"], **plan["options"], **plan["source"], **plan}
+
+    def flat(plan):
+        return {"kind": plan["kind"], **plan["options"], **plan["source"], **plan}
+
     if before and not _rows(out):  # nothing is lost by starting over
         _remove(out, "plan.json", "shard-*", "preview.png")
         before = None
@@ -201,24 +239,30 @@ def _begin(out, plan):
                     else f"{name} {old.get(name)}, not {new[name]}"
                 )
                 raise UserError(
-                    f"{out} was begun with {what}; give what it had, choose another --out, or delete it"
+                    f"{out} was begun with {what}; give what it had, choose another "
+                    "--out, or delete it"
                 )
     else:
         write_json(out / "plan.json", plan)
 
 
 def _check_space(out, plan, todo):
-    """Raise UserError if what is left to write does not fit, else say in a line what there is to do."""
+    """Raise UserError if what is left to write does not fit, else say in a line what there is to
+    do."""
     per_item = plan["size"] ** 2 * plan["channels"] * (1 if plan["kind"] == "pixels" else 8) + 8
     shards = _shards(plan)
     need = sum(len(shards[k]) * per_item + dataset.HEADER for k in todo)
     free = shutil.disk_usage(out).free
     if need > free:
         raise UserError(
-            f"{out} needs {_size(need)}, its disk has {_size(free)} free; free some or give another --out"
+            f"{out} needs {_size(need)}, its disk has {_size(free)} free; free some or "
+            "give another --out"
         )
     count = f"{len(todo)} of {len(shards)}" if len(todo) < len(shards) else len(shards)
-    return f"{plan['source']['items']:,} images; {count} shards to write, {_size(need)}, with {_size(free)} free"
+    return (
+        f"{plan['source']['items']:,} images; {count} shards to write, {_size(need)}, "
+        f"with {_size(free)} free"
+    )
 
 
 def _size(count):
@@ -251,7 +295,10 @@ def _is_whole(out, row):
 def _encode(out, folder, plan, numbers, coder, workers, on_bad, batch_size, progress):
     """Write the shards of these numbers and their rows."""
     shards = _shards(plan)
-    chunks = lambda k: (shards[k][i : i + batch_size] for i in range(0, len(shards[k]), batch_size))
+
+    def chunks(k):
+        return (shards[k][i : i + batch_size] for i in range(0, len(shards[k]), batch_size))
+
     steps = (
         (np.asarray(items), np.zeros(len(items), bool)) for k in numbers for items in chunks(k)
     )
@@ -272,7 +319,8 @@ def _encode(out, folder, plan, numbers, coder, workers, on_bad, batch_size, prog
             if coder and not data.isfinite().all():
                 where = f"{folder.paths[items[0]]} … {folder.paths[items[-1]]}"
                 raise UserError(
-                    f"latents beyond half precision among {where}; are {plan['vae']} the right weights?"
+                    f"latents beyond half precision among {where}; are {plan['vae']} the "
+                    "right weights?"
                 )
             yield data.numpy(), labels.numpy()
 
@@ -302,9 +350,9 @@ def _write_shard(path, plan, batches):
 
 
 class Coder:
-    """The VAE on uint8 images (B, 3, H, W). The shape that is computed never changes, nor then which kernels are chosen
-    and how they round: on a CPU every image is one thread's, as many at once as PyTorch has threads; elsewhere a batch
-    is filled up to `batch_size`."""
+    """The VAE on uint8 images (B, 3, H, W). The shape that is computed never changes, nor then
+    which kernels are chosen and how they round: on a CPU every image is one thread's, as many at
+    once as PyTorch has threads; elsewhere a batch is filled up to `batch_size`."""
 
     def __init__(self, model, batch_size):
         self.model, self.batch_size = model, batch_size
@@ -350,7 +398,8 @@ def _load_vae(plan, device):
     path = weights.find(plan["vae"])
     if sha256(path) != plan["vae_sha256"]:
         raise UserError(
-            f"{path} is not the VAE that {plan['vae']} was at the start; use one file for all processes"
+            f"{path} is not the VAE that {plan['vae']} was at the start; use one file "
+            "for all processes"
         )
     try:
         model = vae.load(path, device)
@@ -369,16 +418,20 @@ def _finish(out, folder, plan, coder):
         raise UserError(f"{folder.root} holds no readable image; the first: {first}")
     labels = np.concatenate([dataset.map_shard(out / row["file"])[1] for row in rows])
     index = {
-        **plan, "items": items, "counts": np.bincount(labels, minlength=len(plan["classes"])).tolist(),
-        "skipped": skipped, "shards": rows,
-    }  # fmt: skip
+        **plan,
+        "items": items,
+        "counts": np.bincount(labels, minlength=len(plan["classes"])).tolist(),
+        "skipped": skipped,
+        "shards": rows,
+    }
     if plan["kind"] == "latents":
         pictures.save(_preview(out, folder, index, coder), out / "preview.png")
     write_json(out / "index.json", index)
 
 
 def _preview(out, folder, index, coder):
-    """A PIL image: PREVIEW images, evenly spaced over the set, each followed by its decoded latent mean."""
+    """A PIL image: PREVIEW images, evenly spaced over the set, each followed by its decoded latent
+    mean."""
     stored = np.delete(np.arange(len(folder)), [entry["item"] for entry in index["skipped"]])
     starts = np.cumsum([0] + [row["count"] for row in index["shards"]])
     pairs = []

@@ -1,7 +1,9 @@
-"""Evaluation as ADM's suite does it (paper, Sec. 5.1): images, or a network that draws them, against a reference.
+"""Evaluation as ADM's suite does it (paper, Sec. 5.1): images, or a network that draws them,
+against a reference.
 
-Features come from one pass over the images and are cached by content: what was measured once is not measured again. The
-images may be spread over processes by torchrun, and a generation that was interrupted goes on where it stopped."""
+Features come from one pass over the images and are cached by content: what was measured once is not
+measured again. The images may be spread over processes by torchrun, and a generation that was
+interrupted goes on where it stopped."""
 
 import contextlib
 import dataclasses
@@ -60,7 +62,8 @@ NAMES = {
     "kid_deviation": "KID (sd)",
 }
 
-# Published results by variant: (what, {metric: value}). Tables 5 to 7 of the paper, and the release's page for g2r.
+# Published results by variant: (what, {metric: value}). Tables 5 to 7 of the paper, and the
+# release's page for g2r.
 PAPER = {
     "m3r": [
         ("no guidance", {"fid": 3.65, "inception_score": 42.41, "precision": 0.74, "recall": 0.59})
@@ -105,12 +108,13 @@ def _foreseen():
         raise UserError(str(error)) from None
 
 
-# ------------------------------------------------------------------------------------------- extractors
+# --------------------------------------------------------------------------------------- extractors
 
 
 @dataclasses.dataclass
 class Extractor:
-    """Images uint8 (N, H, W, 3) on `device` → (pool (N, D), spatial (N, 2023) or None, logits (N, 1008) or None)."""
+    """Images uint8 (N, H, W, 3) on `device` → (pool (N, D), spatial (N, 2023) or None, logits (N,
+    1008) or None)."""
 
     function: object
     device: torch.device
@@ -145,7 +149,8 @@ def inception(source="inception", device="cpu"):
 
 
 def custom(spec, device="cpu"):
-    """An extractor from `module:function`, which maps uint8 images (N, H, W, 3) to features (N, D)."""
+    """An extractor from `module:function`, which maps uint8 images (N, H, W, 3) to features (N,
+    D)."""
     module, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(
@@ -174,12 +179,13 @@ def custom(spec, device="cpu"):
     return Extractor(extract, torch.device(device), f"features of {spec}", f"custom {spec}", False)
 
 
-# ------------------------------------------------------------------------------ what is known of a set
+# --------------------------------------------------------------------------- what is known of a set
 
 
 @dataclasses.dataclass
 class Measured:
-    """What the features of a set of images come to. As a file: the cache's, and that of `dimr eval stats`."""
+    """What the features of a set of images come to. As a file: the cache's, and that of `dimr eval
+    stats`."""
 
     source: str
     sha256: str  # of the images, or of how they were generated
@@ -221,8 +227,9 @@ class Measured:
 class Collector:
     """Turns features, batch by batch and on several processes, into `Measured`.
 
-    `keep`: how many images' features are kept, chosen by a seed where that isn't all. `mixed`: whether a seed permutes
-    the images over the Inception Score's splits, because their order means nothing."""
+    `keep`: how many images' features are kept, chosen by a seed where that isn't all. `mixed`:
+    whether a seed permutes the images over the Inception Score's splits, because their order means
+    nothing."""
 
     def __init__(self, count, device, keep=None, mixed=False):
         order = dataset.Order(count, ORDER_SEED).permutation(0)
@@ -284,7 +291,8 @@ class Collector:
 
 
 def _sortedness(classes):
-    """(p − q) / (1 − q), where p is the share of neighbours of one class and q that among any two images."""
+    """(p − q) / (1 − q), where p is the share of neighbours of one class and q that among any two
+    images."""
     share = torch.bincount(classes).double() / len(classes)
     by_chance = float((share**2).sum())
     neighbours = (
@@ -294,7 +302,8 @@ def _sortedness(classes):
 
 
 def _collect(collector, items, quiet, what, **about):
-    """Feed this process's `items` (numbers, features), join with the others'; `Measured` on rank 0, else None."""
+    """Feed this process's `items` (numbers, features), join with the others'; `Measured` on rank 0,
+    else None."""
     with tqdm(
         total=collector.count,
         desc=what,
@@ -322,8 +331,9 @@ def _place(key):
 
 
 def _cached(path, compute, source):
-    """The `Measured` at `path` on rank 0, else None, computed and written there if it is not (path None: not written).
-    A damaged file is replaced, and one that can't be written costs no result."""
+    """The `Measured` at `path` on rank 0, else None, computed and written there if it is not (path
+    None: not written). A damaged file is replaced, and one that can't be written costs no
+    result."""
     found = None
     if path and path.is_file() and parallel.is_main():
         with contextlib.suppress(UserError):
@@ -343,7 +353,8 @@ def _cached(path, compute, source):
 
 
 def measure(images, extractor, keep=None, batch_size=None, quiet=False):
-    """`Measured` of an image set on rank 0, else None: each process extracts its share. Cached by content."""
+    """`Measured` of an image set on rank 0, else None: each process extracts its share. Cached by
+    content."""
     digest = parallel.broadcast(images.digest if parallel.is_main() else None)
     path = (
         _place(["images", FORMAT, digest, images.size, keep, extractor.identity])
@@ -363,7 +374,10 @@ def measure(images, extractor, keep=None, batch_size=None, quiet=False):
             imagesets.workers(images, size),
             pin=extractor.device.type == "cuda",
         )
-        items = ((stretch, extractor(batch[0])) for stretch, batch in zip(stretches, batches))
+        items = (
+            (stretch, extractor(batch[0]))
+            for stretch, batch in zip(stretches, batches, strict=True)
+        )
         return _collect(
             Collector(len(images), extractor.device, keep, not images.ordered),
             items,
@@ -382,9 +396,9 @@ def measure(images, extractor, keep=None, batch_size=None, quiet=False):
 def generate(generator, count, settings, extractor, batch_size=None, resumable=True, quiet=False):
     """`Measured` of `count` images that a sampling.Generator draws on rank 0, else None.
 
-    Image i has class i mod K and seed i. None is written. `resumable` notes each batch's features in the cache folder
-    until all are there, so an interrupted call goes on, on any number of processes, and ends with the same numbers to
-    the last bit."""
+    Image i has class i mod K and seed i. None is written. `resumable` notes each batch's features
+    in the cache folder until all are there, so an interrupted call goes on, on any number of
+    processes, and ends with the same numbers to the last bit."""
     settings = settings.resolved(generator.config)
     batch_size = min(count, batch_size or sampling.BATCH_SIZE[generator.device.type])
     classes, total = (
@@ -398,7 +412,8 @@ def generate(generator, count, settings, extractor, batch_size=None, resumable=T
     }
     key = json.dumps([count, batch_size, plan])
     about = {
-        "source": f"{generator.source}, cfg {settings.cfg:g}, {settings.solver}, {settings.steps} NFE",
+        "source": f"{generator.source}, cfg {settings.cfg:g}, {settings.solver}, "
+        f"{settings.steps} NFE",
         "sha256": hashlib.sha256(key.encode()).hexdigest(),
         "size": generator.pixels,
         "extractor": extractor.name,
@@ -440,8 +455,8 @@ def generate(generator, count, settings, extractor, batch_size=None, resumable=T
                     bar_format=sampling.BAR,
                 )
             )
-            for k, (_, found) in zip(mine, features(mine, bar)):
-                save_tensors(note(k), dict(zip(FEATURES, found)))
+            for k, (_, found) in zip(mine, features(mine, bar), strict=True):
+                save_tensors(note(k), dict(zip(FEATURES, found, strict=True)))
             parallel.barrier()
             if not parallel.is_main():
                 return None
@@ -450,7 +465,8 @@ def generate(generator, count, settings, extractor, batch_size=None, resumable=T
             ):
                 if not note(k).is_file():
                     raise UserError(
-                        f"{note(k)} is missing: all processes must share the cache; set DIMR_HOME to a "
+                        f"{note(k)} is missing: all processes must share the cache; set "
+                        "DIMR_HOME to a "
                         "folder that they can reach"
                     )
                 found, _ = load_tensors(note(k))
@@ -473,20 +489,22 @@ def _check_space(folder, count):
         )
 
 
-# ------------------------------------------------------------------------------------------ references
+# --------------------------------------------------------------------------------------- references
 
 
 def reference(
     source, res=None, exif=False, *, extractor, with_features=False, batch_size=None, quiet=False
 ):
-    """The `Measured` that `source` stands for on rank 0, else None: ADM's `.npz` (by name or path), a file that `dimr
-    eval stats` wrote, or images. `with_features`: whether pool features are needed too. Raises UserError."""
+    """The `Measured` that `source` stands for on rank 0, else None: ADM's `.npz` (by name or path),
+    a file that `dimr eval stats` wrote, or images. `with_features`: whether pool features are
+    needed too. Raises UserError."""
     path = weights.find(str(source))
     if path.suffix == ".safetensors":
         found = Measured.load(path)
         if found.identity != extractor.identity:
             raise UserError(
-                f"{source} was made with {found.extractor}, not with {extractor.name}; make it anew with "
+                f"{source} was made with {found.extractor}, not with {extractor.name}; "
+                "make it anew with "
                 "dimr eval stats"
             )
         return found if parallel.is_main() else None
@@ -502,7 +520,8 @@ def _adm(path, names, extractor, with_features, batch_size, quiet):
     """A reference under ADM's names: mu and sigma, perhaps mu_s and sigma_s, perhaps images."""
     if not extractor.standard:
         raise UserError(
-            f"{path} holds statistics of the {STANDARD}, not of {extractor.name}; give images as --ref"
+            f"{path} holds statistics of the {STANDARD}, not of {extractor.name}; give "
+            "images as --ref"
         )
     images = imagesets.Npz(path) if "arr_0" in names else None
     measured = (
@@ -538,9 +557,9 @@ def class_names(path):
 
 
 def fitting_reference(run, num_classes, classes, size):
-    """(REF, res, exif) for images of `size` pixels from a network of run folder `run` (or None): ADM's name if it knows
-    ImageNet's 1000 classes, by number alone or by identifier, else the images that the run was trained on. Raises
-    UserError."""
+    """(REF, res, exif) for images of `size` pixels from a network of run folder `run` (or None):
+    ADM's name if it knows ImageNet's 1000 classes, by number alone or by identifier, else the
+    images that the run was trained on. Raises UserError."""
     of_imagenet = num_classes == 1000 and list(classes) in (
         [],
         [wnid for wnid, _ in imagenet_names.CLASSES],
@@ -560,12 +579,13 @@ def fitting_reference(run, num_classes, classes, size):
                 if images.fingerprint == index["source"]["fingerprint"]:
                     return folder, size, index["options"]["exif"]
     raise UserError(
-        "nothing says what to compare with; give --ref: the training images (with --res), a file that dimr "
+        "nothing says what to compare with; give --ref: the training images (with "
+        "--res), a file that dimr "
         "eval stats wrote from them, ADM's .npz, or imagenet64, imagenet256, imagenet512"
     )
 
 
-# ------------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
 
 
 def newest_balanced(root=sampling.ROOT):
@@ -577,12 +597,14 @@ def newest_balanced(root=sampling.ROOT):
 
 
 def check_fair(images):
-    """Raise UserError if the images show but one of the classes that their network knows: no fair set."""
+    """Raise UserError if the images show but one of the classes that their network knows: no fair
+    set."""
     known, weights_file = images.about.get("num_classes", 1), images.about.get("source")
     if known > 1 and images.labels is not None and len(np.unique(images.labels)) == 1:
         found = f"{len(images):,} images of class {images.labels[0]} alone"
         raise UserError(
-            f"{images.path} holds {found}, and the reference has {known:,} classes; make a fair set: "
+            f"{images.path} holds {found}, and the reference has {known:,} classes; make "
+            "a fair set: "
             f"dimr sample --balanced -n {COUNT} --weights {weights_file}"
         )
 
@@ -591,18 +613,20 @@ def check_held(keys, reference):
     """Raise UserError if the reference lacks what one of the metrics needs."""
     if "sfid" in keys and reference.spatial_mean is None:
         raise UserError(
-            f"{reference.source} holds no mu_s and sigma_s, which sfid needs; give ADM's .npz or images"
+            f"{reference.source} holds no mu_s and sigma_s, which sfid needs; give ADM's "
+            ".npz or images"
         )
     if keys & {"kid", "precision"} and reference.features is None:
         raise UserError(
-            f"{reference.source} holds statistics alone, enough for fid and sfid; precision, recall and "
+            f"{reference.source} holds statistics alone, enough for fid and sfid; "
+            "precision, recall and "
             "kid need ADM's .npz, a file that dimr eval stats wrote, or images as --ref"
         )
 
 
 def compare(metrics, samples, against):
-    """{key: value} of METRICS[metrics] for `samples` against the reference `against`, two `Measured`. The latter is
-    None where only the Inception Score is asked for."""
+    """{key: value} of METRICS[metrics] for `samples` against the reference `against`, two
+    `Measured`. The latter is None where only the Inception Score is asked for."""
     keys, result = METRICS[metrics], {}
     with _foreseen():
         if "fid" in keys:
@@ -633,30 +657,45 @@ def remarks(metrics, samples, against):
     for what, one in (("samples", samples), ("reference images", against)):
         if one and one.count and one.count < len(one.mean) and keys != ["inception_score"]:
             lines.append(
-                f"{one.count:,} {what} are fewer than the {len(one.mean):,} features: distances are biased upwards"
+                f"{one.count:,} {what} are fewer than the {len(one.mean):,} features: "
+                "distances are biased upwards"
             )
     if samples.count != COUNT:
         lines.append(f"published numbers are of {COUNT:,} samples, these of {samples.count:,}")
     if against and against.size and samples.size and against.size != samples.size:
         lines.append(
-            f"samples are {samples.size}×{samples.size}, reference images {against.size}×{against.size}"
+            f"samples are {samples.size}×{samples.size}, reference images "
+            f"{against.size}×{against.size}"
         )
     if "inception_score" in keys and (samples.sortedness or 0) > 0.3:
         lines.append(
-            "the samples seem to be sorted by class: splits of 5,000 then hold few classes each, and this "
+            "the samples seem to be sorted by class: splits of 5,000 then hold few "
+            "classes each, and this "
             "Inception Score compares with none; shuffle them"
         )
     return lines
 
 
-def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, generator=None, count=COUNT,
-             settings=None, quiet=False):  # fmt: skip
-    """Measure the image set `samples` (imagesets), or what `generator` draws, as METRICS[metrics] says, against `ref`
-    (None: the one that fits). Returns a dict for programs on rank 0, else None. Raises UserError."""
+def evaluate(
+    metrics,
+    samples,
+    extractor,
+    ref=None,
+    res=None,
+    batch_size=None,
+    generator=None,
+    count=COUNT,
+    settings=None,
+    quiet=False,
+):
+    """Measure the image set `samples` (imagesets), or what `generator` draws, as METRICS[metrics]
+    says, against `ref` (None: the one that fits). Returns a dict for programs on rank 0, else None.
+    Raises UserError."""
     keys = set(METRICS[metrics])
     if not extractor.cached and keys & {"sfid", "inception_score"}:
         raise UserError(
-            f"{extractor.name} are no Inception's: sfid, is and all need its spatial features and logits; "
+            f"{extractor.name} are no Inception's: sfid, is and all need its spatial "
+            "features and logits; "
             "leave out --features, or ask for fid, pr or kid"
         )
     if samples:
@@ -698,8 +737,9 @@ def evaluate(metrics, samples, extractor, ref=None, res=None, batch_size=None, g
 
 
 def watch(run, config, classes, extractor, count, ref=None):
-    """A function from a sampling.Generator to the FID of `count` unguided images, for a training run in folder `run`
-    that keeps an eye on it: {"fid": …, "fid_images": count} on rank 0, {} on the others. Raises UserError."""
+    """A function from a sampling.Generator to the FID of `count` unguided images, for a training
+    run in folder `run` that keeps an eye on it: {"fid": …, "fid_images": count} on rank 0, {} on
+    the others. Raises UserError."""
     res, exif = None, False
     if ref is None:  # rank 0 alone knows that the run folder is written
         size = config.size * (1 if config.space == "pixel" else 8)
@@ -735,7 +775,8 @@ def describe(one):
 
 
 def label(samples):
-    """What FID and sFID are marked with: 50K, 10K, or the very number of images, and the extractor if it is another."""
+    """What FID and sFID are marked with: 50K, 10K, or the very number of images, and the extractor
+    if it is another."""
     count = f"{samples.count // 1000}K" if samples.count % 1000 == 0 else f"{samples.count}"
     return count if samples.extractor == STANDARD else f"{count}, {samples.extractor}"
 
@@ -752,7 +793,8 @@ def table(result, variant=None):
             if key in values
         ]
         lines.append(
-            f"{name:{max(map(len, names.values()))}} {result[key]:12.{5 if key.startswith('kid') else 4}f}"
+            f"{name:{max(map(len, names.values()))}} "
+            f"{result[key]:12.{5 if key.startswith('kid') else 4}f}"
             + (f"   paper, {variant}: {', '.join(published)}" if published else "")
         )
     for what in ("samples", "reference"):

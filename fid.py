@@ -1,14 +1,15 @@
-"""FID and its relatives, as ADM's TensorFlow suite computes them (paper, Sec. 5.1). It stands alone.
+"""FID and its relatives, as ADM's TensorFlow suite computes them (paper, Sec. 5.1). It stands
+alone.
 
     inception = load("pt_inception-2015-12-05-6726825d.pth")
-    pool, spatial, logits = inception(images)                   # images: (N, H, W, 3) uint8
+    pool, spatial, logits = inception(images)     # images: (N, H, W, 3) uint8
     statistics = Statistics(POOL)
-    statistics.add(pool)                                        # batch by batch; merge() joins processes
+    statistics.add(pool)                          # batch by batch; merge() joins processes
     frechet_distance(statistics.mean, statistics.covariance, mu, sigma)
 
-FID: Heusel et al., arXiv:1706.08500; sFID: Nash et al., arXiv:2103.03841; Inception Score: Salimans et al.,
-arXiv:1606.03498; KID: Bińkowski et al., arXiv:1801.01401; precision and recall: Kynkäänniemi et al., arXiv:1904.06991;
-density and coverage: Naeem et al., arXiv:2002.09797."""
+FID: Heusel et al., arXiv:1706.08500; sFID: Nash et al., arXiv:2103.03841; Inception Score: Salimans
+et al., arXiv:1606.03498; KID: Bińkowski et al., arXiv:1801.01401; precision and recall:
+Kynkäänniemi et al., arXiv:1904.06991; density and coverage: Naeem et al., arXiv:2002.09797."""
 
 from zipfile import is_zipfile
 
@@ -18,15 +19,16 @@ import torch.nn.functional as F
 from scipy.linalg.lapack import dpstrf
 from torch import nn
 
-# ------------------------------------------------------------------------------------------- Inception
+# ---------------------------------------------------------------------------------------- Inception
 
 SIDE = 299  # pixels
 POOL, SPATIAL, LOGITS = 2048, 17 * 17 * 7, 1008  # features per image
 EPS = 1e-3  # of batch norm
 NORM = ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 
-# The mixed blocks: a row is (name in the pytorch-fid file, what it reads, channels out, kernel). "x" is the block's
-# input and "pool" a 3×3 pooling of it. A block's output joins, in this order, all that no row reads.
+# The mixed blocks: a row is (name in the pytorch-fid file, what it reads, channels out, kernel).
+# "x" is the block's input and "pool" a 3×3 pooling of it. A block's output joins, in this order,
+# all that no row reads.
 
 
 def _mixed_5(pool):
@@ -111,7 +113,8 @@ class Conv(nn.Conv2d):
 
 
 class Mixed(nn.Module):
-    """Several small stacks of convolutions side by side, their outputs joined along the channels."""
+    """Several small stacks of convolutions side by side, their outputs joined along the
+    channels."""
 
     def __init__(self, channels, pool, rows):
         super().__init__()
@@ -134,10 +137,12 @@ class Mixed(nn.Module):
 
 
 class Inception(nn.Module):
-    """The Inception network of 2015 that FID is defined by, with the TensorFlow graph's resize and pools.
+    """The Inception network of 2015 that FID is defined by, with the TensorFlow graph's resize and
+    pools.
 
-    `inception(images)`: images (N, H, W, 3) uint8 → pool features (N, 2048); spatial ones (N, 2023), the first 7
-    channels of Mixed_6d, channel last; and logits (N, 1008) without their bias, as the Inception Score takes them."""
+    `inception(images)`: images (N, H, W, 3) uint8 → pool features (N, 2048); spatial ones (N,
+    2023), the first 7 channels of Mixed_6d, channel last; and logits (N, 1008) without their bias,
+    as the Inception Score takes them."""
 
     def __init__(self):
         super().__init__()
@@ -171,7 +176,8 @@ class Inception(nn.Module):
 
 
 def resize(images, side):
-    """TensorFlow 1's bilinear resize of images (N, H, W, C) to float32 (N, C, side, side), channels last in memory.
+    """TensorFlow 1's bilinear resize of images (N, H, W, C) to float32 (N, C, side, side), channels
+    last in memory.
 
     Output pixel i lies at i · H / side of the input: no half-pixel centres, no antialiasing."""
     for axis in (2, 1):
@@ -186,7 +192,8 @@ def resize(images, side):
 
 
 def from_state_dict(state_dict):
-    """The Inception network of a state dict under pytorch-fid's names, batch norms folded into convolutions.
+    """The Inception network of a state dict under pytorch-fid's names, batch norms folded into
+    convolutions.
 
     Raises ValueError naming tensors that are missing, unknown or of another shape."""
     inception = Inception()
@@ -226,7 +233,8 @@ def from_state_dict(state_dict):
 
 
 def load(path, device="cpu"):
-    """The Inception network in pytorch-fid's weights file; nothing in it is run. Raises ValueError for another file."""
+    """The Inception network in pytorch-fid's weights file; nothing in it is run. Raises ValueError
+    for another file."""
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except OSError:
@@ -246,14 +254,15 @@ def load(path, device="cpu"):
         raise ValueError(f"{path}: {error}") from None
 
 
-# --------------------------------------------------------------------------------------------- FID, sFID
+# ---------------------------------------------------------------------------------------- FID, sFID
 
 
 class Statistics:
     """Mean and covariance of feature vectors, float64, in one pass and with flat memory.
 
-    Rows are folded in blocks of BLOCK, so the result doesn't depend on how they were batched; `merge` takes in what
-    another process saw. `count` rows so far; `mean` (D,) and `covariance` (D, D, divided by count − 1) are tensors."""
+    Rows are folded in blocks of BLOCK, so the result doesn't depend on how they were batched;
+    `merge` takes in what another process saw. `count` rows so far; `mean` (D,) and `covariance` (D,
+    D, divided by count − 1) are tensors."""
 
     BLOCK = 1024
 
@@ -320,9 +329,9 @@ class Statistics:
 def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
     """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of arrays or tensors (D,), (D, D), as a float.
 
-    With Σ₁ = A Aᵀ, Σ₁ Σ₂ has the eigenvalues of the symmetric Aᵀ Σ₂ A besides zeros. A is Cholesky's factor with
-    pivoting and has as many columns as Σ₁ has rank, so fewer images than features cost no accuracy, and less time.
-    Raises ValueError."""
+    With Σ₁ = A Aᵀ, Σ₁ Σ₂ has the eigenvalues of the symmetric Aᵀ Σ₂ A besides zeros. A is
+    Cholesky's factor with pivoting and has as many columns as Σ₁ has rank, so fewer images than
+    features cost no accuracy, and less time. Raises ValueError."""
     (mean_1, covariance_1), (mean_2, covariance_2) = (
         _moments(mean_1, covariance_1),
         _moments(mean_2, covariance_2),
@@ -364,14 +373,16 @@ def _cholesky(covariance):
     return factor
 
 
-# --------------------------------------------------------------------------------------- Inception Score
+# ---------------------------------------------------------------------------------- Inception Score
 
 
 class InceptionScore:
-    """exp of the mean divergence of p(class | image) from its mean over a split, averaged over splits.
+    """exp of the mean divergence of p(class | image) from its mean over a split, averaged over
+    splits.
 
-    Image number i belongs to split i // `split` whenever it is added, so any batching and any number of processes
-    (`merge`) give one score. A split that is sorted by class can't score above its number of classes."""
+    Image number i belongs to split i // `split` whenever it is added, so any batching and any
+    number of processes (`merge`) give one score. A split that is sorted by class can't score above
+    its number of classes."""
 
     def __init__(self, split=5000):
         self.split, self.splits = split, {}  # split → (images, sum of p (C,), sum of p log p)
@@ -392,7 +403,9 @@ class InceptionScore:
 
     def _join(self, k, *sums):
         self.splits[k] = (
-            tuple(a + b for a, b in zip(self.splits[k], sums)) if k in self.splits else sums
+            tuple(a + b for a, b in zip(self.splits[k], sums, strict=True))
+            if k in self.splits
+            else sums
         )
 
     @property
@@ -404,13 +417,15 @@ class InceptionScore:
         return float(np.mean(scores))
 
 
-# ------------------------------------------------------------- KID, precision, recall, density, coverage
+# -------------------------------------------------------- KID, precision, recall, density, coverage
 
 
 def kernel_distance(features_1, features_2, subsets=100, size=1000, seed=2020):
-    """KID: mean and standard deviation over random subsets of the unbiased squared MMD with kernel (x·y / D + 1)³.
+    """KID: mean and standard deviation over random subsets of the unbiased squared MMD with kernel
+    (x·y / D + 1)³.
 
-    The subsets are those that torch-fidelity draws from the same seed. Sets smaller than `size` are taken whole."""
+    The subsets are those that torch-fidelity draws from the same seed. Sets smaller than `size` are
+    taken whole."""
     size, draw = min(size, len(features_1), len(features_2)), np.random.RandomState(seed)
     if size < 2:
         raise ValueError("KID needs at least 2 images on either side")
@@ -430,11 +445,13 @@ def _kernel(x, y):
 
 
 def manifold_metrics(real, fake, k=3, k_density=5, chunk=2048, progress=iter):
-    """Precision, recall, density and coverage of `fake` against `real` features (N, D), (M, D), as a dict.
+    """Precision, recall, density and coverage of `fake` against `real` features (N, D), (M, D), as
+    a dict.
 
-    A ball reaches from each point to its k-th nearest other point of the same set (k_density for density and coverage,
-    as their papers have it). Distances are Euclidean, float32, by blocks of `chunk` × `chunk`. `progress` wraps the
-    iterables over blocks. Raises ValueError for sets of k points or fewer."""
+    A ball reaches from each point to its k-th nearest other point of the same set (k_density for
+    density and coverage, as their papers have it). Distances are Euclidean, float32, by blocks of
+    `chunk` × `chunk`. `progress` wraps the iterables over blocks. Raises ValueError for sets of k
+    points or fewer."""
     most = max(k, k_density)
     if min(len(real), len(fake)) <= most:
         counts = f"{len(real)} and {len(fake)}"
@@ -471,7 +488,8 @@ def manifold_metrics(real, fake, k=3, k_density=5, chunk=2048, progress=iter):
 
 
 def _nearest(points, k, chunk, progress):
-    """Squared distances (N, k), ascending, from each point to its k nearest others. A pair of blocks is seen once."""
+    """Squared distances (N, k), ascending, from each point to its k nearest others. A pair of
+    blocks is seen once."""
     nearest = points.new_full((len(points), k), torch.inf)
 
     def update(rows, distances):

@@ -1,8 +1,9 @@
-"""How much generated images are distorted (paper, Sec. 5.3): a classifier marks the images of low fidelity, people
-look at those, and the distortion rate is what they say.
+"""How much generated images are distorted (paper, Sec. 5.3): a classifier marks the images of low
+fidelity, people look at those, and the distortion rate is what they say.
 
-The classifier is ViT-B/16 (Dosovitskiy et al., arXiv:2010.11929) under timm's weight names. Its preprocessing is that
-of timm's `augreg` weights: bicubic with antialiasing to ⌊224 / 0.9⌋ = 248 pixels, centre crop to 224, [-1, 1]."""
+The classifier is ViT-B/16 (Dosovitskiy et al., arXiv:2010.11929) under timm's weight names. Its
+preprocessing is that of timm's `augreg` weights: bicubic with antialiasing to ⌊224 / 0.9⌋ = 248
+pixels, centre crop to 224, [-1, 1]."""
 
 import csv
 import math
@@ -33,7 +34,7 @@ TRUTHS = {"1": True, "0": False, "yes": True, "no": False, "true": True, "false"
 BATCH_SIZE = {"cuda": 256, "mps": 32, "cpu": 16}
 
 
-# ---------------------------------------------------------------------------------------- the classifier
+# ----------------------------------------------------------------------------------- the classifier
 
 
 class Attention(nn.Module):
@@ -79,7 +80,8 @@ class ViT(nn.Module):
 
 
 def from_state_dict(tensors):
-    """The classifier, in eval mode, whose tensors have timm's names; its shape is read off them. Raises ValueError."""
+    """The classifier, in eval mode, whose tensors have timm's names; its shape is read off them.
+    Raises ValueError."""
     try:
         dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
         side = math.isqrt(tensors["pos_embed"].shape[1] - 1) * patch
@@ -105,9 +107,11 @@ def load(source="vit-b16", device="cpu"):
 
 
 def prepare(images, side):
-    """Square images uint8 (N, H, W, 3) on the CPU as the classifier takes them: (N, 3, side, side) in [-1, 1].
+    """Square images uint8 (N, H, W, 3) on the CPU as the classifier takes them: (N, 3, side, side)
+    in [-1, 1].
 
-    Resizing uint8 rounds after each axis as Pillow does, which made what the weights were trained on."""
+    Resizing uint8 rounds after each axis as Pillow does, which made what the weights were trained
+    on."""
     resized = math.floor(side / CROP)
     x = F.interpolate(
         images.permute(0, 3, 1, 2), (resized, resized), mode="bicubic", antialias=True
@@ -116,18 +120,20 @@ def prepare(images, side):
     return x[..., start : start + side, start : start + side] / 127.5 - 1
 
 
-# ------------------------------------------------------------------------------------------ low fidelity
+# ------------------------------------------------------------------------------------- low fidelity
 
 
 def mark(images, classifier, digest, out, threshold=THRESHOLD, batch_size=None, quiet=False):
     """Mark those of `images` (imagesets) whose intended class has a probability under `threshold`.
 
-    Writes into folder `out` marked.csv (image, class, name, probability) and contact sheets of the marked ones. Returns
-    a dict with their `share` and a row per class. Raises UserError where the intended classes are not known."""
+    Writes into folder `out` marked.csv (image, class, name, probability) and contact sheets of the
+    marked ones. Returns a dict with their `share` and a row per class. Raises UserError where the
+    intended classes are not known."""
     labels, known, out = images.labels, classifier.head.out_features, Path(out)
     if labels is None:
         raise UserError(
-            f"{images.path} doesn't say which class each image was meant to show; expected what sample "
+            f"{images.path} doesn't say which class each image was meant to show; "
+            "expected what sample "
             "wrote, an .npz with arr_1, or one folder per class"
         )
     own = images.about.get("num_classes", known)
@@ -155,7 +161,7 @@ def mark(images, classifier, digest, out, threshold=THRESHOLD, batch_size=None, 
         torch.inference_mode(),
         tqdm(total=len(images), desc="classifying", unit="img", disable=quiet or None) as bar,
     ):
-        for stretch, (pixels, *_) in zip(stretches, batches):
+        for stretch, (pixels, *_) in zip(stretches, batches, strict=True):
             logits = classifier(prepare(pixels, classifier.side).to(device))
             probabilities[stretch] = logits.softmax(1).cpu()[range(len(stretch)), labels[stretch]]
             for i in stretch[probabilities[stretch] < threshold]:
@@ -211,25 +217,29 @@ def table(result, rows=20):
         f"{'class':>6}  {'name':30} {'marked':>7} {'of':>6} {'share':>7}",
     ]
     lines += [
-        f"{row['class']:6}  {row['name'][:30]:30} {row['marked']:7} {row['images']:6} {row['share']:7.1%}"
+        f"{row['class']:6}  {row['name'][:30]:30} {row['marked']:7} {row['images']:6} "
+        f"{row['share']:7.1%}"
         for row in worst[:rows]
     ]
     if len(worst) > rows:
         lines.append(f"        … and {len(worst) - rows} more classes; --json lists all")
     lines.append(
-        f"marked images: {result['out']}/marked.csv and {len(result['sheets'])} contact sheets beside it"
+        f"marked images: {result['out']}/marked.csv and {len(result['sheets'])} contact "
+        "sheets beside it"
     )
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------- distortion rate
+# ---------------------------------------------------------------------------------- distortion rate
 
 
 def distortion(path):
-    """The distortion rate that people's votes give: the mean over people of the share of images they call distorted.
+    """The distortion rate that people's votes give: the mean over people of the share of images
+    they call distorted.
 
-    `path`: CSV with the columns image, person, distorted (1/0, yes/no, true/false). The interval is Student's t over
-    people, who are few; None for one person. Returns a dict. Raises UserError naming the line at fault."""
+    `path`: CSV with the columns image, person, distorted (1/0, yes/no, true/false). The interval is
+    Student's t over people, who are few; None for one person. Returns a dict. Raises UserError
+    naming the line at fault."""
     votes = {}  # person → image → distorted
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -246,12 +256,14 @@ def distortion(path):
                 if not image or not person or vote.lower() not in TRUTHS:
                     found = f"image {image!r}, person {person!r}, distorted {vote!r}"
                     raise UserError(
-                        f"{path}, line {rows.line_num}: {found}; expected a name, a name, and one of "
+                        f"{path}, line {rows.line_num}: {found}; expected a name, a "
+                        "name, and one of "
                         f"{', '.join(TRUTHS)}"
                     )
                 if image in votes.setdefault(person, {}):
                     raise UserError(
-                        f"{path}, line {rows.line_num}: {person} has judged {image} before; keep one vote"
+                        f"{path}, line {rows.line_num}: {person} has judged {image} "
+                        "before; keep one vote"
                     )
                 votes[person][image] = float(TRUTHS[vote.lower()])
     except FileNotFoundError:

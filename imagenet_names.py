@@ -1,7 +1,7 @@
 """The 1000 classes of ImageNet-1k: WordNet identifiers and names, in the order of their indices.
 
-`find("giant panda")` is 388. Names and identifiers are those of WordNet 3.0 (Princeton University, 2006), whose
-identifiers, sorted, give the indices: also the order of sorted folder names."""
+`find("giant panda")` is 388. Names and identifiers are those of WordNet 3.0 (Princeton University,
+2006), whose identifiers, sorted, give the indices: also the order of sorted folder names."""
 
 import difflib
 import functools
@@ -12,9 +12,11 @@ SHOWN = 5  # suggestions in an error
 
 
 def find(text):
-    """Index of the class with this name or WordNet identifier; case, spaces, hyphens and underscores don't matter.
+    """Index of the class with this name or WordNet identifier; case, spaces, hyphens and
+    underscores don't matter.
 
-    Raises UserError listing the candidates where the name is that of several classes, or near ones where of none."""
+    Raises UserError listing the candidates where the name is that of several classes, or near ones
+    where of none."""
     known, plain = _indices(), _plain(text)
     found = known.get(plain, ())
     if len(found) == 1:

@@ -1,8 +1,10 @@
-"""Sets of images to judge: an `.npz` as ADM's suite reads it, a folder of image files, pixel shards that encode wrote.
+"""Sets of images to judge: an `.npz` as ADM's suite reads it, a folder of image files, pixel shards
+that encode wrote.
 
-`open_set` gives one of three classes that look alike: `path`, `len`, `size` (side in pixels), `labels` (N,) or None,
-`about` (what `sample` noted of how they were made, else {}), `digest` (of the content), `ordered` (whether their order
-was somebody's choice), `name(index)`, and `batch`, which dataset.loader reads ahead."""
+`open_set` gives one of three classes that look alike: `path`, `len`, `size` (side in pixels),
+`labels` (N,) or None, `about` (what `sample` noted of how they were made, else {}), `digest` (of
+the content), `ordered` (whether their order was somebody's choice), `name(index)`, and `batch`,
+which dataset.loader reads ahead."""
 
 import hashlib
 import json
@@ -24,8 +26,8 @@ GRID = "grid.png"  # and the picture it leaves beside them
 
 
 def open_set(path, res=None, exif=False):
-    """The images at `path`; those of a folder are cropped to `res` as ADM does if it is given, turned as EXIF says if
-    `exif`. Raises UserError."""
+    """The images at `path`; those of a folder are cropped to `res` as ADM does if it is given,
+    turned as EXIF says if `exif`. Raises UserError."""
     path = Path(path)
     if path.is_dir():
         images = Shards(path) if (path / "index.json").is_file() else Folder(path, res, exif)
@@ -44,7 +46,8 @@ def open_set(path, res=None, exif=False):
 
 
 class Npz:
-    """Images uint8 (N, H, W, 3) under `arr_0`, streamed, stored or compressed; `arr_1` may be their classes."""
+    """Images uint8 (N, H, W, 3) under `arr_0`, streamed, stored or compressed; `arr_1` may be their
+    classes."""
 
     ordered = True
 
@@ -53,7 +56,8 @@ class Npz:
         if "arr_0" not in (held := names(self.path)):
             held = ", ".join(sorted(held)[:6]) or "nothing"
             raise UserError(
-                f"{path} holds {held} and no arr_0; expected images, uint8 (N, H, W, 3), under that name"
+                f"{path} holds {held} and no arr_0; expected images, uint8 (N, H, W, 3), "
+                "under that name"
             )
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             shape, dtype = self._header(file)
@@ -61,7 +65,8 @@ class Npz:
             size = archive.getinfo("arr_0.npy").file_size - self.start
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
             raise UserError(
-                f"{path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3) with values from 0 to 255"
+                f"{path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3) with "
+                "values from 0 to 255"
             )
         self.shape, self.size, self.item = shape, shape[1], int(np.prod(shape[1:]))
         if size != shape[0] * self.item:
@@ -115,9 +120,8 @@ class Npz:
         """Images (B, H, W, 3) uint8 of consecutive `indices`, and None."""
         first, count = int(indices[0]), len(indices)
         if self.stream is None or first < self.position:
-            self.stream = zipfile.ZipFile(self.path).open(
-                "arr_0.npy"
-            )  # kept open: reading on costs no search
+            # kept open: reading on costs no search
+            self.stream = zipfile.ZipFile(self.path).open("arr_0.npy")  # noqa: SIM115
         try:
             self.stream.seek(self.start + first * self.item)
             data = bytearray(self.stream.read(count * self.item))
@@ -125,7 +129,8 @@ class Npz:
             raise UserError(f"{self.path} is damaged ({error}); fetch or make it anew") from None
         if len(data) != count * self.item:
             raise UserError(
-                f"{self.path} is cut off at image {first + len(data) // self.item}; fetch or make it anew"
+                f"{self.path} is cut off at image {first + len(data) // self.item}; "
+                "fetch or make it anew"
             )
         self.position = first + count
         return torch.frombuffer(data, dtype=torch.uint8).view(count, *self.shape[1:]), None
@@ -148,7 +153,8 @@ def read_sidecar(path):
 
 
 def workers(images, batch_size):
-    """How many processes should read `images` ahead: by cores (None) where many files are to be decoded, else 0."""
+    """How many processes should read `images` ahead: by cores (None) where many files are to be
+    decoded, else 0."""
     return None if isinstance(images, Folder) and len(images) > 10 * batch_size else 0
 
 
@@ -162,7 +168,8 @@ def read_array(path, name):
 
 
 class Folder:
-    """Image files under a folder, at any depth, by sorted path. `res` None demands square ones, all of one size."""
+    """Image files under a folder, at any depth, by sorted path. `res` None demands square ones, all
+    of one size."""
 
     ordered = False
 
@@ -180,7 +187,8 @@ class Folder:
         )
         if not self.names:
             raise UserError(
-                f"{root} holds no images ({dataset.KNOWN}); give a folder of them, or an .npz with arr_0"
+                f"{root} holds no images ({dataset.KNOWN}); give a folder of them, or an "
+                ".npz with arr_0"
             )
         self.size = res or self._side(0)
 
@@ -203,7 +211,8 @@ class Folder:
             if image.width != image.height:
                 shape = f"{image.width}×{image.height}"
                 raise UserError(
-                    f"{self.path / self.names[index]} is {shape}; expected square images, or give --res"
+                    f"{self.path / self.names[index]} is {shape}; expected square "
+                    "images, or give --res"
                 )
             return image.width
 
@@ -255,7 +264,8 @@ class Shards:
         self.path, self.shards = Path(root), dataset.open_data(root)
         if self.shards.kind != "pixels":
             raise UserError(
-                f"{root} holds latents; expected images: a folder, an .npz with arr_0, or pixel shards"
+                f"{root} holds latents; expected images: a folder, an .npz with arr_0, "
+                "or pixel shards"
             )
         self.size, self.labels, self.digest = (
             self.shards.size,

@@ -1,5 +1,5 @@
-"""How much memory training takes on a GPU, computed on any machine: forward and backward pass run on tensors without
-values, and what they would hold at once is counted."""
+"""How much memory training takes on a GPU, computed on any machine: forward and backward pass run
+on tensors without values, and what they would hold at once is counted."""
 
 import contextlib
 import weakref
@@ -16,10 +16,11 @@ STATE = 20  # bytes a parameter, fp32: weights, gradients, AdamW's two moments, 
 
 
 def training_memory(config, micro_batch, checkpoint_blocks=False, precision="bf16"):
-    """(bytes of the state, most bytes of activations at once) of training with `micro_batch` images per GPU and pass.
+    """(bytes of the state, most bytes of activations at once) of training with `micro_batch` images
+    per GPU and pass.
 
-    Without torch.compile, which fuses some of the activations away, and without the allocator's slack and CUDA's own
-    context (about 1 GB together)."""
+    Without torch.compile, which fuses some of the activations away, and without the allocator's
+    slack and CUDA's own context (about 1 GB together)."""
     with torch.device("meta"):
         model = dimr.DiMR(config).train()
     model.checkpoint_blocks = checkpoint_blocks
@@ -50,7 +51,8 @@ def activations(model, config, batch, precision):
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages made while it is on, for as long as each lives: `now`, and `peak`."""
+    """Counts the bytes of all storages made while it is on, for as long as each lives: `now`, and
+    `peak`."""
 
     def __init__(self):
         super().__init__()

@@ -18,9 +18,9 @@ from storage import UserError
 
 JOIN = 1800  # seconds for all processes to come
 
-# Functions in torch.distributed.nn keep, as defaults, the process group that exists when they are imported, and
-# DistributedDataParallel imports them: after start(), if not above. The group's threads then outlive stop(), and now and
-# then abort Python's exit.
+# Functions in torch.distributed.nn keep, as defaults, the process group that exists when they are
+# imported, and DistributedDataParallel imports them: after start(), if not above. The group's
+# threads then outlive stop(), and now and then abort Python's exit.
 
 
 def rank():
@@ -36,7 +36,8 @@ def is_main():
 
 
 def pick_device(name="auto"):
-    """The torch device for `auto`, `cpu`, `cuda` or `mps`; on CUDA the one of this process's local rank."""
+    """The torch device for `auto`, `cpu`, `cuda` or `mps`; on CUDA the one of this process's local
+    rank."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -46,13 +47,15 @@ def pick_device(name="auto"):
         name = next(kind for kind, there in available.items() if there)
     if not available[name]:
         raise UserError(
-            f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; use --device auto"
+            f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; "
+            "use --device auto"
         )
     if name == "cuda":
         local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= count:
             raise UserError(
-                f"local rank {local} has no GPU: this machine has {count}; start at most {count} processes"
+                f"local rank {local} has no GPU: this machine has {count}; start at most "
+                f"{count} processes"
             )
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
@@ -60,8 +63,8 @@ def pick_device(name="auto"):
 
 
 def start(device, minutes=30):
-    """Join the other processes (NCCL on GPUs, gloo on CPUs), which have to come within JOIN. Later a lost peer is an error
-    after `minutes` at most."""
+    """Join the other processes (NCCL on GPUs, gloo on CPUs), which have to come within JOIN. Later
+    a lost peer is an error after `minutes` at most."""
     if world_size() > 1 and not dist.is_initialized():
         store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN)))
         store, timeout = _fresh(store), datetime.timedelta(minutes=minutes)
@@ -73,10 +76,11 @@ def start(device, minutes=30):
 
 
 def _fresh(store):
-    """A part of the store that is new to all processes. torchrun keeps one store over its restarts: processes would
-    find, and try to reach, those that came before them (pytorch issue 135712).
+    """A part of the store that is new to all processes. torchrun keeps one store over its restarts:
+    processes would find, and try to reach, those that came before them (pytorch issue 135712).
 
-    Each process leaves a word that was never used before; rank 0 answers each with its own until that is confirmed."""
+    Each process leaves a word that was never used before; rank 0 answers each with its own until
+    that is confirmed."""
     word, deadline = uuid.uuid4().hex, time.monotonic() + JOIN
     store.set(f"word/{rank()}", word)
     if not is_main():
@@ -137,8 +141,8 @@ def mean(tensor):
 
 
 def first(reason):
-    """The first process's `reason` that is not None, on every process: so that all stop at the same step. A tiny
-    exchange between hosts; no GPU is waited for."""
+    """The first process's `reason` that is not None, on every process: so that all stop at the same
+    step. A tiny exchange between hosts; no GPU is waited for."""
     if not dist.is_initialized():
         return reason
     flag = torch.tensor(int(reason is not None))

@@ -16,8 +16,8 @@ def to_image(array):
 
 
 def grid(images, captions=None, columns=None, tile=None):
-    """One PIL image of uint8 `images` (N, H, W, C), row by row, each enlarged by a whole factor to about `tile` pixels
-    (default: at least 64) with its caption underneath."""
+    """One PIL image of uint8 `images` (N, H, W, C), row by row, each enlarged by a whole factor to
+    about `tile` pixels (default: at least 64) with its caption underneath."""
     images = list(images)
     height, width = images[0].shape[:2]
     factor = max(1, round((tile or max(64, height)) / height))
@@ -42,8 +42,8 @@ def grid(images, captions=None, columns=None, tile=None):
 
 
 def curves(series, title, smooth=50):
-    """A PIL line chart with logarithmic heights. `series`: name → (steps, values); a running mean over `smooth` values
-    is drawn, and where it ends is written beside the name."""
+    """A PIL line chart with logarithmic heights. `series`: name → (steps, values); a running mean
+    over `smooth` values is drawn, and where it ends is written beside the name."""
     width, height, left, top, bottom = 900, 480, 70, 40, 40
     chart = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(chart), ImageFont.load_default(13)
@@ -61,10 +61,13 @@ def curves(series, title, smooth=50):
         last = max(max(steps[-1] for steps, _ in lines.values()), 1)
         low = math.log10(min(v.min() for _, v in lines.values())) - 0.02
         high = math.log10(max(v.max() for _, v in lines.values())) + 0.02
-        at_x = lambda step: left + (width - left - 190) * step / last
-        at_y = lambda value: (
-            top + (height - top - bottom) * (high - math.log10(value)) / (high - low)
-        )
+
+        def at_x(step):
+            return left + (width - left - 190) * step / last
+
+        def at_y(value):
+            return top + (height - top - bottom) * (high - math.log10(value)) / (high - low)
+
         for power in np.linspace(low, high, 6):
             y = at_y(10**power)
             draw.line((left, y, width - 190, y), "#dddddd")
@@ -72,7 +75,7 @@ def curves(series, title, smooth=50):
         for step in np.linspace(0, last, 5):
             draw.text((at_x(step) - 10, height - bottom + 8), f"{step:,.0f}", "black", font)
         for i, (name, (steps, values)) in enumerate(lines.items()):
-            points = [(at_x(s), at_y(v)) for s, v in zip(steps, values)]
+            points = [(at_x(s), at_y(v)) for s, v in zip(steps, values, strict=True)]
             colour = COLOURS[i % len(COLOURS)]
             draw.line(points if len(points) > 1 else points * 2, colour, 2)
             draw.text((width - 182, top + 18 * i), f"{name} {values[-1]:.4g}", colour, font)

@@ -1,4 +1,5 @@
-"""A run folder is the record of a training run, and the only thing `train`, `sample` and `eval` share.
+"""A run folder is the record of a training run, and the only thing `train`, `sample` and `eval`
+share.
 
 config.json                       everything to repeat the run, versions included
 metrics.jsonl                     one line per step
@@ -72,8 +73,8 @@ def step_of(checkpoint):
 
 
 def save_checkpoint(run, step, files, state, keep):
-    """Write `files` (name → (tensors, metadata)) and `state` as a checkpoint folder, and delete all but the newest
-    `keep` (0 keeps all). Everything is synced before the folder's rename."""
+    """Write `files` (name → (tensors, metadata)) and `state` as a checkpoint folder, and delete all
+    but the newest `keep` (0 keeps all). Everything is synced before the folder's rename."""
     folder = Path(run) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:07d}"
@@ -123,8 +124,8 @@ def verify(checkpoint):
 
 
 def newest_whole(run, say=lambda line: print(line, file=sys.stderr)):
-    """The newest checkpoint that agrees with its manifest, or None if there are none at all; damaged ones are named through
-    `say`. Raises UserError if all are damaged."""
+    """The newest checkpoint that agrees with its manifest, or None if there are none at all;
+    damaged ones are named through `say`. Raises UserError if all are damaged."""
     found = checkpoints(run)
     for checkpoint in reversed(found):
         try:
@@ -134,15 +135,16 @@ def newest_whole(run, say=lambda line: print(line, file=sys.stderr)):
             say(f"WARNING: checkpoint refused, looking for one before it: {error}")
     if found:
         raise UserError(
-            f"none of the {len(found)} checkpoints in {run} is whole; restore one, or choose another folder"
+            f"none of the {len(found)} checkpoints in {run} is whole; restore one, or "
+            "choose another folder"
         )
     return None
 
 
 @contextlib.contextmanager
 def locked(run):
-    """Hold a run folder for this process. A second one gets a UserError naming the owner; the lock ends with its owner,
-    whose reading processes don't inherit it."""
+    """Hold a run folder for this process. A second one gets a UserError naming the owner; the lock
+    ends with its owner, whose reading processes don't inherit it."""
     import fcntl
 
     Path(run).mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,8 @@ def locked(run):
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(
-                f"{run} is in use by {file.read().strip() or 'another process'}; wait for it or choose another --out"
+                f"{run} is in use by {file.read().strip() or 'another process'}; wait "
+                "for it or choose another --out"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -163,11 +166,12 @@ def locked(run):
         yield
 
 
-# ---------------------------------------------------------------------------------------- weights files
+# ------------------------------------------------------------------------------------ weights files
 
 
 def metadata(config, **facts):
-    """What a weights file says of itself: the network's configuration and any facts that JSON can hold."""
+    """What a weights file says of itself: the network's configuration and any facts that JSON can
+    hold."""
     return {
         "config": json.dumps(dataclasses.asdict(config)),
         **{k: json.dumps(v) for k, v in facts.items()},
@@ -175,8 +179,8 @@ def metadata(config, **facts):
 
 
 def read_weights(path, heads=16):
-    """(network in eval mode, facts) from a weights file: ours, or a state dict under the authors' released names, whose
-    `heads` have to be told unless `write_weights` wrote it.
+    """(network in eval mode, facts) from a weights file: ours, or a state dict under the authors'
+    released names, whose `heads` have to be told unless `write_weights` wrote it.
 
     Raises UserError when it is neither, doesn't fit, or holds values that are not finite."""
     tensors, about = load_tensors(path)
@@ -201,14 +205,16 @@ def read_weights(path, heads=16):
     ]
     if bad:
         raise UserError(
-            f"{path} holds values that are not finite, first in {bad[0]} ({len(bad)} tensors); use another checkpoint"
+            f"{path} holds values that are not finite, first in {bad[0]} ({len(bad)} "
+            "tensors); use another checkpoint"
         )
     return model, facts
 
 
 def write_weights(path, model, facts):
-    """Write what `read_weights` reads: `.safetensors` under our names, `.pth` under the authors' released ones, so that
-    their code loads it too. Both carry the configuration and `facts`. Raises UserError for another extension."""
+    """Write what `read_weights` reads: `.safetensors` under our names, `.pth` under the authors'
+    released ones, so that their code loads it too. Both carry the configuration and `facts`. Raises
+    UserError for another extension."""
     path, about = Path(path), metadata(model.config, **facts)
     if path.suffix == ".safetensors":
         save_tensors(path, model.state_dict(), about)
@@ -224,5 +230,6 @@ def write_weights(path, model, facts):
                 ) from None
     else:
         raise UserError(
-            f"{path} ends neither in .safetensors (our names) nor in .pth (the released ones); choose one"
+            f"{path} ends neither in .safetensors (our names) nor in .pth (the released "
+            "ones); choose one"
         )

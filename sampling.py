@@ -5,8 +5,8 @@
     images = generator.images(classes=[3] * 16, seeds=range(16), cfg=1.5)      # uint8 (16, H, W, C)
     sampling.save_grid("threes.png", images)
 
-An image is made of its class and its own seed. Its start noise is drawn on the CPU from that seed alone, so neither
-batch size, nor number of processes, nor what else is drawn changes it."""
+An image is made of its class and its own seed. Its start noise is drawn on the CPU from that seed
+alone, so neither batch size, nor number of processes, nor what else is drawn changes it."""
 
 import contextlib
 import dataclasses
@@ -42,14 +42,15 @@ PRESETS = {
     "everyday": {"latent": ("2m", "time", 25), "pixel": ("2m", "logsnr", 25)},
     "paper": {"latent": ("fast", "time", 250), "pixel": ("dpm-fast", "logsnr", 50)},
 }
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"  # also of parts of an image
+# also of parts of an image
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How images are drawn. None takes the default: guidance 1.5 where the network has a null class, else 1 (none);
-    the preset's `solver`, `grid` and `steps` (NFE)."""
+    """How images are drawn. None takes the default: guidance 1.5 where the network has a null
+    class, else 1 (none); the preset's `solver`, `grid` and `steps` (NFE)."""
 
     cfg: float | None = None
     cfg_power: float | None = None
@@ -60,7 +61,8 @@ class Settings:
     steps: int | None = None
 
     def resolved(self, config):
-        """These settings with every default filled in for a network of `config`. Raises UserError if they can't work."""
+        """These settings with every default filled in for a network of `config`. Raises UserError
+        if they can't work."""
         name, grid, steps = PRESETS[self.preset][config.space]
         cfg = self.cfg if self.cfg is not None else (1.5 if config.null_class else 1.0)
         full = dataclasses.replace(
@@ -74,7 +76,8 @@ class Settings:
             solver.Guidance(full.cfg, full.cfg_power, full.cfg_interval)
             if full.cfg > 1 and not config.null_class:
                 raise ValueError(
-                    f"guidance {full.cfg:g} needs a null class and this network has none; use --cfg 1, "
+                    f"guidance {full.cfg:g} needs a null class and this network has "
+                    "none; use --cfg 1, "
                     "or train with --label-dropout 0.1"
                 )
             if full.steps < 1:
@@ -102,8 +105,9 @@ def autocast(device, precision):
 
 
 def for_inference(model, precision, compiled=False):
-    """`model` in eval mode, compiled if asked. For "bf16" the weights that autocast would round in every call are kept
-    rounded. For "fp32" on CPUs Linear layers without gradients run in oneDNN, which takes a tenth less time."""
+    """`model` in eval mode, compiled if asked. For "bf16" the weights that autocast would round in
+    every call are kept rounded. For "fp32" on CPUs Linear layers without gradients run in oneDNN,
+    which takes a tenth less time."""
     onednn = precision == "fp32" and not compiled and torch.backends.mkldnn.is_available()
     for module in model.modules():
         if precision == "bf16" and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
@@ -122,7 +126,8 @@ def onednn_linear(module, x):
 
 
 def solve(model, schedule, classes, seeds, settings, device, precision="fp32", callback=None):
-    """Samples (B, C, H, W) in the network's space, float32, for equally long `classes` and `seeds`."""
+    """Samples (B, C, H, W) in the network's space, float32, for equally long `classes` and
+    `seeds`."""
     y = torch.tensor(classes, device=device)
     x = torch.stack([start_noise(model.config, seed) for seed in seeds]).to(device)
     guidance = solver.Guidance(settings.cfg, settings.cfg_power, settings.cfg_interval)
@@ -198,17 +203,18 @@ class Generator:
             return to_uint8(self.vae.decode(x / vae.SCALE))
 
     def batches(self, classes, seeds, settings, batch_size, chosen=None, progress=None):
-        """Yield (indices, uint8 images) for each batch of `batch_size`, the last one padded so that an image's bytes
-        never depend on how many are drawn. `chosen`: which batches, by number (default: all)."""
+        """Yield (indices, uint8 images) for each batch of `batch_size`, the last one padded so that
+        an image's bytes never depend on how many are drawn. `chosen`: which batches, by number
+        (default: all)."""
         schedule = solver.SCHEDULES[self.config.space]()
         for number in range(math.ceil(len(seeds) / batch_size)) if chosen is None else chosen:
             indices = list(range(number * batch_size, min((number + 1) * batch_size, len(seeds))))
             padded = indices + indices[-1:] * (batch_size - len(indices))
             base = progress.n if progress is not None else 0
 
-            def callback(evaluations, _):
+            def callback(evaluations, _, base=base, count=len(indices)):
                 if progress is not None:
-                    progress.update(base + len(indices) * evaluations / settings.steps - progress.n)
+                    progress.update(base + count * evaluations / settings.steps - progress.n)
 
             x = solve(
                 self.model,
@@ -223,7 +229,8 @@ class Generator:
             yield indices, self.decode(x)[: len(indices)]
 
     def images(self, classes, seeds, batch_size=None, **settings):
-        """uint8 (N, H, W, C) images for N class indices and N seeds; keywords as in `Settings`. Raises UserError."""
+        """uint8 (N, H, W, C) images for N class indices and N seeds; keywords as in `Settings`.
+        Raises UserError."""
         classes, seeds = list(classes), list(seeds)
         check_classes(classes, self.config)
         if len(classes) != len(seeds):
@@ -241,13 +248,14 @@ def check_classes(classes, config):
     wrong = [c for c in classes if not 0 <= c < config.num_classes]
     if wrong:
         raise UserError(
-            f"class {wrong[0]} is out of range; this network knows classes 0 to {config.num_classes - 1}"
+            f"class {wrong[0]} is out of range; this network knows classes 0 to "
+            f"{config.num_classes - 1}"
         )
 
 
 def class_index(name, generator):
-    """The class that `name` means: an index, a name the weights carry, or an ImageNet name where they know 1000 classes
-    without names. Raises UserError."""
+    """The class that `name` means: an index, a name the weights carry, or an ImageNet name where
+    they know 1000 classes without names. Raises UserError."""
     if name.isdecimal():
         check_classes([int(name)], generator.config)
         return int(name)
@@ -260,13 +268,14 @@ def class_index(name, generator):
         return imagenet_names.find(name)
     some = ", ".join(generator.classes[:10])
     raise UserError(
-        f"class {name!r} is not known to {generator.source}; use an index from 0 to {generator.config.num_classes - 1}"
-        + (f" or a name such as {some}" if some else "")
+        f"class {name!r} is not known to {generator.source}; use an index from 0 to "
+        f"{generator.config.num_classes - 1}" + (f" or a name such as {some}" if some else "")
     )
 
 
 def find_weights(source=None, ema=True):
-    """Path of the weights file for a run folder, a file, a name, or (None) the newest run, else the released xl2r."""
+    """Path of the weights file for a run folder, a file, a name, or (None) the newest run, else the
+    released xl2r."""
     if source is None:
         source = runs.newest() or "xl2r"
     path = Path(source)
@@ -289,8 +298,9 @@ def find_weights(source=None, ema=True):
 
 
 def load(source=None, ema=True, device="auto", precision=None, vae=None, heads=16, compiled=False):
-    """A Generator from a run folder, a weights file (ours, or a released state dict with `heads`), or a name; None takes
-    the newest run under runs/, else the released xl2r. `vae`: name or path, for latent models. Raises UserError."""
+    """A Generator from a run folder, a weights file (ours, or a released state dict with `heads`),
+    or a name; None takes the newest run under runs/, else the released xl2r. `vae`: name or path,
+    for latent models. Raises UserError."""
     device = parallel.pick_device(device)
     path = find_weights(source, ema)
     model, facts = runs.read_weights(path, heads)
@@ -324,7 +334,7 @@ def _png_info(texts):
     return info
 
 
-# ----------------------------------------------------------------------------------------------- the job
+# ------------------------------------------------------------------------------------------ the job
 
 
 def describe(generator, settings):
@@ -354,10 +364,12 @@ def sample(
     balanced=False,
     quiet=False,
 ):
-    """Draw image i of class classes[i] from seeds[i] and write PNGs and a labelled grid, or with `npz` one
-    `.npz` as ADM's suite reads it (`arr_0` uint8 (N, H, W, 3), `arr_1` classes), streamed and resumable.
+    """Draw image i of class classes[i] from seeds[i] and write PNGs and a labelled grid, or with
+    `npz` one `.npz` as ADM's suite reads it (`arr_0` uint8 (N, H, W, 3), `arr_1` classes), streamed
+    and resumable.
 
-    Spread over processes by batches. Returns a dict that says what was written where and how fast."""
+    Spread over processes by batches. Returns a dict that says what was written where and how
+    fast."""
     check_classes(sorted(set(classes)), generator.config)
     settings = settings.resolved(generator.config)
     batch_size = batch_size or min(len(seeds), BATCH_SIZE[generator.device.type])
@@ -404,7 +416,7 @@ def _write_pngs(generator, classes, seeds, settings, out, batch_size, about, pro
     for indices, images in generator.batches(
         classes, seeds, settings, batch_size, numbers, progress
     ):
-        for i, image in zip(indices, images):
+        for i, image in zip(indices, images, strict=True):
             facts = {
                 "class": classes[i],
                 "class_name": _class_name(generator, classes[i]),
@@ -435,8 +447,8 @@ def _write_pngs(generator, classes, seeds, settings, out, batch_size, about, pro
 
 
 def _write_npz(generator, classes, seeds, settings, out, batch_size, about, progress, balanced):
-    """Batches land in a memory-mapped file beside the target; each process notes those it finished, so an interrupted
-    call goes on where it stopped, on any number of processes."""
+    """Batches land in a memory-mapped file beside the target; each process notes those it finished,
+    so an interrupted call goes on where it stopped, on any number of processes."""
     target = (
         out
         if out.suffix == ".npz"
@@ -474,7 +486,8 @@ def _write_npz(generator, classes, seeds, settings, out, batch_size, about, prog
             need, free = math.prod(shape) * 2, shutil.disk_usage(work).free
             if need > free:
                 raise UserError(
-                    f"{target} needs {need / 1e9:.1f} GB while it is written and {free / 1e9:.1f} GB are free; "
+                    f"{target} needs {need / 1e9:.1f} GB while it is written and "
+                    f"{free / 1e9:.1f} GB are free; "
                     "free space or choose another --out"
                 )
             np.lib.format.open_memmap(work / "images.npy", "w+", np.uint8, shape).flush()

@@ -1,10 +1,12 @@
 """The diffusion around the network: noise schedules, multi-scale loss, guidance and DPM-Solver.
 
-x_t = α(t)·x_0 + σ(t)·ε with α² + σ² = 1 and λ = log(α/σ), half the log SNR. The network predicts ε; time runs from
-t = 1 (noise) down towards 0 (data). Steps are network evaluations (NFE), one even when guidance runs the network
-on two batches. Schedules work in float64 on the CPU: their values are a handful of scalars per step.
+x_t = α(t)·x_0 + σ(t)·ε with α² + σ² = 1 and λ = log(α/σ), half the log SNR. The network predicts ε;
+time runs from t = 1 (noise) down towards 0 (data). Steps are network evaluations (NFE), one even
+when guidance runs the network on two batches. Schedules work in float64 on the CPU: their values
+are a handful of scalars per step.
 
-DPM-Solver: arXiv:2206.00927 (noise prediction). DPM-Solver++: arXiv:2211.01095 (data prediction)."""
+DPM-Solver: arXiv:2206.00927 (noise prediction). DPM-Solver++: arXiv:2211.01095 (data
+prediction)."""
 
 import dataclasses
 import math
@@ -12,7 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-# ------------------------------------------------------------------------------------------ schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 
 def _float64(value):
@@ -20,10 +22,11 @@ def _float64(value):
 
 
 class Schedule:
-    """A noise schedule. Methods take times t (numbers or CPU tensors) and return float64 tensors of that shape.
+    """A noise schedule. Methods take times t (numbers or CPU tensors) and return float64 tensors of
+    that shape.
 
-    A subclass gives `log_alpha`, its inverse `t_of_log_alpha`, `tau` (the network's time), `draw` (training times from
-    uniform numbers) and `t_end`, where sampling stops."""
+    A subclass gives `log_alpha`, its inverse `t_of_log_alpha`, `tau` (the network's time), `draw`
+    (training times from uniform numbers) and `t_end`, where sampling stops."""
 
     t_end: float
 
@@ -40,7 +43,8 @@ class Schedule:
         return self.t_of_log_alpha(-F.softplus(-2 * _float64(lam), threshold=100) / 2)
 
     def noised(self, x0, noise, t):
-        """Forward noising: α(t)·x0 + σ(t)·ε for x0 and noise (B, C, H, W) on any device and t (B,) on the CPU."""
+        """Forward noising: α(t)·x0 + σ(t)·ε for x0 and noise (B, C, H, W) on any device and t (B,)
+        on the CPU."""
         alpha, sigma = (
             v.to(x0.dtype).to(x0.device, non_blocking=True)[:, None, None, None]
             for v in (self.alpha(t), self.sigma(t))
@@ -49,7 +53,8 @@ class Schedule:
 
 
 class Linear(Schedule):
-    """Pixel models: the continuous VP SDE with β(t) = 0.1 + 19.9 t; τ = log SNR / 4, SNR clamped to [1e-12, 1e6]."""
+    """Pixel models: the continuous VP SDE with β(t) = 0.1 + 19.9 t; τ = log SNR / 4, SNR clamped to
+    [1e-12, 1e6]."""
 
     t_end = 1e-4
 
@@ -68,10 +73,11 @@ class Linear(Schedule):
 
 
 class ScaledLinear(Schedule):
-    """Latent models: Stable Diffusion's 1000 discrete steps n, β_n = linspace(√0.00085, √0.012, 1000)².
+    """Latent models: Stable Diffusion's 1000 discrete steps n, β_n = linspace(√0.00085, √0.012,
+    1000)².
 
-    log α = ½ log ᾱ_n at t = n/1000, linear in t between these knots and along the outermost segment beyond them.
-    τ = n/500 − 1 = 2t − 1. `betas` may be given, float64 (1000,)."""
+    log α = ½ log ᾱ_n at t = n/1000, linear in t between these knots and along the outermost segment
+    beyond them. τ = n/500 − 1 = 2t − 1. `betas` may be given, float64 (1000,)."""
 
     t_end = 1e-3
 
@@ -96,7 +102,8 @@ class ScaledLinear(Schedule):
 
 
 def _interpolate(x, knots_x, knots_y):
-    """Piecewise linear through the knots (`knots_x` ascending), extended along the first and last segment."""
+    """Piecewise linear through the knots (`knots_x` ascending), extended along the first and last
+    segment."""
     i = torch.searchsorted(knots_x, x.contiguous()).clamp(1, len(knots_x) - 1)
     x0, x1, y0, y1 = knots_x[i - 1], knots_x[i], knots_y[i - 1], knots_y[i]
     return y0 + (x - x0) * (y1 - y0) / (x1 - x0)
@@ -105,17 +112,19 @@ def _interpolate(x, knots_x, knots_y):
 SCHEDULES = {"pixel": Linear, "latent": ScaledLinear}
 
 
-# ----------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 TARGET_SCALES = {"unit": lambda k: float(k), "mean": lambda k: 1.0}
 
 
 def multi_scale_loss(predictions, noise, target_scale="unit"):
-    """The multi-scale loss (paper, Sec. 4.3, eq. 8): Σ_r α_r · mean((D_r(ε) − ε̂_r)²), α_r = 1/k², k = 2^(R−r).
+    """The multi-scale loss (paper, Sec. 4.3, eq. 8): Σ_r α_r · mean((D_r(ε) − ε̂_r)²), α_r = 1/k²,
+    k = 2^(R−r).
 
-    `predictions`: R tensors (B, C, H/k, W/k), coarse to fine; `noise`: (B, C, H, W). D_r averages k × k cells; "unit"
-    multiplies by k, so that the target keeps unit variance (the release, and the published numbers), "mean" is the
-    paper's literal reading. Returns float32 per-sample losses: their weighted sum (B,), and each branch's own (R, B)."""
+    `predictions`: R tensors (B, C, H/k, W/k), coarse to fine; `noise`: (B, C, H, W). D_r averages k
+    × k cells; "unit" multiplies by k, so that the target keeps unit variance (the release, and the
+    published numbers), "mean" is the paper's literal reading. Returns float32 per-sample losses:
+    their weighted sum (B,), and each branch's own (R, B)."""
     branches, total = [], 0
     for prediction in predictions:
         k = noise.shape[-1] // prediction.shape[-1]
@@ -125,15 +134,16 @@ def multi_scale_loss(predictions, noise, target_scale="unit"):
     return total, torch.stack(branches)
 
 
-# ------------------------------------------------------------------------------------------- guidance
+# ----------------------------------------------------------------------------------------- guidance
 
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance ε = ε_u + s·(ε_c − ε_u), s ≥ 1, 1 meaning none.
 
-    `power` p makes s power-cosine in time, 1 + (scale − 1)·(1 − cos(π·(1 − t)^p))/2. `interval` (low, high) limits it
-    to noise levels low < σ/α ≤ high (arXiv:2404.07724). Raises ValueError for values that make no sense."""
+    `power` p makes s power-cosine in time, 1 + (scale − 1)·(1 − cos(π·(1 − t)^p))/2. `interval`
+    (low, high) limits it to noise levels low < σ/α ≤ high (arXiv:2404.07724). Raises ValueError for
+    values that make no sense."""
 
     scale: float = 1.0
     power: float | None = None
@@ -142,7 +152,8 @@ class Guidance:
     def __post_init__(self):
         if not 1 <= self.scale < math.inf:
             raise ValueError(
-                f"guidance scale {self.scale:g} is not at least 1 (1 = none); U-ViT and the DiMR release write the excess "
+                f"guidance scale {self.scale:g} is not at least 1 (1 = none); U-ViT and "
+                "the DiMR release write the excess "
                 f"over 1, so their 0.4 is 1.4 here"
             )
         if self.power is not None and not 0 < self.power < math.inf:
@@ -166,11 +177,12 @@ class Guidance:
 def denoiser(model, schedule, y, guidance=Guidance()):
     """The function (x (B, C, H, W), t) → ε that the solvers take, for class indices y (B,).
 
-    Where guidance is on, conditional and unconditional run as one batch; where s = 1, the conditional alone.
-    Raises ValueError if guidance is asked of a network without a null class."""
+    Where guidance is on, conditional and unconditional run as one batch; where s = 1, the
+    conditional alone. Raises ValueError if guidance is asked of a network without a null class."""
     if guidance.scale > 1 and not model.config.null_class:
         raise ValueError(
-            "this network has no null class (it was trained without label dropout), so it can't be guided; "
+            "this network has no null class (it was trained without label dropout), so "
+            "it can't be guided; "
             "use a guidance scale of 1"
         )
     both = torch.cat([y, torch.full_like(y, model.config.embeddings - 1)])
@@ -186,13 +198,14 @@ def denoiser(model, schedule, y, guidance=Guidance()):
     return noise
 
 
-# -------------------------------------------------------------------------------------------- solvers
+# ------------------------------------------------------------------------------------------ solvers
 
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """`multistep` reuses earlier evaluations; singlestep takes `order` evaluations per step. `data` predicts x_0
-    (DPM-Solver++) instead of ε (DPM-Solver). `fast` ends a singlestep of order k on lower ones, to use any NFE."""
+    """`multistep` reuses earlier evaluations; singlestep takes `order` evaluations per step. `data`
+    predicts x_0 (DPM-Solver++) instead of ε (DPM-Solver). `fast` ends a singlestep of order k on
+    lower ones, to use any NFE."""
 
     order: int
     multistep: bool = False
@@ -237,16 +250,19 @@ GRIDS = {"time": _time, "quadratic": _quadratic, "logsnr": _logsnr}
 
 
 def orders(steps, solver):
-    """Orders of a singlestep solver's updates, their sum being `steps` (NFE). Raises ValueError if they can't be.
+    """Orders of a singlestep solver's updates, their sum being `steps` (NFE). Raises ValueError if
+    they can't be.
 
-    fast: ⌊steps/3⌋ + 1 updates of order 3, …, 3 ending in (2, 1), (1) or (2) for steps mod 3 = 0, 1, 2."""
+    fast: ⌊steps/3⌋ + 1 updates of order 3, …, 3 ending in (2, 1), (1) or (2) for steps mod 3 = 0,
+    1, 2."""
     k = solver.order
     if solver.fast:
         return [3] * (steps // 3 - (steps % 3 == 0)) + {0: [2, 1], 1: [1], 2: [2]}[steps % 3]
     if steps % k:
         near = " or ".join(str(n) for n in (steps // k * k, (steps // k + 1) * k) if n)
         raise ValueError(
-            f"{steps} steps do not divide into updates of order {k}; use {near}, or the solver 'fast'"
+            f"{steps} steps do not divide into updates of order {k}; use {near}, or the "
+            "solver 'fast'"
         )
     return [k] * (steps // k)
 
@@ -255,9 +271,10 @@ def orders(steps, solver):
 def sample(noise, x, schedule, steps, solver="2m", grid="time", start=1.0, end=None, callback=None):
     """Solve the probability-flow ODE from t = `start` to `end` (the schedule's `t_end` by default).
 
-    `noise(x, t)` predicts ε (see `denoiser`) for x (B, …) at a float t; `steps` is the NFE; `solver` a key of SOLVERS,
-    `grid` of GRIDS. Returns x at `end`: no thresholding, no final denoising step. `callback(evaluations, x)` follows
-    each update. Raises ValueError for steps < 1 or steps a fixed-order solver can't divide."""
+    `noise(x, t)` predicts ε (see `denoiser`) for x (B, …) at a float t; `steps` is the NFE;
+    `solver` a key of SOLVERS, `grid` of GRIDS. Returns x at `end`: no thresholding, no final
+    denoising step. `callback(evaluations, x)` follows each update. Raises ValueError for steps < 1
+    or steps a fixed-order solver can't divide."""
     if steps < 1:
         raise ValueError(f"steps {steps} is not at least 1")
     method, points = SOLVERS[solver], GRIDS[grid]
@@ -270,7 +287,8 @@ def sample(noise, x, schedule, steps, solver="2m", grid="time", start=1.0, end=N
     ):  # updates uniform in λ whatever their order, inner nodes uniform within each
         outer = points(schedule, start, end, len(counts))
         spans = [
-            points(schedule, float(s), float(t), k) for s, t, k in zip(outer, outer[1:], counts)
+            points(schedule, float(s), float(t), k)
+            for s, t, k in zip(outer[:-1], outer[1:], counts, strict=True)
         ]
     else:  # an update of order k spans k cells of one grid, whose points are its inner nodes
         fine, first = points(schedule, start, end, steps), 0
@@ -288,9 +306,10 @@ def sample(noise, x, schedule, steps, solver="2m", grid="time", start=1.0, end=N
 
 
 class _Nodes:
-    """Coefficients at times ts, as floats, for updates of the form
-    x_t = ratio·x_s − weight_t·(φ₁·m₀ + …), φ₁ = e^κ − 1, where m is the model's prediction and κ = −h for data
-    prediction, h for noise prediction, h = λ_t − λ_s. One form serves both DPM-Solver and DPM-Solver++."""
+    """Coefficients at times ts, as floats, for updates of the form x_t = ratio·x_s −
+    weight_t·(φ₁·m₀ + …), φ₁ = e^κ − 1, where m is the model's prediction and κ = −h for data
+    prediction, h for noise prediction, h = λ_t − λ_s. One form serves both DPM-Solver and
+    DPM-Solver++."""
 
     def __init__(self, noise, schedule, method, ts):
         self.noise, self.data, self.ts = noise, method.data, ts.tolist()
@@ -313,7 +332,8 @@ class _Nodes:
 
 
 def _singlestep(noise, x, schedule, method, ts):
-    """One update over `ts` = s, its inner nodes, t; its order is len(ts) − 1 (DPM-Solver, algorithms 1 and 2)."""
+    """One update over `ts` = s, its inner nodes, t; its order is len(ts) − 1 (DPM-Solver,
+    algorithms 1 and 2)."""
     n, order = _Nodes(noise, schedule, method, ts), len(ts) - 1
     kappa, m0 = n.kappa(0, order), n.predict(x, 0)
     correction = math.expm1(kappa) * m0
@@ -335,13 +355,15 @@ def _psi2(kappa):
 
 
 def _multistep(noise, x, schedule, method, ts, callback=None, history=()):
-    """One evaluation per update, with differences of earlier ones (DPM-Solver++, algorithm 2, and its third order).
+    """One evaluation per update, with differences of earlier ones (DPM-Solver++, algorithm 2, and
+    its third order).
 
-    The third order integrates the parabola through three predictions exactly; the DPM-Solver authors' code and those that
-    follow it halve its curvature term, which makes theirs of order 2.
+    The third order integrates the parabola through three predictions exactly; the DPM-Solver
+    authors' code and those that follow it halve its curvature term, which makes theirs of order 2.
 
-    The first updates have the order their `history` allows (predictions before ts[0], as (λ, m) pairs, newest last),
-    and below 15 steps the last ones fall back to lower orders too, for stability."""
+    The first updates have the order their `history` allows (predictions before ts[0], as (λ, m)
+    pairs, newest last), and below 15 steps the last ones fall back to lower orders too, for
+    stability."""
     n, steps, known = _Nodes(noise, schedule, method, ts), len(ts) - 1, list(history)
     for i in range(steps):
         m0 = n.predict(x, i)

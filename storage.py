@@ -30,8 +30,8 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def writing(path, mode="wb"):
-    """Open a temporary file beside `path`; on leaving it is synced and renamed to `path`, or removed
-    if anything was raised. The parent folder is made if need be."""
+    """Open a temporary file beside `path`; on leaving it is synced and renamed to `path`, or
+    removed if anything was raised. The parent folder is made if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -93,8 +93,8 @@ def sha256(path):
 def load_tensors(path):
     """Tensors and metadata of a `.safetensors` file, or of a PyTorch file read with weights only.
 
-    Returns (dict of name → CPU tensor, dict of str → str); a PyTorch file may carry metadata as an attribute of that
-    name on its OrderedDict. Raises UserError for anything else."""
+    Returns (dict of name → CPU tensor, dict of str → str); a PyTorch file may carry metadata as an
+    attribute of that name on its OrderedDict. Raises UserError for anything else."""
     import torch  # here, so that the command line answers --help at once
     from safetensors import SafetensorError, safe_open
 
@@ -104,7 +104,7 @@ def load_tensors(path):
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+                return {name: file.get_tensor(name) for name in file}, file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path} is not a whole safetensors file that can be read ({error}); fetch it again"
@@ -136,8 +136,9 @@ def load_tensors(path):
 
 
 def save_tensors(path, tensors, metadata=None):
-    """Write name → tensor as safetensors, whole or not at all. `metadata` maps str to str. The same content gives the same
-    bytes, and no copy of it is made: the library's own writer shuffles metadata and holds the file in memory."""
+    """Write name → tensor as safetensors, whole or not at all. `metadata` maps str to str. The same
+    content gives the same bytes, and no copy of it is made: the library's own writer shuffles
+    metadata and holds the file in memory."""
     import torch
 
     tensors = dict(

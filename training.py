@@ -1,8 +1,10 @@
-"""Training (paper, Sec. 5.1 and Table 4): AdamW, constant rate after a linear warm-up, EMA, multi-scale loss.
+"""Training (paper, Sec. 5.1 and Table 4): AdamW, constant rate after a linear warm-up, EMA,
+multi-scale loss.
 
-What a sample is made of (which image, flip, time, noise, dropped label) depends on the seed and on the sample's
-position in the run, counted from 0 over all steps. So any split of the global batch over processes and accumulation
-steps computes the same, and a resumed run goes on as if it had never stopped."""
+What a sample is made of (which image, flip, time, noise, dropped label) depends on the seed and on
+the sample's position in the run, counted from 0 over all steps. So any split of the global batch
+over processes and accumulation steps computes the same, and a resumed run goes on as if it had
+never stopped."""
 
 import contextlib
 import dataclasses
@@ -31,12 +33,19 @@ import sampling
 import solver
 from storage import VERSION, UserError, load_tensors, read_json, write_json, writing
 
+CPU = torch.device("cpu")
 LOG_EVERY = 10  # steps between reads of the losses from the device
 BLOCK = 16  # positions that share one random generator
 BAD_STEPS = 50  # consecutive non-finite steps that end training
 PEAK_FLOPS = {  # dense bf16, vendors' data sheets
-    "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12,
-}  # fmt: skip
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +94,12 @@ RECIPES = {
 }
 
 
-# --------------------------------------------------------------------------------- randomness by position
+# --------------------------------------------------------------------------- randomness by position
 
 
 def _draw(seed, stream, first, last, sample, device="cpu"):
-    """Rows first..last-1 of an endless random table: `sample(generator)` gives BLOCK rows, from a generator that knows
-    only the seed, the stream's name and the block's number."""
+    """Rows first..last-1 of an endless random table: `sample(generator)` gives BLOCK rows, from a
+    generator that knows only the seed, the stream's name and the block's number."""
     rows = []
     for block in range(first // BLOCK, (last - 1) // BLOCK + 1):
         key = hashlib.blake2b(f"{seed} {stream} {block}".encode(), digest_size=8).digest()
@@ -119,7 +128,7 @@ def uniform(seed, stream, first, last):
     )
 
 
-# ------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 
 MAY_CHANGE = {
     "steps",
@@ -130,13 +139,15 @@ MAY_CHANGE = {
 
 
 def configure(base, data, null_class, **changes):
-    """The network's Config: `base` (a variant's, or the initial weights') with size, channels and classes from the
-    data and the user's `changes` (`layers`, `dims`, `heads`, `norm`). Raises UserError."""
+    """The network's Config: `base` (a variant's, or the initial weights') with size, channels and
+    classes from the data and the user's `changes` (`layers`, `dims`, `heads`, `norm`). Raises
+    UserError."""
     space = {"pixels": "pixel", "latents": "latent"}[data.kind]
     if base.space != space:
         fitting = ", ".join(name for name, config in dimr.VARIANTS.items() if config.space == space)
         raise UserError(
-            f"this network works in {base.space} space and {data.root} holds {data.kind}; choose one of {fitting}, "
+            f"this network works in {base.space} space and {data.root} holds "
+            f"{data.kind}; choose one of {fitting}, "
             "or other data (dimr encode)"
         )
     try:
@@ -160,7 +171,8 @@ def nearest_variant(data):
 
 
 def split(batch_size, micro_batch):
-    """(samples per process, samples per pass). Raises UserError naming the nearest sizes where it is uneven."""
+    """(samples per process, samples per pass). Raises UserError naming the nearest sizes where it
+    is uneven."""
     world = parallel.world_size()
     unit = world * (micro_batch or 1)
     if batch_size % unit:
@@ -175,11 +187,12 @@ def split(batch_size, micro_batch):
     return batch_size // world, micro_batch or batch_size // world
 
 
-# ------------------------------------------------------------------------------------------ the state
+# ---------------------------------------------------------------------------------------- the state
 
 
 class State:
-    """All that a run changes: the network, its EMA, the optimiser, the step. Saved and restored whole."""
+    """All that a run changes: the network, its EMA, the optimiser, the step. Saved and restored
+    whole."""
 
     def __init__(self, config, recipe, device):
         torch.manual_seed(recipe.seed)
@@ -195,8 +208,9 @@ class State:
         )
 
     def update(self):
-        """One step of AdamW and EMA from the gradients, on the device alone; returns the gradient's norm and 1.0 where it
-        was not finite. Then nothing changes: the fused kernel skips for `found_inf`, and the EMA's weight is 0."""
+        """One step of AdamW and EMA from the gradients, on the device alone; returns the gradient's
+        norm and 1.0 where it was not finite. Then nothing changes: the fused kernel skips for
+        `found_inf`, and the EMA's weight is 0."""
         recipe, gradients = self.recipe, [p.grad for p in self.parameters.values()]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         bad = 1 - norm.isfinite().float()
@@ -215,7 +229,8 @@ class State:
         return norm, bad
 
     def initialise(self, weights):
-        """Start from another network's weights; returns the names of the tensors that keep their fresh values."""
+        """Start from another network's weights; returns the names of the tensors that keep their
+        fresh values."""
         theirs = weights.state_dict()
         fresh = [
             name
@@ -269,10 +284,11 @@ def learning_rate(recipe, step):
 
 
 def losses(model, config, schedule, recipe, images, labels, first):
-    """Multi-scale losses of the samples at positions first, first + 1, …: weighted sum (B,), per branch (R, B).
+    """Multi-scale losses of the samples at positions first, first + 1, …: weighted sum (B,), per
+    branch (R, B).
 
-    `images` on the device: uint8 pixels (B, C, H, W), or latents float16 (B, 2, C, h, w) of mean and log-variance, from
-    which the scaled z = s·(μ + σε) is drawn afresh."""
+    `images` on the device: uint8 pixels (B, C, H, W), or latents float16 (B, 2, C, h, w) of mean
+    and log-variance, from which the scaled z = s·(μ + σε) is drawn afresh."""
     last, device = first + len(images), images.device
     shape = (config.channels, config.size, config.size)
     if config.space == "pixel":
@@ -295,7 +311,7 @@ def losses(model, config, schedule, recipe, images, labels, first):
     return solver.multi_scale_loss(predictions, noise, recipe.target_scale)
 
 
-# -------------------------------------------------------------------------------------------- the job
+# ------------------------------------------------------------------------------------------ the job
 
 
 def plan(
@@ -307,12 +323,13 @@ def plan(
     init=None,
     res=None,
     exif=False,
-    device=torch.device("cpu"),
+    device=CPU,
 ):
-    """What a run in folder `out` is: (its record for config.json, Config, Recipe, data, initial network or None).
+    """What a run in folder `out` is: (its record for config.json, Config, Recipe, data, initial
+    network or None).
 
-    Everything not given comes from the run's config.json if there is one, else from the variant. Raises UserError where
-    that is no longer the same run."""
+    Everything not given comes from the run's config.json if there is one, else from the variant.
+    Raises UserError where that is no longer the same run."""
     before = read_json(out / "config.json") if (out / "config.json").exists() else {}
     known = before.get("data", {})
     source = data or known.get("path")
@@ -365,17 +382,21 @@ def plan(
     }
     record = json.loads(json.dumps(record))  # as it reads back
     if before and parallel.is_main():
-        fixed = lambda r: {
-            "variant": r["variant"],
-            **r["config"],
-            **r["recipe"],
-            "data's fingerprint": r["data"]["fingerprint"],
-        }
+
+        def fixed(r):
+            return {
+                "variant": r["variant"],
+                **r["config"],
+                **r["recipe"],
+                "data's fingerprint": r["data"]["fingerprint"],
+            }
+
         old, new = fixed(before), fixed(record)
         for name in new:
             if name not in MAY_CHANGE and old.get(name, new[name]) != new[name]:
                 raise UserError(
-                    f"{out} was trained with {name} {old[name]}, not {new[name]}; give what it had, or choose another --out"
+                    f"{out} was trained with {name} {old[name]}, not {new[name]}; give "
+                    "what it had, or choose another --out"
                 )
     return record, config, recipe, data, weights
 
@@ -401,11 +422,13 @@ def train(
 ):
     """Train into the run folder `out`, or go on from its newest whole checkpoint.
 
-    `data`: an image folder (read at `res`) or a shard set; `variant`: a key of VARIANTS (None: the nearest); `recipe` and
-    `network`: what to change of its Recipe and Config, as dicts; `init`: weights to start from (name, path or run);
-    `max_time`: seconds after which to save and stop; `evaluate`: None, or how FID is watched: {"every": steps, "images":
-    number, "ref": what to compare with or None, "inception": weights, "features": module:function or None}. A resumed run takes whatever is not given from its config.json.
-    Returns a summary dict; `stopped` names the reason if the run is not at its end. Raises UserError."""
+    `data`: an image folder (read at `res`) or a shard set; `variant`: a key of VARIANTS (None: the
+    nearest); `recipe` and `network`: what to change of its Recipe and Config, as dicts; `init`:
+    weights to start from (name, path or run); `max_time`: seconds after which to save and stop;
+    `evaluate`: None, or how FID is watched: {"every": steps, "images": number, "ref": what to
+    compare with or None, "inception": weights, "features": module:function or None}. A resumed run
+    takes whatever is not given from its config.json. Returns a summary dict; `stopped` names the
+    reason if the run is not at its end. Raises UserError."""
     begun, device, out, main = (
         time.monotonic(),
         parallel.pick_device(device),
@@ -461,7 +484,8 @@ def train(
         )
         if idle > 0:
             say(
-                f"{idle} GPUs of this machine stay idle; to use all: torchrun --nproc-per-node {torch.cuda.device_count()} -m cli train …"
+                f"{idle} GPUs of this machine stay idle; to use all: torchrun "
+                f"--nproc-per-node {torch.cuda.device_count()} -m cli train …"
             )
         watch = evaluate and watch_fid(
             out, config, data.classes, extractor, evaluate["images"], evaluate.get("ref")
@@ -560,8 +584,8 @@ def train(
 
 
 class Stop(contextlib.AbstractContextManager):
-    """Remembers the first of the signals to stop as `reason`, so that the loop can finish its step and save. A second
-    SIGINT ends at once."""
+    """Remembers the first of the signals to stop as `reason`, so that the loop can finish its step
+    and save. A second SIGINT ends at once."""
 
     def __enter__(self):
         self.reason, self.interrupted = None, False
@@ -580,7 +604,8 @@ class Stop(contextlib.AbstractContextManager):
 
 
 class Lenient:
-    """A stream whose failing (a full disk, a closed terminal) loses what is said and not the training."""
+    """A stream whose failing (a full disk, a closed terminal) loses what is said and not the
+    training."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -598,7 +623,8 @@ class Lenient:
 
 
 class Log:
-    """Collects losses on the device and every few steps reads them at once into metrics.jsonl, a line per step."""
+    """Collects losses on the device and every few steps reads them at once into metrics.jsonl, a
+    line per step."""
 
     def __init__(self, out, state, say, last):
         self.path, self.state, self.say, self.pending, self.lines = (
@@ -618,8 +644,8 @@ class Log:
         self.pending.append(torch.cat([total, norm[None], bad[None]]))
 
     def remark(self, measure):
-        """Put what `measure()` returns, a dict, into the newest step's line; the time it takes is not training's. What it
-        can't do is said and no more."""
+        """Put what `measure()` returns, a dict, into the newest step's line; the time it takes is
+        not training's. What it can't do is said and no more."""
         before = time.monotonic()
         try:
             self.remarks = measure()
@@ -628,7 +654,8 @@ class Log:
         self.since += time.monotonic() - before
 
     def flush(self):
-        """Write what is pending; returns a few figures to show. Raises UserError after BAD_STEPS bad steps in a row."""
+        """Write what is pending; returns a few figures to show. Raises UserError after BAD_STEPS
+        bad steps in a row."""
         if not self.pending:
             return {}
         state, recipe, count = self.state, self.state.recipe, len(self.pending)
@@ -659,13 +686,16 @@ class Log:
             self.write()
         except OSError as error:
             self.say(
-                f"WARNING: metrics up to step {step} NOT written ({error.strerror or error}); kept for the next time"
+                f"WARNING: metrics up to step {step} NOT written "
+                f"({error.strerror or error}); kept for the next time"
             )
         if self.bad_run >= BAD_STEPS:
             good = runs.checkpoints(self.path.parent)
             raise UserError(
-                f"loss or gradient was not finite for {BAD_STEPS} steps up to step {self.last['step']} "
-                f"(learning rate {self.last['lr']:g}); the last good checkpoint is {good[-1] if good else 'none'}: "
+                f"loss or gradient was not finite for {BAD_STEPS} steps up to step "
+                f"{self.last['step']} "
+                f"(learning rate {self.last['lr']:g}); the last good checkpoint is "
+                f"{good[-1] if good else 'none'}: "
                 "go on from it with a lower --lr or --grad-clip 1 under another --out (--init)"
             )
         self.restart_clock()
@@ -677,7 +707,8 @@ class Log:
         )
 
     def write(self, sync=False):
-        """Append the lines that metrics.jsonl lacks. Raises OSError, the file being as it was and the lines kept."""
+        """Append the lines that metrics.jsonl lacks. Raises OSError, the file being as it was and
+        the lines kept."""
         if not parallel.is_main():
             return
         text = "".join(line + "\n" for line in self.lines).encode()
@@ -700,7 +731,8 @@ def finite(value):
 
 
 def truncate_metrics(out, step):
-    """Keep the lines of steps up to `step`: those after it will be trained again. Returns the last one, or {}."""
+    """Keep the lines of steps up to `step`: those after it will be trained again. Returns the last
+    one, or {}."""
     last = {}
     with writing(out / "metrics.jsonl") as file:
         for line, text in metrics(out):
@@ -712,7 +744,8 @@ def truncate_metrics(out, step):
 
 
 def metrics(out):
-    """Yield (dict, its bytes) for each step of a run's metrics; a half-written last line is left out. Raises UserError."""
+    """Yield (dict, its bytes) for each step of a run's metrics; a half-written last line is left
+    out. Raises UserError."""
     path = Path(out) / "metrics.jsonl"
     if path.is_file():
         with open(path, "rb") as lines:
@@ -724,7 +757,8 @@ def metrics(out):
                     line["step"], line["loss"]
                 except (ValueError, KeyError, TypeError):
                     raise UserError(
-                        f"{path}: line {number} is damaged; restore it, or delete it and those after it"
+                        f"{path}: line {number} is damaged; restore it, or delete it and "
+                        "those after it"
                     ) from None
                 yield line, text
 
@@ -735,7 +769,8 @@ def read_metrics(out):
 
 
 def plot(out):
-    """Write loss.png from metrics.jsonl; returns its path. Raises UserError if there are no metrics."""
+    """Write loss.png from metrics.jsonl; returns its path. Raises UserError if there are no
+    metrics."""
     rows = np.array(
         [
             (line["step"], line["loss"], *line["loss_branches"])
@@ -753,8 +788,8 @@ def plot(out):
 
 
 def save(out, state, log, facts, keep, say, must):
-    """Write a checkpoint, and before it the metrics up to it. One that fails is reported and training goes on, unless it
-    `must` succeed: the last."""
+    """Write a checkpoint, and before it the metrics up to it. One that fails is reported and
+    training goes on, unless it `must` succeed: the last."""
     try:
         log.write(sync=True)
         runs.save_checkpoint(out, state.step, state.files(facts), {"step": state.step}, keep)
@@ -762,7 +797,8 @@ def save(out, state, log, facts, keep, say, must):
         if must:
             raise
         say(
-            f"WARNING: checkpoint at step {state.step} NOT saved ({error.strerror or error}); training goes on"
+            f"WARNING: checkpoint at step {state.step} NOT saved "
+            f"({error.strerror or error}); training goes on"
         )
 
 
@@ -798,7 +834,8 @@ def watch_fid(out, config, classes, extractor, images, ref):
 
 
 def draw_samples(out, state, facts, say):
-    """A grid from fixed seeds with the EMA's weights. Without the VAE there is no picture, said and no more."""
+    """A grid from fixed seeds with the EMA's weights. Without the VAE there is no picture, said and
+    no more."""
     config = state.model.config
     count = 64 if config.space == "pixel" else 16
     classes = [i % config.num_classes for i in range(count)]
@@ -814,7 +851,8 @@ def draw_samples(out, state, facts, say):
 
 
 def peak_flops(device):
-    """Dense bf16 operations per second by the vendor's data sheet, or None where the hardware is not known."""
+    """Dense bf16 operations per second by the vendor's data sheet, or None where the hardware is
+    not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 

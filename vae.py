@@ -1,11 +1,12 @@
 """The SD-VAE: images to latents of an eighth of their size, and back. It stands alone.
 
-Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv:2112.10752): a KL
-autoencoder, of which the latent models (paper, Sec. 5.1) use the fine-tuned weights `sd-vae-ft-ema`.
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv:2112.10752): a
+KL autoencoder, of which the latent models (paper, Sec. 5.1) use the fine-tuned weights
+`sd-vae-ft-ema`.
 
     vae = load("diffusion_pytorch_model.safetensors")
     mean, logvar = vae.encode(x)                                # x: (B, 3, H, W) in [-1, 1]
-    z = SCALE * (mean + (logvar / 2).exp() * torch.randn_like(mean))      # what the diffusion model sees
+    z = SCALE * (mean + (logvar / 2).exp() * torch.randn_like(mean))  # what the network sees
     x = vae.decode(z / SCALE)
 """
 
@@ -80,8 +81,9 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Doubles the resolution by repeating each cell, then convolves 3 × 3. Both at once are a transposed convolution
-    of stride 2, whose 4 × 4 kernel sums the 3 × 3 one over the copies of a cell: 16 products a cell instead of 36."""
+    """Doubles the resolution by repeating each cell, then convolves 3 × 3. Both at once are a
+    transposed convolution of stride 2, whose 4 × 4 kernel sums the 3 × 3 one over the copies of a
+    cell: 16 products a cell instead of 36."""
 
     def __init__(self, width):
         super().__init__(width, width, 3, padding=1)
@@ -121,7 +123,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, 4, H/8, W/8) → (B, 3, H, W); its levels are numbered finest first too, and run from the last."""
+    """(B, 4, H/8, W/8) → (B, 3, H, W); its levels are numbered finest first too, and run from the
+    last."""
 
     def __init__(self, widths):
         super().__init__()
@@ -142,10 +145,10 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """`source` says whose names the weights came under. Images are (B, 3, H, W) in [-1, 1], H and W multiples
-    of 8; latents are (B, 4, H/8, W/8) in the VAE's own units, not multiplied by SCALE. Both directions take any
-    float type, compute in that of the weights whatever autocast says, and return float32; `chunk`, the images at
-    once, bounds the memory (about 2 GB by default)."""
+    """`source` says whose names the weights came under. Images are (B, 3, H, W) in [-1, 1], H and W
+    multiples of 8; latents are (B, 4, H/8, W/8) in the VAE's own units, not multiplied by SCALE.
+    Both directions take any float type, compute in that of the weights whatever autocast says, and
+    return float32; `chunk`, the images at once, bounds the memory (about 2 GB by default)."""
 
     def __init__(self, widths=WIDTHS):
         super().__init__()
@@ -157,10 +160,12 @@ class VAE(nn.Module):
         self.source = "random"
 
     def encode(self, x, chunk=None):
-        """Mean and log-variance (clamped to [-30, 20]) of x's latent. ValueError for another shape of x."""
+        """Mean and log-variance (clamped to [-30, 20]) of x's latent. ValueError for another shape
+        of x."""
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % DOWN or x.shape[3] % DOWN:
             raise ValueError(
-                f"images of shape {tuple(x.shape)}: expected (B, 3, H, W), H and W multiples of {DOWN}"
+                f"images of shape {tuple(x.shape)}: expected (B, 3, H, W), H and W "
+                f"multiples of {DOWN}"
             )
         mean, logvar = self._chunked(lambda x: self.quant(self.encoder(x)), x, chunk, 1).chunk(
             2, dim=1
@@ -183,7 +188,8 @@ class VAE(nn.Module):
             return torch.cat([function(part).float() for part in x.split(chunk)])
 
 
-# How others spell our tensors' names: rewritings applied in order. diffusers numbers the decoder's levels as they run.
+# How others spell our tensors' names: rewritings applied in order. diffusers numbers the decoder's
+# levels as they run.
 _ENDS = [(r"^(post_)?quant\.", r"\1quant_conv.")]
 _DIFFUSERS = _ENDS + [
     (
@@ -223,7 +229,8 @@ NAMINGS = {
         (r"middle\.2", "mid.block_2"),
     ],
 }
-_AROUND = "first_stage_model."  # before the VAE's names in the checkpoint of a whole latent diffusion model
+# before the VAE's names in the checkpoint of a whole latent diffusion model
+_AROUND = "first_stage_model."
 _BESIDE = (
     "loss.",
     "model_ema.",
@@ -237,11 +244,12 @@ def _spell(name, naming):
 
 
 def from_state_dict(state_dict):
-    """A VAE in eval mode holding `state_dict`'s tensors, under any of NAMINGS; its widths are read off them.
+    """A VAE in eval mode holding `state_dict`'s tensors, under any of NAMINGS; its widths are read
+    off them.
 
-    What else a full checkpoint holds (a diffusion model around the VAE, the loss it was trained with) is left
-    out, and `source` counts it. Raises ValueError naming every tensor that is unknown, missing, misshapen or not
-    finite."""
+    What else a full checkpoint holds (a diffusion model around the VAE, the loss it was trained
+    with) is left out, and `source` counts it. Raises ValueError naming every tensor that is
+    unknown, missing, misshapen or not finite."""
     given = {
         name.removeprefix(_AROUND): tensor
         for name, tensor in state_dict.items()
@@ -281,7 +289,8 @@ def from_state_dict(state_dict):
             faults.append(f"missing {theirs}")
         elif tensor.squeeze().shape != expected.squeeze().shape or not tensor.is_floating_point():
             faults.append(
-                f"{theirs} is {tensor.dtype} {tuple(tensor.shape)}, expected floats {tuple(expected.shape)}"
+                f"{theirs} is {tensor.dtype} {tuple(tensor.shape)}, expected floats "
+                f"{tuple(expected.shape)}"
             )
         elif not all(end.isfinite() for end in tensor.aminmax()):
             faults.append(f"{theirs} holds values that are not finite")
@@ -296,9 +305,11 @@ def from_state_dict(state_dict):
 
 
 def load(path, device="cpu"):
-    """The VAE in a `.safetensors`, `.ckpt` or `.pth` file (nothing in it is run), as `from_state_dict` takes it.
+    """The VAE in a `.safetensors`, `.ckpt` or `.pth` file (nothing in it is run), as
+    `from_state_dict` takes it.
 
-    On CUDA it computes in bfloat16, elsewhere in float32. Raises ValueError if the file doesn't hold one."""
+    On CUDA it computes in bfloat16, elsewhere in float32. Raises ValueError if the file doesn't
+    hold one."""
     path, device = str(path), torch.device(device)
     try:
         if path.endswith(".safetensors"):

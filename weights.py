@@ -1,10 +1,12 @@
-"""Weights and reference data by name: a table of what can be fetched, and a cache where each file appears verified.
+"""Weights and reference data by name: a table of what can be fetched, and a cache where each file
+appears verified.
 
     path = find("sd-vae-ft-ema")        # in the cache, fetched if need be
     path = find("runs/mine.safetensors")      # a path is returned as it is
 
-Nothing else of dimr touches the network. Settings come from the environment: DIMR_HOME (the cache), DIMR_OFFLINE,
-HF_ENDPOINT (a mirror of the Hugging Face hub), and http_proxy, https_proxy, no_proxy."""
+Nothing else of dimr touches the network. Settings come from the environment: DIMR_HOME (the cache),
+DIMR_OFFLINE, HF_ENDPOINT (a mirror of the Hugging Face hub), and http_proxy, https_proxy,
+no_proxy."""
 
 import contextlib
 import dataclasses
@@ -58,25 +60,32 @@ _REFERENCES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref
 _IMAGENET = "photographs of ImageNet, non-commercial research only; see image-net.org"
 
 ASSETS = {
-    "xl2r": Asset(_RELEASE + "DiMR-XL_2R_800epochs.pth", "DiMR-XL/2R for 256×256, 800 epochs, about 2.0 GB", _RESEARCH),
-    "g2r": Asset(_RELEASE + "DiMR-G_2R_800epochs.pth", "DiMR-G/2R for 256×256, 800 epochs, about 4.2 GB", _RESEARCH),
+    "xl2r": Asset(_RELEASE + "DiMR-XL_2R_800epochs.pth", "DiMR-XL/2R for 256×256, 800 epochs, "
+                                                         "about 2.0 GB", _RESEARCH),
+    "g2r": Asset(_RELEASE + "DiMR-G_2R_800epochs.pth", "DiMR-G/2R for 256×256, 800 epochs, "
+                                                       "about 4.2 GB", _RESEARCH),
     "sd-vae-ft-ema": Asset(
         "{hub}/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.safetensors",
         "the VAE of the latent models", "MIT; see huggingface.co/stabilityai/sd-vae-ft-ema",
         334_643_276, "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46"),
     "inception": Asset(
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        "the Inception network of 2015, for FID", "Google's, ported by pytorch-fid (Apache-2.0); trained on ImageNet",
+        "the Inception network of 2015, "
+        "for FID", "Google's, ported by pytorch-fid (Apache-2.0); trained on ImageNet",
         95_628_359, "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
     "vit-b16": Asset(
         "{hub}/timm/vit_base_patch16_224.augreg2_in21k_ft_in1k/resolve/main/model.safetensors",
-        "the ViT-B/16 classifier of dimr eval fidelity, about 346 MB", "Apache-2.0; trained on ImageNet-21k and ImageNet-1k"),
+        "the ViT-B/16 classifier of dimr eval fidelity, "
+        "about 346 MB", "Apache-2.0; trained on ImageNet-21k and ImageNet-1k"),
     "imagenet64": Asset(
-        _REFERENCES + "64/VIRTUAL_imagenet64_labeled.npz", "ADM's reference for FID at 64×64", _IMAGENET),
+        _REFERENCES + "64/VIRTUAL_imagenet64_labeled.npz", "ADM's reference for FID at "
+                                                           "64×64", _IMAGENET),
     "imagenet256": Asset(
-        _REFERENCES + "256/VIRTUAL_imagenet256_labeled.npz", "ADM's reference for FID at 256×256", _IMAGENET,
+        _REFERENCES + "256/VIRTUAL_imagenet256_labeled.npz", "ADM's reference for FID at "
+                                                             "256×256", _IMAGENET,
         2_037_122_530, "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"),
-    "imagenet512": Asset(_REFERENCES + "512/VIRTUAL_imagenet512.npz", "ADM's reference for FID at 512×512", _IMAGENET),
+    "imagenet512": Asset(_REFERENCES + "512/VIRTUAL_imagenet512.npz", "ADM's reference for FID at "
+                                                                      "512×512", _IMAGENET),
 }  # fmt: skip
 
 
@@ -110,23 +119,27 @@ def listing():
 
 
 def find(name_or_path):
-    """The path of a name in ASSETS, fetched first if it is not in the cache, or of a file or folder that exists.
+    """The path of a name in ASSETS, fetched first if it is not in the cache, or of a file or folder
+    that exists.
 
-    A string in the table is always taken as a name (write ./xl2r for a file called so). Raises UserError."""
+    A string in the table is always taken as a name (write ./xl2r for a file called so). Raises
+    UserError."""
     if name_or_path in ASSETS:
         return fetch(name_or_path)
     if Path(name_or_path).exists():
         return Path(name_or_path)
     raise UserError(
-        f"{name_or_path} is no file, nor known by name; expected a path or one of {', '.join(ASSETS)}"
+        f"{name_or_path} is no file, nor known by name; expected a path or one of "
+        f"{', '.join(ASSETS)}"
     )
 
 
 def fetch(name, timeout=30, tries=4, wait=1, patience=300):
     """The cached file of `name`, downloaded if need be; a cut download goes on where it stopped.
 
-    `timeout`: seconds without a byte; `tries`: attempts in a row that bring nothing new, `wait` seconds and then twice
-    as long apart; `patience`: how long another process may hold the download without moving. Raises UserError."""
+    `timeout`: seconds without a byte; `tries`: attempts in a row that bring nothing new, `wait`
+    seconds and then twice as long apart; `patience`: how long another process may hold the download
+    without moving. Raises UserError."""
     asset, path = ASSETS[name], place(name)
     if not path.is_file():
         by_hand = f"; or put {asset.file} from {asset.url} into {path.parent}"
@@ -144,7 +157,8 @@ def fetch(name, timeout=30, tries=4, wait=1, patience=300):
                     ) from None
     if asset.size and path.stat().st_size != asset.size:
         raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes, expected {asset.size:,}; delete it and try again"
+            f"{path} has {path.stat().st_size:,} bytes, expected {asset.size:,}; delete "
+            "it and try again"
         )
     return path
 
@@ -163,8 +177,8 @@ def _say(line):
 
 @contextlib.contextmanager
 def _locked(path, patience):
-    """Hold the download of `path` for this process. The lock ends with its owner; a living one is waited for as long as
-    its download grows, and named if it does not for `patience` seconds."""
+    """Hold the download of `path` for this process. The lock ends with its owner; a living one is
+    waited for as long as its download grows, and named if it does not for `patience` seconds."""
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +221,8 @@ def _size(path):
 
 
 def _download(name, asset, path, timeout, tries, wait):
-    """Bring `path` whole and verified, in as many attempts as still bring something new. Raises Failed."""
+    """Bring `path` whole and verified, in as many attempts as still bring something new. Raises
+    Failed."""
     part, failures, mixed = _part(path), 0, False
     best = _size(part)
     _say(f"fetching {name} from {asset.url} to {path}")
@@ -246,8 +261,9 @@ def _download(name, asset, path, timeout, tries, wait):
 
 
 def _attempt(asset, path, timeout, bar):
-    """Append to the partial file what one request brings. Once it is whole, returns (whether an earlier attempt began
-    it, the digits its SHA-256 must begin with or None). Raises Interrupted, or Failed if trying again won't help."""
+    """Append to the partial file what one request brings. Once it is whole, returns (whether an
+    earlier attempt began it, the digits its SHA-256 must begin with or None). Raises Interrupted,
+    or Failed if trying again won't help."""
     part, tag = _part(path), _tag(path)
     start = (
         max(0, _size(part) - 1) if tag.exists() else 0
@@ -296,8 +312,8 @@ def _attempt(asset, path, timeout, bar):
 
 @contextlib.contextmanager
 def _open(url, start, timeout, part):
-    """The response to a request for the bytes of `url` from `start` on, and the hub's X-Linked headers, which come with
-    its redirect. Raises as `_attempt` does."""
+    """The response to a request for the bytes of `url` from `start` on, and the hub's X-Linked
+    headers, which come with its redirect. Raises as `_attempt` does."""
     linked = {}
 
     def note(headers):

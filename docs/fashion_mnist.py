@@ -1,11 +1,9 @@
 """Fashion-MNIST as image folders, and a judgement of what was drawn after training on them.
 
 apt-get install dataset-fashion-mnist            (Debian: 60,000 + 10,000 real 28 × 28 images)
-python docs/fashion_mnist.py write data/fashion  -> data/fashion/{train,test}/CLASS/*.png, padded to 32 × 32
-dimr train --data data/fashion/train ...         (README.md has the command)
-dimr sample --balanced -n 2000
-python docs/fashion_mnist.py judge data/fashion samples/.../balanced-2000.npz
-"""
+python docs/fashion_mnist.py write data/fashion  -> data/fashion/{train,test}/CLASS/*.png, padded to
+32 × 32 dimr train --data data/fashion/train ...         (README.md has the command) dimr sample
+--balanced -n 2000 python docs/fashion_mnist.py judge data/fashion samples/.../balanced-2000.npz"""
 
 import gzip
 import json
@@ -43,7 +41,9 @@ def write(out):
         images = np.pad(
             idx(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2))
         )
-        for i, (image, label) in enumerate(zip(images, idx(f"{prefix}-labels-idx1-ubyte.gz", 8))):
+        for i, (image, label) in enumerate(
+            zip(images, idx(f"{prefix}-labels-idx1-ubyte.gz", 8), strict=True)
+        ):
             path = out / split / CLASSES[label] / f"{i:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)

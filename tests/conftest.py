@@ -23,8 +23,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPAT
     os.pathsep
 )
 
-# torchvision (imported by torch-fidelity, pytorch-fid and timm, our oracles) registers fake kernels for two
-# of its compiled operators on import; beside a CPU build of torch they don't exist, so define their names.
+# torchvision (imported by torch-fidelity, pytorch-fid and timm, our oracles) registers fake kernels
+# for two of its compiled operators on import; beside a CPU build of torch they don't exist, so
+# define their names.
 _library = torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
     _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -52,8 +53,32 @@ def digits(tmp_path_factory):
     return root
 
 
-SMALL = ["--variant", "demo", "--layers", "3,2", "--dims", "16,8", "--heads", "2", "--batch-size", "16", "--steps", "12", "--save-every", "4",
-         "--sample-every", "0", "--workers", "0", "--warmup", "2", "--keep", "0", "--device", "cpu"]  # fmt: skip
+SMALL = [
+    "--variant",
+    "demo",
+    "--layers",
+    "3,2",
+    "--dims",
+    "16,8",
+    "--heads",
+    "2",
+    "--batch-size",
+    "16",
+    "--steps",
+    "12",
+    "--save-every",
+    "4",
+    "--sample-every",
+    "0",
+    "--workers",
+    "0",
+    "--warmup",
+    "2",
+    "--keep",
+    "0",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +101,14 @@ def dimr_command(*arguments, cwd=None, env=None, check=True, torchrun=None, time
             str(free_port()),
             "-m",
         ]
-    done = subprocess.run([*launcher, "cli", *map(str, arguments)], cwd=cwd or tempfile.gettempdir(), capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, timeout=timeout)  # fmt: skip
+    done = subprocess.run(
+        [*launcher, "cli", *map(str, arguments)],
+        cwd=cwd or tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        timeout=timeout,
+    )
     assert not check or done.returncode == 0, done.stderr
     return done
 

@@ -1,7 +1,9 @@
-"""Random Inception weights under pytorch-fid's names, and torch-fidelity's extractor with them: made once per session.
+"""Random Inception weights under pytorch-fid's names, and torch-fidelity's extractor with them:
+made once per session.
 
-Convolutions are drawn so that variance is kept; each batch norm takes the statistics of its own input over a few noise
-images, so that features neither vanish nor blow up along the network's 48 layers."""
+Convolutions are drawn so that variance is kept; each batch norm takes the statistics of its own
+input over a few noise images, so that features neither vanish nor blow up along the network's 48
+layers."""
 
 import functools
 from unittest import mock
@@ -13,7 +15,8 @@ from torch_fidelity import feature_extractor_inceptionv3 as theirs
 
 @functools.cache
 def extractor():
-    """torch-fidelity's extractor in eval mode: uint8 (N, 3, H, W) → (pool, bias-free logits), random weights."""
+    """torch-fidelity's extractor in eval mode: uint8 (N, 3, H, W) → (pool, bias-free logits),
+    random weights."""
     with (
         torch.random.fork_rng(),
         mock.patch.object(theirs, "load_state_dict_from_url", return_value={}),
@@ -41,7 +44,8 @@ def weights():
 
 
 def photographs(count, size, seed=0):
-    """Smooth random pictures, uint8 (count, size, size, 3), with all values from 0 to 255 in use."""
+    """Smooth random pictures, uint8 (count, size, size, 3), with all values from 0 to 255 in
+    use."""
     generator = np.random.default_rng(seed)
     coarse = torch.from_numpy(generator.standard_normal((count, 3, 6, 6))).float()
     x = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")

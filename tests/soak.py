@@ -1,10 +1,12 @@
-"""Soak: train on two processes under random faults until time is up, and compare the end with an undisturbed run.
+"""Soak: train on two processes under random faults until time is up, and compare the end with an
+undisturbed run.
 
-    python tests/soak.py --minutes 30                # prints what was injected and survived, by kind, as JSON
+    python tests/soak.py --minutes 30    # prints what was injected and survived, by kind, as JSON
 
-Each round trains a tiny network twice, undisturbed and under faults: any process killed, inside a save too; all of them
-killed; stopped by signals; a disk that is full for a while; checkpoints damaged; a second start in the same folder. In the end
-weights, EMA, optimiser state and losses have to be the same to the byte, and metrics.jsonl has to hold each step once."""
+Each round trains a tiny network twice, undisturbed and under faults: any process killed, inside a
+save too; all of them killed; stopped by signals; a disk that is full for a while; checkpoints
+damaged; a second start in the same folder. In the end weights, EMA, optimiser state and losses have
+to be the same to the byte, and metrics.jsonl has to hold each step once."""
 
 import argparse
 import collections
@@ -35,8 +37,32 @@ from storage import UserError  # noqa: E402
 PROCESSES = 2
 PATIENCE = 120  # seconds after which a life that neither ends nor trains counts as hung
 SAVE_EVERY = 40
-OPTIONS = ["--variant", "demo", "--layers", "1,1", "--dims", "16,8", "--heads", "2", "--batch-size", "8", "--micro-batch", "2", "--warmup", "2",
-           "--workers", "1", "--sample-every", "0", "--save-every", str(SAVE_EVERY), "--keep", "3", "--device", "cpu"]  # fmt: skip
+OPTIONS = [
+    "--variant",
+    "demo",
+    "--layers",
+    "1,1",
+    "--dims",
+    "16,8",
+    "--heads",
+    "2",
+    "--batch-size",
+    "8",
+    "--micro-batch",
+    "2",
+    "--warmup",
+    "2",
+    "--workers",
+    "1",
+    "--sample-every",
+    "0",
+    "--save-every",
+    str(SAVE_EVERY),
+    "--keep",
+    "3",
+    "--device",
+    "cpu",
+]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -55,12 +81,42 @@ class Life:
 
     def __init__(self, data, out, steps, seed, restarts=0):
         self.out, self.lines = out, []
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES, "--max-restarts", restarts,
-                   "--monitor-interval", 0.1, "--signals-to-handle", ",".join(s.name for s in SIGNALS), "-m", "cli",
-                   "train", "--data", data, "--out", out, "--steps", steps, "--seed", seed, *OPTIONS]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            PROCESSES,
+            "--max-restarts",
+            restarts,
+            "--monitor-interval",
+            0.1,
+            "--signals-to-handle",
+            ",".join(s.name for s in SIGNALS),
+            "-m",
+            "cli",
+            "train",
+            "--data",
+            data,
+            "--out",
+            out,
+            "--steps",
+            steps,
+            "--seed",
+            seed,
+            *OPTIONS,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.agent = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                                      env=environment, start_new_session=True)  # fmt: skip
+        self.agent = subprocess.Popen(
+            list(map(str, command)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+            start_new_session=True,
+        )
         self.reader = threading.Thread(
             target=lambda: self.lines.extend(self.agent.stdout), daemon=True
         )
@@ -174,8 +230,13 @@ def fill_the_disk(life, rng):
 def start_a_second(life, rng):
     """It is refused, unless the first is no more when it asks; then it finds nothing to do."""
     owner = life.ranks().get(0)
-    rival = subprocess.run([sys.executable, "-m", "cli", "train", "--out", str(life.out), "--steps", "1"], capture_output=True, text=True,
-                           timeout=PATIENCE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    rival = subprocess.run(
+        [sys.executable, "-m", "cli", "train", "--out", str(life.out), "--steps", "1"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
     refused = rival.returncode == 1 and "in use by process" in rival.stderr
     assert refused or (rival.returncode == 0 and life.ranks().get(0) != owner), rival.stderr
     return refused
@@ -194,7 +255,8 @@ FAULTS = [
 
 
 def damage(out, rng):
-    """Spoil the newest checkpoint, if the one before it is whole; returns (its folder, what was done), or None."""
+    """Spoil the newest checkpoint, if the one before it is whole; returns (its folder, what was
+    done), or None."""
     found = runs.checkpoints(out)
     if len(found) < 2 or not all(map(whole, found[-2:])):
         return None
@@ -221,7 +283,8 @@ def whole(checkpoint):
 
 
 def check_folder(out, spoilt):
-    """Whatever happened, no checkpoint is half-written but those `spoilt` here, and no step is told twice."""
+    """Whatever happened, no checkpoint is half-written but those `spoilt` here, and no step is told
+    twice."""
     assert all(whole(checkpoint) or checkpoint in spoilt for checkpoint in runs.checkpoints(out))
     steps = [line["step"] for line in training.read_metrics(out)]
     assert steps == list(range(1, len(steps) + 1)), f"steps of metrics.jsonl: {steps}"
@@ -297,11 +360,11 @@ def one_round(folder, number, steps, deadline, rng, count):
         count["most steps to repeat after a kill"] = max(
             count["most steps to repeat after a kill"], told - saved
         )
-        if time.monotonic() < deadline and saved < steps and rng.random() < 0.3:
-            if damaged := damage(out, rng):
-                print(f"  {damaged[0].name}: {damaged[1]}", file=sys.stderr)
-                spoilt.add(damaged[0])
-                count[f"checkpoint damaged: {damaged[1]}"] += 1
+        spoil = time.monotonic() < deadline and saved < steps and rng.random() < 0.3
+        if spoil and (damaged := damage(out, rng)):
+            print(f"  {damaged[0].name}: {damaged[1]}", file=sys.stderr)
+            spoilt.add(damaged[0])
+            count[f"checkpoint damaged: {damaged[1]}"] += 1
     assert outcome(out) == outcome(calm), (
         f"the end under faults is not the undisturbed one: {outcome(out)[:2]} {outcome(calm)[:2]}"
     )

@@ -1,5 +1,5 @@
-"""The benchmark script: its rows and what it counts, and the fast paths it led to. The comparison with the release needs
-a checkout and is not tested."""
+"""The benchmark script: its rows and what it counts, and the fast paths it led to. The comparison
+with the release needs a checkout and is not tested."""
 
 import json
 
@@ -90,7 +90,7 @@ def test_weights_rounded_once_give_what_autocast_rounds_every_time():
         model.branches[0].out.weight.dtype == torch.bfloat16
         and model.branches[0].blocks[0].norm1.gamma.p1.dtype == torch.float32
     )
-    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_linear_layers_in_onednn_compute_the_same_and_leave_gradients_right():
@@ -114,5 +114,5 @@ def test_linear_layers_in_onednn_compute_the_same_and_leave_gradients_right():
     sampling.for_inference(model, "fp32")
     found = passes()
     assert model.branches[0].blocks[0].mlp.w0.forward.func is sampling.onednn_linear
-    for ours, plain in zip(found, expected):
+    for ours, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)

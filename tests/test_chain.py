@@ -1,4 +1,5 @@
-"""The product's lines one after another, on real photographs: each finds what the one before it wrote."""
+"""The product's lines one after another, on real photographs: each finds what the one before it
+wrote."""
 
 import json
 
@@ -18,7 +19,8 @@ PHOTOGRAPHS = {"people": ["astronaut"], "animals": ["chelsea"], "things": ["coff
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder to work in: photographs under data/imagenet/train, a random full-size VAE and Inception."""
+    """A folder to work in: photographs under data/imagenet/train, a random full-size VAE and
+    Inception."""
     from skimage import data
     from sklearn.datasets import load_sample_image
 
@@ -55,8 +57,27 @@ def test_encode_train_sample_eval_each_find_the_others_output(place):
     )
     assert Image.open(place / "data" / "latents-256" / "preview.png").width >= 512
 
-    done = dimr_command("train", "--variant", "xl2r", "--layers", "2,1", "--dims", "32,16", "--heads", "2", "--batch-size", "4", "--steps", "4",
-                        "--sample-every", "0", "--device", "cpu", cwd=place, torchrun=1)  # fmt: skip
+    done = dimr_command(
+        "train",
+        "--variant",
+        "xl2r",
+        "--layers",
+        "2,1",
+        "--dims",
+        "32,16",
+        "--heads",
+        "2",
+        "--batch-size",
+        "4",
+        "--steps",
+        "4",
+        "--sample-every",
+        "0",
+        "--device",
+        "cpu",
+        cwd=place,
+        torchrun=1,
+    )
     assert "runs/xl2r: step 4 of 4" in done.stdout
     record = json.loads((place / "runs" / "xl2r" / "config.json").read_text())
     assert (

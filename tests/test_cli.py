@@ -37,7 +37,10 @@ def test_help_answers_without_loading_pytorch():
     import subprocess
     import sys
 
-    code = "import sys, cli; cli.main(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, cli; cli.main(['--help'], standalone_mode=False); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
@@ -66,12 +69,21 @@ def test_the_commands_choices_are_the_tables_rows():
     assert list(cli.VARIANTS.choices) == list(dimr.VARIANTS)
 
 
-@pytest.mark.parametrize("arguments, status, words", [
-    (["info", "--variant", "xxl"], 2, "xl2r"), (["train", "--variant", "xxl"], 2, "xl2r"), (["train", "--betas", "0.9"], 2, "0.99,0.99"),
-    (["train", "--steps", "0"], 2, "--steps"), (["train", "--variant", "xl2r"], 1, "dimr encode --res 256"),
-    (["train", "--variant", "m3r"], 1, "--res 64 --pixels"), (["train", "--data", "missing"], 1, "missing"),
-    (["sample", "--weights", "missing/file.safetensors"], 1, "missing"), (["curves", "missing"], 1, "missing"), (["curves"], 1, "no run"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, status, words",
+    [
+        (["info", "--variant", "xxl"], 2, "xl2r"),
+        (["train", "--variant", "xxl"], 2, "xl2r"),
+        (["train", "--betas", "0.9"], 2, "0.99,0.99"),
+        (["train", "--steps", "0"], 2, "--steps"),
+        (["train", "--variant", "xl2r"], 1, "dimr encode --res 256"),
+        (["train", "--variant", "m3r"], 1, "--res 64 --pixels"),
+        (["train", "--data", "missing"], 1, "missing"),
+        (["sample", "--weights", "missing/file.safetensors"], 1, "missing"),
+        (["curves", "missing"], 1, "missing"),
+        (["curves"], 1, "no run"),
+    ],
+)
 def test_errors_are_one_line_and_leave_nothing_behind(
     tmp_path, monkeypatch, arguments, status, words
 ):

@@ -1,5 +1,6 @@
 """Images as people have them, shards, visiting order, reading ahead."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -159,9 +160,12 @@ def test_exif_rotation_counts_only_on_request(tmp_path):
 
 def png(width, height, data=b""):
     """A PNG file whose header claims this size."""
-    chunk = lambda kind, body: (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    )
+
+    def chunk(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -349,7 +353,7 @@ def test_what_a_position_visits_does_not_depend_on_how_the_run_is_cut():
     indices, flips = dataset.Order(7, 5)(0, 100)
     for cuts in ([0, 1, 2, 50, 51, 100], [0, 33, 33, 100], [99, 100], [6, 8]):
         order = dataset.Order(7, 5)
-        for first, last in zip(cuts, cuts[1:]):
+        for first, last in itertools.pairwise(cuts):
             part = order(first, last)
             assert (part[0] == indices[first:last]).all() and (part[1] == flips[first:last]).all()
 
@@ -380,7 +384,7 @@ def test_any_number_of_workers_gives_the_same_batches(folder):
     assert torch.equal(torch.random.get_rng_state(), before)
     for run in runs[1:]:
         assert len(run) == 10
-        for (images, labels, bad), (expected, numbers, _) in zip(run, runs[0]):
+        for (images, labels, bad), (expected, numbers, _) in zip(run, runs[0], strict=True):
             assert torch.equal(images, expected) and torch.equal(labels, numbers) and bad == []
     assert not multiprocessing.active_children()
 
@@ -391,7 +395,10 @@ def test_a_bad_image_stops_is_replaced_or_is_dropped(folder, workers):
         (folder / name).write_bytes(b"")
     data = dataset.ImageFolder(folder, size=16)
     steps = [([8, 9], np.array([False, True])), ([11], np.array([False]))]
-    read = lambda mode: list(dataset.loader(data, steps, workers, mode))
+
+    def read(mode):
+        return list(dataset.loader(data, steps, workers, mode))
+
     with pytest.raises(dataset.BadImage, match=r"^\S*a/9.png: is empty$"):
         read("error")
     (images, labels, bad), (_, last, none) = read("skip")
@@ -432,7 +439,8 @@ def test_a_killed_worker_is_an_error_here_and_not_in_the_training_step(folder):
 def test_a_process_that_abandons_its_loader_still_ends(folder):
     script = f"""
         import sys, dataset
-        batches = dataset.loader(dataset.ImageFolder({str(folder)!r}), (([0], [False]) for _ in range(10**9)), 2)
+        images = dataset.ImageFolder({str(folder)!r})
+        batches = dataset.loader(images, (([0], [False]) for _ in range(10**9)), 2)
         try:
             next(batches)
             raise KeyError
@@ -461,8 +469,10 @@ def test_a_worker_told_to_stop_as_it_starts_goes_on(folder, monkeypatch):
 def test_workers_end_with_a_killed_process(folder):
     script = f"""
         import multiprocessing, time, torch, dataset
-        torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 10**6  # PyTorch's own check, which a kill at the start misleads
-        batches = dataset.loader(dataset.ImageFolder({str(folder)!r}), (([0], [False]) for _ in range(10**9)), 3)
+        # PyTorch's own check, which a kill at the start misleads
+        torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 10**6
+        images = dataset.ImageFolder({str(folder)!r})
+        batches = dataset.loader(images, (([0], [False]) for _ in range(10**9)), 3)
         next(batches)
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
         time.sleep(600)
@@ -488,11 +498,18 @@ def write_set(root, kind, arrays, labels, size, channels, classes=2):
     """A shard set made by the safetensors library and json alone."""
     root.mkdir()
     rows = []
-    for k, (data, numbers) in enumerate(zip(arrays, labels)):
+    for k, (data, numbers) in enumerate(zip(arrays, labels, strict=True)):
         save_file({"data": data, "labels": np.asarray(numbers)}, root / f"{k}.safetensors")
         rows.append({"file": f"{k}.safetensors", "count": len(data), "sha256": ""})
-    index = {"format": 1, "kind": kind, "size": size, "channels": channels, "classes": [f"c{i}" for i in range(classes)],
-             "shards": rows, "options": {"res": 8 * size if kind == "latents" else size}}  # fmt: skip
+    index = {
+        "format": 1,
+        "kind": kind,
+        "size": size,
+        "channels": channels,
+        "classes": [f"c{i}" for i in range(classes)],
+        "shards": rows,
+        "options": {"res": 8 * size if kind == "latents" else size},
+    }
     (root / "index.json").write_text(json.dumps(index))
 
 
@@ -519,7 +536,7 @@ def test_pixel_shards_give_items_and_mirrored_items(pixels):
     indices, flips = np.array([6, 0, 3, 4, 0]), np.array([0, 1, 0, 1, 0], bool)
     ((images, labels, bad),) = dataset.loader(data, [(indices, flips)])
     found = images.permute(0, 2, 3, 1).numpy()
-    for row, (index, flip) in enumerate(zip(indices, flips)):
+    for row, (index, flip) in enumerate(zip(indices, flips, strict=True)):
         assert (found[row] == (expected[index][:, ::-1] if flip else expected[index])).all()
     assert images.dtype == torch.uint8 and labels.tolist() == [0, 0, 1, 1, 0] and bad == []
     assert (
@@ -601,8 +618,21 @@ def damage(path, how):
         path.write_bytes(raw[:start] + b"\x07" + raw[start + 1 :])
 
 
-@pytest.mark.parametrize("how", ["missing", "cut", "empty", "endless header", "not json", "fewer items", "negative offsets", "other type",
-                                 "other shape", "label of no class"])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        "missing",
+        "cut",
+        "empty",
+        "endless header",
+        "not json",
+        "fewer items",
+        "negative offsets",
+        "other type",
+        "other shape",
+        "label of no class",
+    ],
+)
 def test_a_damaged_shard_is_named(pixels, how):
     path = pixels[0] / "0.safetensors"
     damage(path, how)

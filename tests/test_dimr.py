@@ -39,7 +39,8 @@ SMALL = dimr.Config(
 
 
 def build(config):
-    """A network whose time-dependent vectors and positions are random too, so that each one matters."""
+    """A network whose time-dependent vectors and positions are random too, so that each one
+    matters."""
     torch.manual_seed(0)
     model = dimr.DiMR(config)
     with torch.no_grad():
@@ -91,7 +92,9 @@ def test_gradients_agree_with_the_release(released):
     sum(
         output.square().sum() for output in model(arrays["x"], arrays["log_snr"] / 4, arrays["y"])
     ).backward()
-    gradients = dict(zip(dimr.to_released(model), [p.grad for p in model.parameters()]))
+    gradients = dict(
+        zip(dimr.to_released(model), [p.grad for p in model.parameters()], strict=True)
+    )
     assert gradients.keys() == norms.keys() == weights.keys()
     for name, norm in norms.items():
         assert float(gradients[name].norm()) == pytest.approx(norm, rel=1e-5), name
@@ -220,18 +223,31 @@ def test_any_number_of_branches_depth_width_and_size(layers, dims, size):
     ]
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(size=9), "does not halve"), (dict(heads=3), "heads 3"), (dict(dims=(16,)), "one entry per branch"),
-    (dict(norm="batch"), "norm 'batch'"), (dict(mlp="?"), "mlp"), (dict(space="audio"), "space"), (dict(layers=(0, 1)), "at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(size=9), "does not halve"),
+        (dict(heads=3), "heads 3"),
+        (dict(dims=(16,)), "one entry per branch"),
+        (dict(norm="batch"), "norm 'batch'"),
+        (dict(mlp="?"), "mlp"),
+        (dict(space="audio"), "space"),
+        (dict(layers=(0, 1)), "at least 1"),
+    ],
+)
 def test_an_impossible_configuration_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(SMALL, **change)
 
 
-@pytest.mark.parametrize("x, tau, y, words", [
-    ((2, 2, 8, 9), (2,), (2,), "x is"), ((2, 2, 8, 8), (3,), (2,), "tau is"), ((2, 2, 8, 8), (2,), (1,), "y is"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "x, tau, y, words",
+    [
+        ((2, 2, 8, 9), (2,), (2,), "x is"),
+        ((2, 2, 8, 8), (3,), (2,), "tau is"),
+        ((2, 2, 8, 8), (2,), (1,), "y is"),
+    ],
+)
 def test_wrong_shapes_are_refused(x, tau, y, words):
     with pytest.raises(ValueError, match=words):
         dimr.DiMR(SMALL)(torch.zeros(x), torch.zeros(tau), torch.zeros(y, dtype=torch.long))
@@ -243,12 +259,13 @@ def test_one_graph_without_breaks(norm):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for tau in (torch.randn(3), torch.randn(1)):
         args = torch.randn(3, 2, 8, 8), tau, torch.tensor([0, 1, 5])
-        for ours, plain in zip(compiled(*args), model(*args)):
+        for ours, plain in zip(compiled(*args), model(*args), strict=True):
             torch.testing.assert_close(ours, plain)
 
 
 def test_training_and_sampling_compile_one_graph_each():
-    """Other values of the same shapes, and another learning rate or guided time, compile nothing anew."""
+    """Other values of the same shapes, and another learning rate or guided time, compile nothing
+    anew."""
     model = build(dataclasses.replace(SMALL, channels=1))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model.compile(backend=counter)
@@ -279,7 +296,8 @@ def test_attention_is_pytorchs_for_any_number_of_tokens(tokens):
 
 
 def test_features_lie_channels_last_throughout():
-    """In the other order a depthwise convolution takes several times as long, and each norm copies."""
+    """In the other order a depthwise convolution takes several times as long, and each norm
+    copies."""
     model, strides = build(dataclasses.replace(SMALL, layers=(3, 5))), []
     for module in model.modules():
         if isinstance(module, dimr.TransformerBlock | dimr.ConvNeXtBlock):
@@ -313,7 +331,7 @@ def test_recomputing_blocks_changes_nothing():
         model.zero_grad()
         sum(o.square().sum() for o in model(*args)).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_a_norm_and_an_mlp_can_join_as_rows_of_their_tables(monkeypatch):

@@ -1,4 +1,5 @@
-"""`dimr encode`: what shards hold, the same bytes however often it is killed, and what it refuses."""
+"""`dimr encode`: what shards hold, the same bytes however often it is killed, and what it
+refuses."""
 
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,7 +56,8 @@ def good(images, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def many(images, tmp_path_factory):
-    """Twelve times `images`, so that an encode takes a second: long enough to be met in the middle."""
+    """Twelve times `images`, so that an encode takes a second: long enough to be met in the
+    middle."""
     root = tmp_path_factory.mktemp("many") / "images"
     for path in sorted(images.glob("*/*")):
         (root / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -69,8 +72,13 @@ def theirs():
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    return AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                         block_out_channels=[32, 32, 64, 64], layers_per_block=2, latent_channels=4).eval()  # fmt: skip
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[32, 32, 64, 64],
+        layers_per_block=2,
+        latent_channels=4,
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +194,7 @@ def test_latent_shards_hold_diffusers_mean_and_log_variance_of_image_and_flip(
             expected = theirs.encode(source.batch(every, flips)[0] / 127.5 - 1).latent_dist
         found, labels = data.batch(every, flips)
         assert labels.tolist() == source.labels.tolist()
-        for part, want in zip(found.unbind(1), (expected.mean, expected.logvar)):
+        for part, want in zip(found.unbind(1), (expected.mean, expected.logvar), strict=True):
             torch.testing.assert_close(part.float(), want, rtol=1e-3, atol=1e-4)
     assert data.index["vae"] == str(vae_file) and data.index["scale"] == vae.SCALE
     assert (
@@ -265,8 +273,14 @@ def start(*arguments, torchrun=None, **options):
         if torchrun
         else []
     )
-    return subprocess.Popen([sys.executable, *launcher, "-m", "cli", *map(str, arguments)], env=ENVIRONMENT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "cli", *map(str, arguments)],
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
 def wait_for(happened, process):
@@ -291,9 +305,17 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(
         "--shard-size",
         "60",
     ]
-    rows = lambda: len(list(out.glob("shard-*.json")))
-    moments = [lambda: (out / "plan.json").exists(), lambda: any(out.glob(".shard-*.tmp")), lambda: rows() >= 2, lambda: rows() >= 5,
-               lambda: (out / "index.json").exists()]  # fmt: skip
+
+    def rows():
+        return len(list(out.glob("shard-*.json")))
+
+    moments = [
+        lambda: (out / "plan.json").exists(),
+        lambda: any(out.glob(".shard-*.tmp")),
+        lambda: rows() >= 2,
+        lambda: rows() >= 5,
+        lambda: (out / "index.json").exists(),
+    ]
     before = 0
     for moment in moments:
         process = start(*command)
@@ -322,9 +344,9 @@ def test_a_killed_process_is_named_and_the_rest_goes_on_later(many, whole_of_man
     ]
     launched = start(*command, torchrun=2)
     wait_for(lambda: any(out.glob("shard-*.json")), launched)
-    children = open(f"/proc/{launched.pid}/task/{launched.pid}/children").read().split()
+    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
     ranks = {
-        re.search(rb"\0RANK=(\d)", open(f"/proc/{child}/environ", "rb").read())[1]: int(child)
+        re.search(rb"\0RANK=(\d)", Path(f"/proc/{child}/environ").read_bytes())[1]: int(child)
         for child in children
     }
     os.kill(ranks[b"1"], signal.SIGKILL)
@@ -336,7 +358,8 @@ def test_a_killed_process_is_named_and_the_rest_goes_on_later(many, whole_of_man
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """(folder, environment, what lifts the limit): a folder on which the third shard can't be written."""
+    """(folder, environment, what lifts the limit): a folder on which the third shard can't be
+    written."""
     place = tmp_path / "disk"
     place.mkdir()
     # the folder itself, out/, .lock, plan.json, and two shards with their rows

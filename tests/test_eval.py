@@ -1,4 +1,5 @@
-"""`dimr eval` from files to numbers: image sets, references, caching, generation, processes, and what is refused."""
+"""`dimr eval` from files to numbers: image sets, references, caching, generation, processes, and
+what is refused."""
 
 import io
 import json
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import SMALL, dimr_command
 from inception_weights import extractor, photographs, weights
 from PIL import Image
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -30,7 +32,6 @@ import imagenet_names
 import imagesets
 import sampling
 import storage
-from conftest import SMALL, dimr_command
 
 PLAIN = ["--features", "plain_features:pooled", "--device", "cpu"]
 
@@ -185,7 +186,7 @@ def test_files_of_any_mode_are_read_as_rgb():
     Image.new("RGB", (100, 100)).save("set/grid.png")  # what sample leaves beside its images
     images = imagesets.open_set("set")
     assert images.names == ["cmyk.jpg", "grey.png", "palette.png", "rgb.png", "rgba.png"]
-    found = dict(zip(images.names, images.batch(range(5))[0].numpy()))
+    found = dict(zip(images.names, images.batch(range(5))[0].numpy(), strict=True))
     assert (found["rgb.png"] == np.asarray(colour)).all()
     assert (found["grey.png"] == np.asarray(colour.convert("L"))[..., None]).all()
     assert (found["palette.png"] == np.asarray(variants["palette"].convert("RGB"))).all()
@@ -225,7 +226,8 @@ def test_nothing_to_measure_is_an_error(path, message):
 
 @pytest.fixture(scope="module")
 def oracle():
-    """Two sets of pictures and torch-fidelity's features of them on the same weights: (pool, logits), and spatial."""
+    """Two sets of pictures and torch-fidelity's features of them on the same weights: (pool,
+    logits), and spatial."""
     sets = {
         "samples": photographs(9, 32, seed=3),
         "reference": photographs(8, 32, seed=4) // 2 + 40,
@@ -237,7 +239,9 @@ def oracle():
     with torch.no_grad():
         features = {name: network(images.permute(0, 3, 1, 2)) for name, images in sets.items()}
     hook.remove()
-    spatial = {name: s.permute(0, 2, 3, 1).reshape(len(s), -1) for name, s in zip(sets, kept)}
+    spatial = {
+        name: s.permute(0, 2, 3, 1).reshape(len(s), -1) for name, s in zip(sets, kept, strict=True)
+    }
     return sets, features, spatial
 
 
@@ -362,7 +366,8 @@ def standard(monkeypatch, inception_file):
 
 
 def test_adms_reference_gives_moments_and_images(oracle, inception_file, standard):
-    """Its moments are of the whole training set, its images a part: FID is of the former, precision of the latter."""
+    """Its moments are of the whole training set, its images a part: FID is of the former, precision
+    of the latter."""
     sets, features, _ = oracle
     mu, sigma = np.full(2048, 0.5), np.eye(2048) * 0.1
     moments = {"mu": mu, "sigma": sigma, "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
@@ -656,7 +661,20 @@ def test_files_spread_over_processes_give_one_number(inception_file, oracle):
 def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(
     trained, inception_file, monkeypatch
 ):
-    arguments = "all -n 12 --steps 2 --batch-size 2 --ref ref.npz --json --device cpu".split()
+    arguments = [
+        "all",
+        "-n",
+        "12",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--ref",
+        "ref.npz",
+        "--json",
+        "--device",
+        "cpu",
+    ]
     arguments += ["--weights", trained, "--inception", inception_file]
     save_npz("ref.npz", photographs(6, 8))
     whole, cut = measured(*arguments), f"{Path.cwd()}/cut"
@@ -665,7 +683,10 @@ def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1", "DIMR_HOME": cut},
     )
-    notes = lambda folder: sorted(Path(folder).rglob("*.partial/0*.safetensors"))
+
+    def notes(folder):
+        return sorted(Path(folder).rglob("*.partial/0*.safetensors"))
+
     deadline = time.monotonic() + 120
     while len(notes(cut)) < 2 and started.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -708,7 +729,7 @@ def test_training_watches_fid_on_any_number_of_processes(digits):
     for name, processes in (("alone", None), ("together", 2)):
         dimr_command(*arguments, "--out", name, cwd=Path.cwd(), env=environment, torchrun=processes)
     alone, together = (
-        [json.loads(line) for line in Path(name, "metrics.jsonl").open()]
+        [json.loads(line) for line in Path(name, "metrics.jsonl").read_text().splitlines()]
         for name in ("alone", "together")
     )
     assert [line["step"] for line in alone] == list(range(1, 13))

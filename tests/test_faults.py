@@ -1,5 +1,6 @@
-"""The fault table: for every command and each fault that can reach it, one clear line, the right exit status, nothing
-half-written and nothing lost. Faults that need processes of their own are in test_resume, test_parallel and soak."""
+"""The fault table: for every command and each fault that can reach it, one clear line, the right
+exit status, nothing half-written and nothing lost. Faults that need processes of their own are in
+test_resume, test_parallel and soak."""
 
 import contextlib
 import json
@@ -27,12 +28,21 @@ import runs
 import training
 from storage import load_tensors, save_tensors
 
-NETWORK = "--variant demo --layers 1,1 --dims 8,8 --heads 1 --batch-size 4 --steps 2 --warmup 0 --workers 0 --device cpu --sample-every 0"
+NETWORK = (
+    "--variant demo --layers 1,1 --dims 8,8 --heads 1 --batch-size 4 --steps 2 "
+    "--warmup 0 --workers 0 --device cpu --sample-every 0"
+)
 DEFAULTS = {  # what every row of a command has besides what it says
-    "train": f"{NETWORK} --out {{out}}", "sample": "-n 2 --steps 2 --device cpu --out {out}",
-    "encode": "--pixels --res 8 --workers 0 --device cpu --out {out}", "convert": "", "info": "", "curves": "", "demo": "", "weights": "",
+    "train": f"{NETWORK} --out {{out}}",
+    "sample": "-n 2 --steps 2 --device cpu --out {out}",
+    "encode": "--pixels --res 8 --workers 0 --device cpu --out {out}",
+    "convert": "",
+    "info": "",
+    "curves": "",
+    "demo": "",
+    "weights": "",
     "eval": "",
-}  # fmt: skip
+}
 
 
 class Code:
@@ -46,9 +56,10 @@ class Code:
 
 
 def png_that_claims(width, height):
-    chunk = lambda kind, data: (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
+    def chunk(kind, data):
+        length, check = len(data), zlib.crc32(kind + data)
+        return struct.pack(">I", length) + kind + data + struct.pack(">I", check)
+
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -181,70 +192,157 @@ def places(world, tmp_path, monkeypatch):
     return {**world, "out": tmp_path / "out"}
 
 
-IMAGES = [("{missing}", "missing"), ("{empty}", "empty|no images"), ("{text}", "text"), ("{hollow}", "hollow/c|fill or remove"),
-          ("{cut}", "cut.png"), ("{zero}", "zero.png|is empty"), ("{fake}", "fake.png|is not a JPEG"), ("{bomb}", "bomb.png|pixels"),
-          ("{unreadable}", "io.png|Input/output error")]  # fmt: skip
-WEIGHTS = [("{missing}", "missing"), ("{empty}", "empty"), ("{cut.safetensors}", "cut.safetensors|not a whole safetensors"),
-           ("{zero.safetensors}", "zero.safetensors"), ("{text.safetensors}", "text.safetensors"), ("{cut.pth}", "cut.pth|nothing in it was run"),
-           ("{code.pth}", "code.pth|nothing in it was run"), ("{huge.safetensors}", "huge.safetensors"), ("{io.safetensors}", "io.safetensors"),
-           ("{io.pth}", "io.pth")]  # fmt: skip
-NETWORKS = WEIGHTS + [("{nan.safetensors}", "nan.safetensors|branches.0.position"), ("{other.safetensors}", "other.safetensors|does not fit"),
-                      ("{else.safetensors}", "else.safetensors|does not fit")]  # fmt: skip
+IMAGES = [
+    ("{missing}", "missing"),
+    ("{empty}", "empty|no images"),
+    ("{text}", "text"),
+    ("{hollow}", "hollow/c|fill or remove"),
+    ("{cut}", "cut.png"),
+    ("{zero}", "zero.png|is empty"),
+    ("{fake}", "fake.png|is not a JPEG"),
+    ("{bomb}", "bomb.png|pixels"),
+    ("{unreadable}", "io.png|Input/output error"),
+]
+WEIGHTS = [
+    ("{missing}", "missing"),
+    ("{empty}", "empty"),
+    ("{cut.safetensors}", "cut.safetensors|not a whole safetensors"),
+    ("{zero.safetensors}", "zero.safetensors"),
+    ("{text.safetensors}", "text.safetensors"),
+    ("{cut.pth}", "cut.pth|nothing in it was run"),
+    ("{code.pth}", "code.pth|nothing in it was run"),
+    ("{huge.safetensors}", "huge.safetensors"),
+    ("{io.safetensors}", "io.safetensors"),
+    ("{io.pth}", "io.pth"),
+]
+NETWORKS = WEIGHTS + [
+    ("{nan.safetensors}", "nan.safetensors|branches.0.position"),
+    ("{other.safetensors}", "other.safetensors|does not fit"),
+    ("{else.safetensors}", "else.safetensors|does not fit"),
+]
 PLACES = [("{readonly}", "readonly|/sys/dimr"), ("{text}/x", "text")]
 EVAL = "eval {} --features plain_features:pooled --device cpu"
 
 TABLE = [  # command line, exit status, words of the message
     *[(f"train --data {data}", 1, words) for data, words in IMAGES],
     ("train --data {spoiled} --on-bad-image skip", 0, "cut.png|zero.png|fake.png|bomb.png"),
-    ("train --data {oneclass}", 0, "step 2 of 2"), ("train --data {one}", 0, "step 2 of 2"),
+    ("train --data {oneclass}", 0, "step 2 of 2"),
+    ("train --data {one}", 0, "step 2 of 2"),
     ("train --data {one} --batch-size 64 --micro-batch 32", 0, "step 2 of 2"),
-    ("train --data {cutshard}", 1, "shard-00000|redoes damaged shards"), ("train --data {lostshard}", 1, "shard-00000|is missing"),
-    ("train --data {badindex}", 1, "index.json"), ("train --data {good} --variant xl2r", 1, "encode"),
+    ("train --data {cutshard}", 1, "shard-00000|redoes damaged shards"),
+    ("train --data {lostshard}", 1, "shard-00000|is missing"),
+    ("train --data {badindex}", 1, "index.json"),
+    ("train --data {good} --variant xl2r", 1, "encode"),
     *[(f"train --data {{good}} --init {weights}", 1, words) for weights, words in NETWORKS],
     *[(f"train --data {{good}} --out {out}", 1, words) for out, words in PLACES],
-    ("train --out {run} --dims 32,8 --layers 3,2 --heads 2", 1, "dims [16, 8], not [32, 8]|choose another --out"),
+    (
+        "train --out {run} --dims 32,8 --layers 3,2 --heads 2",
+        1,
+        "dims [16, 8], not [32, 8]|choose another --out",
+    ),
     ("train --out {run} --data {oneclass}", 1, "choose another --out"),
-    ("train --data {good} --steps 0", 2, "--steps"), ("train --data {good} --batch-size 0", 2, "--batch-size"),
-    ("train --data {good} --lr nan", 2, "--lr"), ("train --data {good} --ema 1", 2, "--ema"), ("train --data {good} --betas 0.9", 2, "0.99,0.99"), ("train --data {good} --betas 2,0.9", 2, "0.99,0.99"),
-    ("train --data {good} --micro-batch 3", 1, "use 3 or 6"), ("train --data {good} --heads 3", 1, "heads"),
-    ("train --data {good} --device cuda", 1, "--device auto"), ("train", 1, "--data"),
-
+    ("train --data {good} --steps 0", 2, "--steps"),
+    ("train --data {good} --batch-size 0", 2, "--batch-size"),
+    ("train --data {good} --lr nan", 2, "--lr"),
+    ("train --data {good} --ema 1", 2, "--ema"),
+    ("train --data {good} --betas 0.9", 2, "0.99,0.99"),
+    ("train --data {good} --betas 2,0.9", 2, "0.99,0.99"),
+    ("train --data {good} --micro-batch 3", 1, "use 3 or 6"),
+    ("train --data {good} --heads 3", 1, "heads"),
+    ("train --data {good} --device cuda", 1, "--device auto"),
+    ("train", 1, "--data"),
     *[(f"sample --weights {weights}", 1, words) for weights, words in NETWORKS],
-    ("sample --weights {ema} --class 10", 1, "0 to 9"), ("sample --weights {ema} --class cat", 1, "cat"), ("sample --weights {ema} --cfg 0.5", 2, "1.4"),
-    ("sample --weights {ema} --cfg nan", 2, "--cfg"), ("sample --weights {ema} --steps 0", 2, "--steps"), ("sample --weights {ema} -n 0", 2, "-n"),
-    ("sample --weights {ema} --seed -1", 2, "--seed"), ("sample --weights {ema} --batch-size 0", 2, "--batch-size"),
+    ("sample --weights {ema} --class 10", 1, "0 to 9"),
+    ("sample --weights {ema} --class cat", 1, "cat"),
+    ("sample --weights {ema} --cfg 0.5", 2, "1.4"),
+    ("sample --weights {ema} --cfg nan", 2, "--cfg"),
+    ("sample --weights {ema} --steps 0", 2, "--steps"),
+    ("sample --weights {ema} -n 0", 2, "-n"),
+    ("sample --weights {ema} --seed -1", 2, "--seed"),
+    ("sample --weights {ema} --batch-size 0", 2, "--batch-size"),
     *[(f"sample --weights {{ema}} --out {out}", 1, words) for out, words in PLACES],
     *[(f"sample --weights {{ema}} --npz --out {out}/set.npz", 1, words) for out, words in PLACES],
-
     *[(f"encode --data {data}", 1, words) for data, words in IMAGES],
-    ("encode --data {spoiled} --on-bad-image skip", 0, "cut.png|zero.png|fake.png|bomb.png|12 pixels"),
-    ("encode --data {oneclass}", 0, "6 pixels of 1 classes"), ("encode --data {one} --batch-size 64", 0, "1 pixels of 1 classes"),
+    (
+        "encode --data {spoiled} --on-bad-image skip",
+        0,
+        "cut.png|zero.png|fake.png|bomb.png|12 pixels",
+    ),
+    ("encode --data {oneclass}", 0, "6 pixels of 1 classes"),
+    ("encode --data {one} --batch-size 64", 0, "1 pixels of 1 classes"),
     *[(f"encode --data {{good}} --out {out}", 1, words) for out, words in PLACES],
-    ("encode --data {good} --out {run}", 1, "choose a new or empty folder"), ("encode --data {oneclass} --out {shards}", 1, "other images"),
-    ("encode --data {good} --res 0", 2, "--res"), ("encode --verify --out {missing}", 1, "missing"),
-    ("encode --verify --out {cutshard}", 1, "shard-00000"), ("encode --verify --out {lostshard}", 1, "shard-00000"), ("encode", 1, "--data"),
-
+    ("encode --data {good} --out {run}", 1, "choose a new or empty folder"),
+    ("encode --data {oneclass} --out {shards}", 1, "other images"),
+    ("encode --data {good} --res 0", 2, "--res"),
+    ("encode --verify --out {missing}", 1, "missing"),
+    ("encode --verify --out {cutshard}", 1, "shard-00000"),
+    ("encode --verify --out {lostshard}", 1, "shard-00000"),
+    ("encode", 1, "--data"),
     *[(f"convert {weights} {{out}}.safetensors", 1, words) for weights, words in NETWORKS],
-    *[(f"convert {{ema}} {out}/a.safetensors", 1, words) for out, words in PLACES], ("convert {ema} {out}.bin", 1, ".safetensors"),
-    ("convert xl2r {out}.safetensors", 1, "xl2r"), ("convert {ema}", 2, "OUT"),
-
-    ("curves {missing}", 1, "missing"), ("curves {empty}", 1, "no metrics"), ("curves {badmetrics}", 1, "metrics.jsonl: line 2 is damaged"), ("curves {text}", 1, "text"), ("curves", 1, "no run"),
-    ("info --variant xxl", 2, "xl2r"), ("weights get xxl", 2, "xl2r"), ("weights get xl2r", 1, "DIMR_OFFLINE"),
-    *[(f"demo --out {out}", 1, words) for out, words in PLACES], ("demo --out {good}", 1, "not empty"), ("demo --seed -1", 2, "--seed"),
-
-    *[(f"{EVAL.format('fid')} {samples} --ref {{images.npz}}", 1, words) for samples, words in
-      [("{missing}", "missing"), ("{empty}", "empty"), ("{text}", "text"), ("{cut.npz}", "cut.npz"), ("{cut}", "cut.png"), ("{zero}", "zero.png"),
-       ("{fake}", "fake.png"), ("{bomb}", "bomb.png"), ("{cutshard}", "shard-00000"), ("{one}", "at least 2"),
-       ("{unreadable}", "io.png")]],
-    *[(f"{EVAL.format('fid')} {{images.npz}} --ref {ref}", 1, words) for ref, words in
-      [("{missing}", "missing"), ("{empty}", "empty"), ("{cut.npz}", "cut.npz"), ("{cut.safetensors}", "cut.safetensors"),
-       ("{huge.safetensors}", "huge.safetensors"), ("{fake}", "fake.png")]],
-    *[(f"{EVAL.format('fid')} --ref {{images.npz}} -n 4 --weights {weights}", 1, words) for weights, words in NETWORKS],
-    *[(f"eval fid {{images.npz}} --ref {{images.npz}} --inception {weights}", 1, words.split("|")[0]) for weights, words in WEIGHTS + [("{nan.safetensors}", "nan")]],
-    *[(f"eval fidelity {{images.npz}} --classifier {weights}", 1, words) for weights, words in WEIGHTS],
-    *[(f"{EVAL.format('stats')} {{good}} {out}/a.safetensors", 1, words) for out, words in PLACES], ("eval stats {good} {out}", 2, "safetensors"),
-    ("eval distortion {missing}", 1, "missing"), ("eval distortion {text}", 1, "text"), ("eval fid {images.npz} -n 4", 2, "SAMPLES"),
-]  # fmt: skip
+    *[(f"convert {{ema}} {out}/a.safetensors", 1, words) for out, words in PLACES],
+    ("convert {ema} {out}.bin", 1, ".safetensors"),
+    ("convert xl2r {out}.safetensors", 1, "xl2r"),
+    ("convert {ema}", 2, "OUT"),
+    ("curves {missing}", 1, "missing"),
+    ("curves {empty}", 1, "no metrics"),
+    ("curves {badmetrics}", 1, "metrics.jsonl: line 2 is damaged"),
+    ("curves {text}", 1, "text"),
+    ("curves", 1, "no run"),
+    ("info --variant xxl", 2, "xl2r"),
+    ("weights get xxl", 2, "xl2r"),
+    ("weights get xl2r", 1, "DIMR_OFFLINE"),
+    *[(f"demo --out {out}", 1, words) for out, words in PLACES],
+    ("demo --out {good}", 1, "not empty"),
+    ("demo --seed -1", 2, "--seed"),
+    *[
+        (f"{EVAL.format('fid')} {samples} --ref {{images.npz}}", 1, words)
+        for samples, words in [
+            ("{missing}", "missing"),
+            ("{empty}", "empty"),
+            ("{text}", "text"),
+            ("{cut.npz}", "cut.npz"),
+            ("{cut}", "cut.png"),
+            ("{zero}", "zero.png"),
+            ("{fake}", "fake.png"),
+            ("{bomb}", "bomb.png"),
+            ("{cutshard}", "shard-00000"),
+            ("{one}", "at least 2"),
+            ("{unreadable}", "io.png"),
+        ]
+    ],
+    *[
+        (f"{EVAL.format('fid')} {{images.npz}} --ref {ref}", 1, words)
+        for ref, words in [
+            ("{missing}", "missing"),
+            ("{empty}", "empty"),
+            ("{cut.npz}", "cut.npz"),
+            ("{cut.safetensors}", "cut.safetensors"),
+            ("{huge.safetensors}", "huge.safetensors"),
+            ("{fake}", "fake.png"),
+        ]
+    ],
+    *[
+        (f"{EVAL.format('fid')} --ref {{images.npz}} -n 4 --weights {weights}", 1, words)
+        for weights, words in NETWORKS
+    ],
+    *[
+        (
+            f"eval fid {{images.npz}} --ref {{images.npz}} --inception {weights}",
+            1,
+            words.split("|")[0],
+        )
+        for weights, words in WEIGHTS + [("{nan.safetensors}", "nan")]
+    ],
+    *[
+        (f"eval fidelity {{images.npz}} --classifier {weights}", 1, words)
+        for weights, words in WEIGHTS
+    ],
+    *[(f"{EVAL.format('stats')} {{good}} {out}/a.safetensors", 1, words) for out, words in PLACES],
+    ("eval stats {good} {out}", 2, "safetensors"),
+    ("eval distortion {missing}", 1, "missing"),
+    ("eval distortion {text}", 1, "text"),
+    ("eval fid {images.npz} -n 4", 2, "SAMPLES"),
+]
 
 
 @pytest.mark.parametrize("line, status, words", TABLE, ids=[row[0] for row in TABLE])
@@ -266,9 +364,17 @@ def full_disk(room):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-FULL = ["train --data {good}", "sample --weights {ema} -n 60", "sample --weights {ema} --npz --out {out}/set.npz", "encode --data {good}",
-        "convert {ema} {out}/a.safetensors", "convert {ema} {out}/a.pth", "demo --out {out}", "curves {copy}",
-        "eval stats {good} {out}/a.safetensors --features plain_features:pooled"]  # fmt: skip
+FULL = [
+    "train --data {good}",
+    "sample --weights {ema} -n 60",
+    "sample --weights {ema} --npz --out {out}/set.npz",
+    "encode --data {good}",
+    "convert {ema} {out}/a.safetensors",
+    "convert {ema} {out}/a.pth",
+    "demo --out {out}",
+    "curves {copy}",
+    "eval stats {good} {out}/a.safetensors --features plain_features:pooled",
+]
 
 
 @pytest.mark.parametrize("room", [0, 300])
@@ -288,7 +394,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(places, tmp_pat
 
 
 def test_no_room_for_temporary_files_is_one_line():
-    """PyTorch asks for a folder for them when it first imports its compiler, unless it has one for that."""
+    """PyTorch asks for a folder for them when it first imports its compiler, unless it has one for
+    that."""
     environment = {
         name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"
     }
@@ -303,7 +410,8 @@ def test_no_room_for_temporary_files_is_one_line():
         )
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch(
-        r"Error: output: No usable temporary directory found in .*; free space or choose another place\n",
+        r"Error: output: No usable temporary directory found in .*; "
+        r"free space or choose another place\n",
         done.stderr,
     )
 

@@ -1,4 +1,5 @@
-"""Inception against torch-fidelity's, distances against SciPy, torch-fidelity and plain brute force."""
+"""Inception against torch-fidelity's, distances against SciPy, torch-fidelity and plain brute
+force."""
 
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import relative
 from inception_weights import extractor, photographs, weights
 from scipy.linalg import sqrtm
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
@@ -14,7 +16,6 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 import fid
-from conftest import relative
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,8 @@ def inception():
 
 
 def features(count, dim, seed=0, shift=0.1):
-    """Correlated positive rows, as Inception's are, spectrum falling; another seed moves their mean by `shift`."""
+    """Correlated positive rows, as Inception's are, spectrum falling; another seed moves their mean
+    by `shift`."""
     mixing = np.random.default_rng(99).standard_normal((dim, dim)) / dim**0.5
     rows = (
         np.random.default_rng(seed).standard_normal((count, dim)) / np.arange(1, dim + 1) @ mixing
@@ -55,7 +57,7 @@ def test_features_are_torch_fidelitys_on_the_same_weights(inception, size):
     hook.remove()
     spatial = kept[0][:, :7].permute(0, 2, 3, 1).reshape(2, -1)
     assert [f.shape[1] for f in ours] == [2048, 2023, 1008]
-    for mine, oracle in zip(ours, (pool, spatial, logits)):
+    for mine, oracle in zip(ours, (pool, spatial, logits), strict=True):
         assert relative(mine, oracle) < 1e-4
     assert (
         relative(ours[0][0], ours[0][1]) > 1e-2
@@ -112,7 +114,9 @@ def test_a_file_that_holds_no_weights_is_an_error_in_one_line(tmp_path, content)
 def test_weights_load_from_the_file_as_from_the_dict(inception, tmp_path):
     torch.save(weights(), tmp_path / "weights.pth")
     loaded = fid.load(tmp_path / "weights.pth")
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), inception.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), inception.parameters(), strict=True)
+    )
 
 
 # Statistics and FID
@@ -165,14 +169,15 @@ def test_features_that_are_not_finite_are_an_error(bad):
 
 def test_one_image_has_no_covariance():
     with pytest.raises(ValueError, match="at least 2"):
-        accumulated(torch.rand(1, 3), 1).covariance
+        _ = accumulated(torch.rand(1, 3), 1).covariance
 
 
 @pytest.mark.parametrize(
     "n1, n2, seed", [(900, 800, 1), (100, 150, 1), (150, 900, 1), (400, 400, 0), (100, 100, 0)]
 )
 def test_frechet_distance_is_that_of_scipys_square_root(n1, n2, seed):
-    """Full rank, both deficient, one deficient, and identical sets of either kind, at 256 dimensions."""
+    """Full rank, both deficient, one deficient, and identical sets of either kind, at 256
+    dimensions."""
     first, second = (accumulated(features(n, 256, s), 64) for n, s in ((n1, 0), (n2, seed)))
     m1, s1, m2, s2 = (
         f(s).numpy() for s in (first, second) for f in (lambda s: s.mean, lambda s: s.covariance)
@@ -188,7 +193,8 @@ def test_frechet_distance_is_that_of_scipys_square_root(n1, n2, seed):
 
 
 def test_frechet_distance_of_fewer_images_than_features_is_exact():
-    """At Inception's 2,048 dimensions: the trace of the root is the nuclear norm of the sets' cross products."""
+    """At Inception's 2,048 dimensions: the trace of the root is the nuclear norm of the sets' cross
+    products."""
     first, second = features(120, 2048, 0), features(90, 2048, 1)
     centred = [(f.double() - f.double().mean(0)) / (len(f) - 1) ** 0.5 for f in (first, second)]
     step = first.double().mean(0) - second.double().mean(0)
@@ -288,8 +294,13 @@ def test_kid_of_sets_smaller_than_a_subset_is_the_plain_estimate():
 
 def brute_force(real, fake, k=3, k_density=5):
     real, fake = real.double().numpy(), fake.double().numpy()
-    distances = lambda a, b: np.sqrt(((a[:, None] - b[None]) ** 2).sum(2))
-    radius = lambda a, n: np.sort(distances(a, a), 1)[:, n]  # the zeroth is the point itself
+
+    def distances(a, b):
+        return np.sqrt(((a[:, None] - b[None]) ** 2).sum(2))
+
+    def radius(a, n):
+        return np.sort(distances(a, a), 1)[:, n]  # the zeroth is the point itself
+
     between = distances(real, fake)
     wide = between <= radius(real, k_density)[:, None]
     return {

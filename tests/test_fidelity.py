@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
+from conftest import relative
 from inception_weights import photographs
 from PIL import Image
 from scipy import stats
@@ -18,7 +19,6 @@ import cli
 import fidelity
 import imagesets
 import sampling
-from conftest import relative
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_marked_are_those_whose_intended_class_is_improbable(small):
         result["marked"],
         result["images"],
     ) == (len(low), 150)
-    rows = list(csv.DictReader(Path("set-marked/marked.csv").open()))
+    rows = list(csv.DictReader(Path("set-marked/marked.csv").read_text().splitlines()))
     assert [int(row["image"]) for row in rows] == low.tolist() and [
         int(row["class"]) for row in rows
     ] == labels[low].tolist()
@@ -164,9 +164,9 @@ def test_classes_come_from_samples_names_and_from_folders(small, trained):
     )
     found = imagesets.open_set("drawn")
     assert sorted(found.labels) == sorted(i % 10 for i in range(12))
-    assert [f"class{label:04d}" in name for label, name in zip(found.labels, found.names)] == [
-        True
-    ] * 12
+    assert [
+        f"class{label:04d}" in name for label, name in zip(found.labels, found.names, strict=True)
+    ] == [True] * 12
     for name in ("b", "a"):
         Path("folders", name).mkdir(parents=True)
         Image.fromarray(photographs(1, 32)[0].numpy()).save(f"folders/{name}/0.png")

@@ -72,13 +72,53 @@ def outcome(run):
 
 
 def test_demo_has_the_same_losses_on_one_two_and_four_processes_and_two_nodes(digits, tmp_path):
-    train = ["train", "--variant", "demo", "--data", digits, "--steps", "50", "--sample-every", "0", "--save-every", "50", "--workers", "0",
-             "--device", "cpu", "--precision", "fp32", "--batch-size", os.environ.get("DIMR_BATCH", 16)]  # fmt: skip
+    train = [
+        "train",
+        "--variant",
+        "demo",
+        "--data",
+        digits,
+        "--steps",
+        "50",
+        "--sample-every",
+        "0",
+        "--save-every",
+        "50",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--batch-size",
+        os.environ.get("DIMR_BATCH", 16),
+    ]
     dimr_command(*train, "--out", tmp_path / "one")
     dimr_command(*train, "--out", tmp_path / "two", "--micro-batch", "4", torchrun=2)
     port = free_port()
-    nodes = [start_torchrun("--nnodes", 2, "--nproc-per-node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "x",
-                            "-m", "cli", *train, "--out", tmp_path / "four", "--micro-batch", "2", cwd=tmp_path) for _ in range(2)]  # fmt: skip
+    nodes = [
+        start_torchrun(
+            "--nnodes",
+            2,
+            "--nproc-per-node",
+            2,
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            f"127.0.0.1:{port}",
+            "--rdzv-id",
+            "x",
+            "-m",
+            "cli",
+            *train,
+            "--out",
+            tmp_path / "four",
+            "--micro-batch",
+            "2",
+            cwd=tmp_path,
+        )
+        for _ in range(2)
+    ]
     for node in nodes:
         _, stderr = node.communicate(timeout=240)
         assert node.returncode == 0, stderr
@@ -148,11 +188,18 @@ def counted(*arguments):
 
 def watched(model, device):
     model = wrap(model, device)
-    model.register_comm_hook(None, lambda state, bucket: exchanges.append(len(calls)) or allreduce_hook(None, bucket))
+
+    def exchange(state, bucket):
+        exchanges.append(len(calls))
+        return allreduce_hook(None, bucket)
+
+    model.register_comm_hook(None, exchange)
     return model
 
 training.losses, parallel.wrap = counted, watched
-training.train(sys.argv[1], sys.argv[2], "demo", dict(batch_size=24, micro_batch=3, steps=4), dict(layers=(1, 1), dims=(8, 8), heads=1),
+recipe = dict(batch_size=24, micro_batch=3, steps=4)
+network = dict(layers=(1, 1), dims=(8, 8), heads=1)
+training.train(sys.argv[1], sys.argv[2], "demo", recipe, network,
                device="cpu", workers=0, sample_every=0, quiet=True)
 found = parallel.gather([calls, exchanges])
 if parallel.is_main():
@@ -214,8 +261,21 @@ def test_a_failure_of_any_rank_is_named_with_it_and_ends_all(digits, tmp_path):
 
 
 def test_a_killed_process_is_named_and_ends_all(digits, tmp_path):
-    process = start_torchrun("--standalone", "--nproc-per-node", 2, "-m", "cli", "train", "--data", digits, "--out", tmp_path / "run", *SMALL,
-                             "--steps", 100000)  # fmt: skip
+    process = start_torchrun(
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "-m",
+        "cli",
+        "train",
+        "--data",
+        digits,
+        "--out",
+        tmp_path / "run",
+        *SMALL,
+        "--steps",
+        100000,
+    )
     wait_for_step(tmp_path / "run", 10, process)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=60)
@@ -287,8 +347,23 @@ def test_torchrun_picks_a_killed_run_up_by_itself(digits, tmp_path):
 
 
 def test_torchrun_hands_on_the_signals_it_is_told_to(digits, tmp_path):
-    process = start_torchrun("--standalone", "--nproc-per-node", 2, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "-m", "cli", "train",
-                             "--data", digits, "--out", tmp_path / "run", *SMALL, "--steps", 100000)  # fmt: skip
+    process = start_torchrun(
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "--signals-to-handle",
+        "SIGTERM,SIGINT,SIGUSR1",
+        "-m",
+        "cli",
+        "train",
+        "--data",
+        digits,
+        "--out",
+        tmp_path / "run",
+        *SMALL,
+        "--steps",
+        100000,
+    )
     wait_for_step(tmp_path / "run", 10, process)
     process.send_signal(signal.SIGUSR1)
     stdout, stderr = process.communicate(timeout=60)

@@ -24,15 +24,35 @@ import training
 from storage import save_tensors
 
 KILLS = int(os.environ.get("DIMR_KILLS", 6))  # a third of them inside a save; more by hand
-NETWORK = ["--variant", "demo", "--layers", "1,1", "--dims", "16,8", "--heads", "2", "--batch-size", "8", "--warmup", "2", "--workers", "0",
-           "--sample-every", "0", "--device", "cpu"]  # fmt: skip
+NETWORK = [
+    "--variant",
+    "demo",
+    "--layers",
+    "1,1",
+    "--dims",
+    "16,8",
+    "--heads",
+    "2",
+    "--batch-size",
+    "8",
+    "--warmup",
+    "2",
+    "--workers",
+    "0",
+    "--sample-every",
+    "0",
+    "--device",
+    "cpu",
+]
 
 
 def command_line(log, limit, arguments):
-    """What a forked process does: `dimr ARGUMENTS`, its output in `log`, its files no larger than `limit` bytes."""
+    """What a forked process does: `dimr ARGUMENTS`, its output in `log`, its files no larger than
+    `limit` bytes."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1), os.dup2(handle, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     cli.main(arguments, prog_name="dimr")
@@ -40,7 +60,8 @@ def command_line(log, limit, arguments):
 
 @pytest.fixture(scope="module")
 def dimr_process(tmp_path_factory):
-    """Start `dimr ARGUMENTS` as a process forked from one that has PyTorch loaded already; `.log` is its output."""
+    """Start `dimr ARGUMENTS` as a process forked from one that has PyTorch loaded already; `.log`
+    is its output."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training", "test_resume"])
     folder, started = tmp_path_factory.mktemp("logs"), []
@@ -101,8 +122,13 @@ def test_a_run_killed_at_any_moment_ends_as_the_undisturbed_one(digits, tmp_path
     options = ["--data", digits, *NETWORK, "--steps", steps, "--save-every", "7"]
     assert dimr_process("train", "--out", tmp_path / "calm", *options).exitcode == 0
     out, anywhere, inside = tmp_path / "killed", 0, 0
-    saving = lambda: any((out / "checkpoints").glob(".step-*.tmp"))
-    newest = lambda: max(map(runs.step_of, runs.checkpoints(out)), default=0)
+
+    def saving():
+        return any((out / "checkpoints").glob(".step-*.tmp"))
+
+    def newest():
+        return max(map(runs.step_of, runs.checkpoints(out)), default=0)
+
     while anywhere + inside < KILLS:
         process, kind = (
             dimr_process("train", "--out", out, *options, wait=False),
@@ -260,13 +286,23 @@ def test_training_outlives_a_disk_that_is_full_for_a_while(digits, tmp_path, dim
 # damaged
 
 
-@pytest.mark.parametrize("name, damage, words", [
-    ("weights.safetensors", lambda content: content[:-1], "damaged"), ("ema.safetensors", lambda content: b"", "damaged"),
-    ("optimizer.safetensors", lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:], "damaged"),
-    ("state.json", lambda content: content.replace(b"12", b"13"), "damaged"), ("optimizer.safetensors", None, "can't be read"),
-    ("manifest.json", lambda content: b"{}", "manifest.json"), ("manifest.json", lambda content: b"[1", "manifest.json"),
-    ("manifest.json", lambda content: bytes(len(content)), "manifest.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, damage, words",
+    [
+        ("weights.safetensors", lambda content: content[:-1], "damaged"),
+        ("ema.safetensors", lambda content: b"", "damaged"),
+        (
+            "optimizer.safetensors",
+            lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:],
+            "damaged",
+        ),
+        ("state.json", lambda content: content.replace(b"12", b"13"), "damaged"),
+        ("optimizer.safetensors", None, "can't be read"),
+        ("manifest.json", lambda content: b"{}", "manifest.json"),
+        ("manifest.json", lambda content: b"[1", "manifest.json"),
+        ("manifest.json", lambda content: bytes(len(content)), "manifest.json"),
+    ],
+)
 def test_damage_of_any_kind_is_named_and_the_checkpoint_before_used(
     trained, tmp_path, name, damage, words
 ):
@@ -326,8 +362,15 @@ def test_a_checkpoint_is_the_same_bytes_each_time(tmp_path):
 def test_the_library_reads_what_is_written(tmp_path):
     from safetensors import safe_open
 
-    tensors = {"matrix": torch.randn(4, 6).t(), "scalar": torch.tensor(3.0), "none": torch.empty(0, 4), "half": torch.randn(7).bfloat16(),
-               "bytes": torch.arange(5, dtype=torch.uint8), "truth": torch.tensor([True, False]), "long": torch.arange(3)}  # fmt: skip
+    tensors = {
+        "matrix": torch.randn(4, 6).t(),
+        "scalar": torch.tensor(3.0),
+        "none": torch.empty(0, 4),
+        "half": torch.randn(7).bfloat16(),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "truth": torch.tensor([True, False]),
+        "long": torch.arange(3),
+    }
     save_tensors(tmp_path / "all.safetensors", tensors, {"é": "ü"})
     with safe_open(tmp_path / "all.safetensors", "pt") as file:
         assert file.metadata() == {"é": "ü"} and set(file.keys()) == tensors.keys()
@@ -352,8 +395,19 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(digits, tmp
 
     monkeypatch.setattr(training, "losses", spoiled)
     recipe = {"steps": 8, "batch_size": 4, "warmup": 0, "compile": False}
-    result = training.train(tmp_path / "run", digits, "demo", recipe, {"layers": (1, 1), "dims": (8, 8), "heads": 1}, device="cpu", workers=0,
-                            sample_every=0, save_every=1, keep=0, quiet=True)  # fmt: skip
+    result = training.train(
+        tmp_path / "run",
+        digits,
+        "demo",
+        recipe,
+        {"layers": (1, 1), "dims": (8, 8), "heads": 1},
+        device="cpu",
+        workers=0,
+        sample_every=0,
+        save_every=1,
+        keep=0,
+        quiet=True,
+    )
     lines = training.read_metrics(tmp_path / "run")
     assert (
         [line["step"] for line in lines if line["skipped"]] == [4, 6]
@@ -425,11 +479,28 @@ def test_a_step_never_waits_for_the_device():
 def test_memory_stays_flat(digits, tmp_path, dimr_process):
     steps = int(os.environ.get("DIMR_MEMORY_STEPS", 1000))
     out = tmp_path / "run"
-    process = dimr_process("train", "--out", out, "--data", digits, *NETWORK, "--dims", "8,8", "--heads", "1", "--batch-size", "2", "--steps", steps,
-                           "--save-every", "100")  # fmt: skip
+    process = dimr_process(
+        "train",
+        "--out",
+        out,
+        "--data",
+        digits,
+        *NETWORK,
+        "--dims",
+        "8,8",
+        "--heads",
+        "1",
+        "--batch-size",
+        "2",
+        "--steps",
+        steps,
+        "--save-every",
+        "100",
+    )
     peaks = [line["peak_bytes"] for line in training.read_metrics(out)]
     print(
-        f"peak after {len(peaks) // 5} steps {peaks[len(peaks) // 5] / 1e6:.1f} MB, after {len(peaks)} {peaks[-1] / 1e6:.1f} MB"
+        f"peak after {len(peaks) // 5} steps {peaks[len(peaks) // 5] / 1e6:.1f} MB, "
+        f"after {len(peaks)} {peaks[-1] / 1e6:.1f} MB"
     )
     assert process.exitcode == 0 and peaks[-1] - peaks[len(peaks) // 5] < 4e6
 
@@ -438,8 +509,22 @@ def test_the_soak_survives_its_faults(tmp_path):
     minutes = os.environ.get(
         "DIMR_SOAK_MINUTES", "0.7"
     )  # of faults; the undisturbed run and the end come on top
-    done = subprocess.run([sys.executable, ROOT / "tests" / "soak.py", "--minutes", minutes, "--steps", "200", "--seed", "3"],
-                          capture_output=True, text=True, timeout=900, env={**os.environ, "TMPDIR": str(tmp_path)})  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "tests" / "soak.py",
+            "--minutes",
+            minutes,
+            "--steps",
+            "200",
+            "--seed",
+            "3",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
     count = json.loads(done.stdout)
     assert (

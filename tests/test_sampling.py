@@ -92,7 +92,9 @@ def test_asking_for_a_seed_alone_gives_the_image_back(trained, tmp_path):
 
 
 def test_guidance_solver_and_steps_change_the_image(generator):
-    draw = lambda **settings: generator.images([3], [0], **settings)
+    def draw(**settings):
+        return generator.images([3], [0], **settings)
+
     plain = draw(cfg=1, steps=10)
     for other in (
         draw(cfg=4, steps=10),
@@ -155,7 +157,10 @@ def test_each_png_says_what_it_is_and_how_it_was_made(trained, generator, tmp_pa
     )
     result = json.loads(done.stdout)
     assert result["n"] == 3 and [os.path.basename(f) for f in result["files"]] == [
-        "class0003-seed000000.png", "class0005-seed000001.png", "class0003-seed000002.png"]  # fmt: skip
+        "class0003-seed000000.png",
+        "class0005-seed000001.png",
+        "class0003-seed000002.png",
+    ]
     with Image.open(result["files"][1]) as image:
         assert image.size == (8, 8) and image.mode == "L"
         facts = json.loads(image.text["dimr"])
@@ -187,8 +192,23 @@ def test_classes_go_by_name_where_the_weights_know_them(generator):
 
 def test_a_balanced_set_is_what_an_evaluator_reads(trained, generator, tmp_path):
     out = tmp_path / "set.npz"
-    result = json.loads(dimr_command("sample", "--weights", trained, "--balanced", "-n", "25", "--batch-size", "8", "--out", out, "--device", "cpu",
-                                     "--json").stdout)  # fmt: skip
+    result = json.loads(
+        dimr_command(
+            "sample",
+            "--weights",
+            trained,
+            "--balanced",
+            "-n",
+            "25",
+            "--batch-size",
+            "8",
+            "--out",
+            out,
+            "--device",
+            "cpu",
+            "--json",
+        ).stdout
+    )
     with np.load(out, allow_pickle=False) as arrays:
         images, classes = arrays["arr_0"], arrays["arr_1"]
     assert result["balanced"] and images.shape == (25, 8, 8, 3) and images.dtype == np.uint8
@@ -202,8 +222,21 @@ def test_a_balanced_set_is_what_an_evaluator_reads(trained, generator, tmp_path)
 
 def test_processes_share_the_work_and_write_the_same_set(trained, tmp_path):
     for processes in (None, 2):
-        dimr_command("sample", "--weights", trained, "--balanced", "-n", "20", "--batch-size", "4", "--out", tmp_path / f"{processes}.npz",
-                     "--device", "cpu", torchrun=processes)  # fmt: skip
+        dimr_command(
+            "sample",
+            "--weights",
+            trained,
+            "--balanced",
+            "-n",
+            "20",
+            "--batch-size",
+            "4",
+            "--out",
+            tmp_path / f"{processes}.npz",
+            "--device",
+            "cpu",
+            torchrun=processes,
+        )
     one, two = (zipfile.ZipFile(tmp_path / f"{p}.npz").read("arr_0.npy") for p in (None, 2))
     assert one == two
 
@@ -224,8 +257,12 @@ def test_an_interrupted_set_goes_on_where_it_stopped(trained, tmp_path):
         "cpu",
         "--out",
     ]
-    victim = subprocess.Popen([sys.executable, "-m", "cli", *command, str(tmp_path / "cut.npz")], cwd=tmp_path, stderr=subprocess.DEVNULL,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "cli", *command, str(tmp_path / "cut.npz")],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     log = tmp_path / "cut.npz.partial" / "done-0"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
@@ -289,12 +326,23 @@ def test_the_readmes_five_lines(trained, tmp_path):
 # what can't be drawn
 
 
-@pytest.mark.parametrize("arguments, status, words", [
-    (["--cfg", "0.4"], 2, "1.4 here"), (["--class", "10"], 1, "0 to 9"), (["--class", "panda"], 1, "panda"), (["--steps", "0"], 2, "--steps"),
-    (["--steps", "25", "--solver", "3s"], 1, "24 or 27"), (["--seeds", "1-x"], 2, "0-63"), (["--seeds", "1,2", "-n", "3"], 2, "one of the two"),
-    (["--balanced", "--class", "1"], 2, "leave out --class"), (["--device", "cuda"], 1, "--device auto"), (["--weights", "nowhere"], 1, "nowhere"),
-    (["--cfg-interval", "3,1"], 1, "interval"), (["--cfg-interval", "3"], 2, "2 comma-separated"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, status, words",
+    [
+        (["--cfg", "0.4"], 2, "1.4 here"),
+        (["--class", "10"], 1, "0 to 9"),
+        (["--class", "panda"], 1, "panda"),
+        (["--steps", "0"], 2, "--steps"),
+        (["--steps", "25", "--solver", "3s"], 1, "24 or 27"),
+        (["--seeds", "1-x"], 2, "0-63"),
+        (["--seeds", "1,2", "-n", "3"], 2, "one of the two"),
+        (["--balanced", "--class", "1"], 2, "leave out --class"),
+        (["--device", "cuda"], 1, "--device auto"),
+        (["--weights", "nowhere"], 1, "nowhere"),
+        (["--cfg-interval", "3,1"], 1, "interval"),
+        (["--cfg-interval", "3"], 2, "2 comma-separated"),
+    ],
+)
 def test_bad_requests_are_one_clear_line(trained, tmp_path, arguments, status, words):
     from click.testing import CliRunner
 

@@ -1,4 +1,5 @@
-"""Schedules, solvers, guidance and loss against the release's numbers, exact solutions and diffusers."""
+"""Schedules, solvers, guidance and loss against the release's numbers, exact solutions and
+diffusers."""
 
 import json
 import math
@@ -31,7 +32,10 @@ def gaussian(schedule):
 
 def exact(schedule, x, start, end):
     """The probability-flow ODE's solution for that data: each dimension keeps its quantile."""
-    spread = lambda t: (schedule.alpha(t) ** 2 * S**2 + schedule.sigma(t) ** 2).sqrt()
+
+    def spread(t):
+        return (schedule.alpha(t) ** 2 * S**2 + schedule.sigma(t) ** 2).sqrt()
+
     return schedule.alpha(end) * MU + spread(end) / spread(start) * (x - schedule.alpha(start) * MU)
 
 
@@ -102,9 +106,14 @@ def test_the_pixel_sampler_agrees_with_the_release(steps):
     assert relative(x, ARRAYS[f"linear_dpm_fast3_logsnr_{steps}"]) < 1e-6
 
 
-@pytest.mark.parametrize("name, guidance, steps", [
-    ("plain_20", solver.Guidance(), 20), ("cfg1.5_20", solver.Guidance(1.5), 20), ("cfg2.5_power2_30", solver.Guidance(2.5, 2), 30),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, guidance, steps",
+    [
+        ("plain_20", solver.Guidance(), 20),
+        ("cfg1.5_20", solver.Guidance(1.5), 20),
+        ("cfg2.5_power2_30", solver.Guidance(2.5, 2), 30),
+    ],
+)
 def test_latent_sampling_end_to_end(name, guidance, steps):
     noise = solver.denoiser(network("network_2r"), LATENT, END_TO_END["latent_y"], guidance)
     x = solver.sample(noise, END_TO_END["latent_x_T"], LATENT, steps, "fast", "time")
@@ -248,11 +257,22 @@ def order_of(name, counts, **options):
     return math.log(errors[0] / errors[1]) / math.log(counts[1] / counts[0])
 
 
-@pytest.mark.parametrize("name, counts, order", [
-    ("1s", (60, 120), 1), ("2s", (60, 120), 2), ("3s", (60, 120), 3), ("2m", (60, 120), 2),
-    ("dpm-1s", (60, 120), 1), ("dpm-2s", (60, 120), 2), ("dpm-3s", (60, 120), 3), ("dpm-2m", (60, 120), 2),
-    ("fast", (62, 125), 3), ("dpm-fast", (62, 125), 3),  # NFE mod 3 = 2: the one lower-order update is of order 2
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, counts, order",
+    [
+        ("1s", (60, 120), 1),
+        ("2s", (60, 120), 2),
+        ("3s", (60, 120), 3),
+        ("2m", (60, 120), 2),
+        ("dpm-1s", (60, 120), 1),
+        ("dpm-2s", (60, 120), 2),
+        ("dpm-3s", (60, 120), 3),
+        ("dpm-2m", (60, 120), 2),
+        # NFE mod 3 = 2: the one lower-order update is of order 2
+        ("fast", (62, 125), 3),
+        ("dpm-fast", (62, 125), 3),
+    ],
+)
 def test_each_solver_has_its_order(name, counts, order):
     assert order_of(name, counts) == pytest.approx(order, abs=0.2)
 
@@ -291,8 +311,13 @@ def test_2m_agrees_with_diffusers(steps):
     from diffusers import DPMSolverMultistepScheduler
 
     theirs = DPMSolverMultistepScheduler(
-        trained_betas=ARRAYS["betas"].numpy(), solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint",
-        final_sigmas_type="sigma_min", timestep_spacing="linspace")  # fmt: skip
+        trained_betas=ARRAYS["betas"].numpy(),
+        solver_order=2,
+        algorithm_type="dpmsolver++",
+        solver_type="midpoint",
+        final_sigmas_type="sigma_min",
+        timestep_spacing="linspace",
+    )
     theirs.set_timesteps(steps)
     # their grid in our time: steps of n, and then the smallest sigma, n = 1
     t = torch.tensor([*(theirs.timesteps.double() + 1), 1.0]) / 1000

@@ -72,9 +72,12 @@ def test_noise_is_standard_normal_and_times_uniform():
 def test_losses_do_not_depend_on_how_a_batch_is_cut():
     state = training.State(CONFIG, RECIPE, torch.device("cpu"))
     images, labels = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8), torch.arange(24) % 10
-    cut = lambda a, b: training.losses(
-        state.model, CONFIG, solver.Linear(), RECIPE, images[a:b], labels[a:b], 1000 + a
-    )[0]
+
+    def cut(a, b):
+        return training.losses(
+            state.model, CONFIG, solver.Linear(), RECIPE, images[a:b], labels[a:b], 1000 + a
+        )[0]
+
     torch.testing.assert_close(torch.cat([cut(0, 5), cut(5, 24)]), cut(0, 24))
 
 
@@ -169,11 +172,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value):
     for _ in range(2):
         gradients(state)
         state.update()
-    tensors = lambda: {
-        f"{part}/{name}": t.clone()
-        for part, (group, _) in state.files({}).items()
-        for name, t in group.items()
-    }
+
+    def tensors():
+        return {
+            f"{part}/{name}": t.clone()
+            for part, (group, _) in state.files({}).items()
+            for name, t in group.items()
+        }
+
     before = tensors()
     gradients(state)
     state.parameters["branches.0.position"].grad[0, 0] = value
@@ -283,8 +289,17 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(trained
 
 @pytest.mark.parametrize("processes, micro", [(1, 4), (2, 8), (2, 2)])
 def test_any_split_of_the_batch_gives_the_same_losses(trained, digits, tmp_path, processes, micro):
-    dimr_command("train", "--data", digits, "--out", tmp_path / "small", *SMALL, "--micro-batch", micro,
-                 torchrun=processes if processes > 1 else None)  # fmt: skip
+    dimr_command(
+        "train",
+        "--data",
+        digits,
+        "--out",
+        tmp_path / "small",
+        *SMALL,
+        "--micro-batch",
+        micro,
+        torchrun=processes if processes > 1 else None,
+    )
     ours, theirs = (
         np.array([loss for _, loss, _ in read(run)]) for run in (tmp_path / "small", trained)
     )
@@ -348,8 +363,31 @@ def test_fine_tuning_takes_what_fits_and_says_what_starts_fresh(trained, digits,
     three = tmp_path / "three"
     for name in "012":
         shutil.copytree(digits / name, three / name)
-    done = dimr_command("train", "--data", three, "--out", tmp_path / "tuned", "--init", trained, "--steps", "1", "--warmup", "0", "--lr", "1e-9",
-                        "--weight-decay", "0", "--batch-size", "4", "--workers", "0", "--sample-every", "0", "--device", "cpu")  # fmt: skip
+    done = dimr_command(
+        "train",
+        "--data",
+        three,
+        "--out",
+        tmp_path / "tuned",
+        "--init",
+        trained,
+        "--steps",
+        "1",
+        "--warmup",
+        "0",
+        "--lr",
+        "1e-9",
+        "--weight-decay",
+        "0",
+        "--batch-size",
+        "4",
+        "--workers",
+        "0",
+        "--sample-every",
+        "0",
+        "--device",
+        "cpu",
+    )
     assert "fresh: branches.0.class_token.weight" in done.stderr
     tuned, before = weights(tmp_path / "tuned", 1), weights(trained, 12, "ema")
     assert tuned["branches.0.class_token.weight"].shape == (4, 16)
@@ -358,9 +396,15 @@ def test_fine_tuning_takes_what_fits_and_says_what_starts_fresh(trained, digits,
     )
 
 
-@pytest.mark.parametrize("option, value, words", [
-    ("--lr", "5e-4", "lr"), ("--dims", "32,8", "dims [16, 8], not [32, 8]"), ("--seed", "3", "seed"), ("--variant", "m3r", "variant"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option, value, words",
+    [
+        ("--lr", "5e-4", "lr"),
+        ("--dims", "32,8", "dims [16, 8], not [32, 8]"),
+        ("--seed", "3", "seed"),
+        ("--variant", "m3r", "variant"),
+    ],
+)
 def test_a_run_folder_of_another_configuration_is_refused(trained, option, value, words):
     done = dimr_command("train", "--out", trained, option, value, check=False)
     assert (

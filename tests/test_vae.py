@@ -1,4 +1,5 @@
-"""The SD-VAE beside diffusers' AutoencoderKL, which someone else wrote, on the same random weights."""
+"""The SD-VAE beside diffusers' AutoencoderKL, which someone else wrote, on the same random
+weights."""
 
 import pytest
 import torch

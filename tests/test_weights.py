@@ -17,13 +17,13 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import DATA
 from safetensors import safe_open
 
 import cli
 import dimr as network
 import runs
 import weights
-from conftest import DATA
 from storage import UserError
 
 BODY = bytes(range(256)) * 1200  # the file
@@ -32,8 +32,9 @@ QUICK = dict(timeout=0.5, tries=3, wait=0.01)
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Like the Hugging Face hub: /NAME/resolve/main/FILE redirects, with the hash, to /store/NAME, where the bytes are.
-    `faults` are what befalls the requests for bytes, one after another; then all goes well."""
+    """Like the Hugging Face hub: /NAME/resolve/main/FILE redirects, with the hash, to /store/NAME,
+    where the bytes are. `faults` are what befalls the requests for bytes, one after another; then
+    all goes well."""
 
     daemon_threads = True
 
@@ -107,7 +108,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A server, an empty cache, and two names: `model` on the hub, `plain` a file elsewhere with no hash to check."""
+    """A server, an empty cache, and two names: `model` on the hub, `plain` a file elsewhere with no
+    hash to check."""
     with Hub() as hub:
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -398,7 +400,7 @@ def test_the_table_names_what_the_release_page_and_adm_offer(monkeypatch):
         urls["xl2r"] == "https://huggingface.co/QHL067/DiMR/resolve/main/DiMR-XL_2R_800epochs.pth"
     )
     assert urls["imagenet512"].endswith("/ref_batches/imagenet/512/VIRTUAL_imagenet512.npz")
-    for item, asset in zip(weights.listing(), weights.ASSETS.values()):
+    for item, asset in zip(weights.listing(), weights.ASSETS.values(), strict=True):
         assert item["licence"] and item["what"] and asset.file == item["url"].split("/")[-1]
         assert asset.sha256 is None or len(bytes.fromhex(asset.sha256)) == 32
     assert weights.ASSETS["inception"].sha256.startswith("6726825d")
@@ -429,12 +431,11 @@ def test_the_command_lists_gets_and_lists_again(hub, monkeypatch, tmp_path):
 
 @pytest.fixture
 def released(tmp_path):
-    """A small network as its authors would publish it: plain tensors under their names, and its number of heads."""
+    """A small network as its authors would publish it: plain tensors under their names, and its
+    number of heads."""
     with safe_open(DATA / "network_2r.safetensors", "pt") as file:
         tensors = {
-            n.removeprefix("weight."): file.get_tensor(n)
-            for n in file.keys()
-            if n.startswith("weight.")
+            n.removeprefix("weight."): file.get_tensor(n) for n in file if n.startswith("weight.")
         }
         heads = int(file.metadata()["heads"])
     torch.save(tensors, tmp_path / "released.pth")
@@ -466,7 +467,7 @@ def test_convert_goes_to_safetensors_and_back_with_the_configuration(released, t
     assert dimr("convert", theirs, again).exit_code == 0  # without --heads: the file knows
     with safe_open(ours, "pt") as one, safe_open(again, "pt") as two:
         assert one.metadata() == two.metadata() and set(one.keys()) == set(two.keys())
-        assert all(torch.equal(one.get_tensor(name), two.get_tensor(name)) for name in one.keys())
+        assert all(torch.equal(one.get_tensor(name), two.get_tensor(name)) for name in one)
 
 
 def test_convert_keeps_what_a_run_knows_of_itself(released, tmp_path):
@@ -515,9 +516,12 @@ def test_metadata_that_is_not_ours_is_left_alone(released, metadata):
 LOAD = """
 import resource, sys
 import runs
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+before = peak()
 runs.read_weights(sys.argv[1])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024))
+print(peak() - before)
 """
 
 
