@@ -210,9 +210,9 @@ class Generator:
         for number in range(math.ceil(len(seeds) / batch_size)) if chosen is None else chosen:
             indices = list(range(number * batch_size, min((number + 1) * batch_size, len(seeds))))
             padded = indices + indices[-1:] * (batch_size - len(indices))
-            base = progress.n if progress is not None else 0
+            base, count = progress.n if progress is not None else 0, len(indices)
 
-            def callback(evaluations, _, base=base, count=len(indices)):
+            def callback(evaluations, _, base=base, count=count):
                 if progress is not None:
                     progress.update(base + count * evaluations / settings.steps - progress.n)
 

@@ -104,7 +104,8 @@ def load_tensors(path):
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file}, file.metadata() or {}
+                names = file.keys()  # noqa: SIM118 (no dict)
+                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path} is not a whole safetensors file that can be read ({error}); fetch it again"

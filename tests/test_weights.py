@@ -435,7 +435,9 @@ def released(tmp_path):
     number of heads."""
     with safe_open(DATA / "network_2r.safetensors", "pt") as file:
         tensors = {
-            n.removeprefix("weight."): file.get_tensor(n) for n in file if n.startswith("weight.")
+            n.removeprefix("weight."): file.get_tensor(n)
+            for n in file.keys()  # noqa: SIM118
+            if n.startswith("weight.")
         }
         heads = int(file.metadata()["heads"])
     torch.save(tensors, tmp_path / "released.pth")
