@@ -808,13 +808,13 @@ def curves(run):
 
     Example: dimr curves runs/xl2r
     """
-    import runs
-    import training
+    import journal
+    import runfolder
 
-    run = run or runs.newest()
+    run = run or runfolder.newest()
     if run is None:
         raise UserError("no run under runs/; give a run folder that train wrote")
-    click.echo(training.plot(run))
+    click.echo(journal.plot(run))
 
 
 @main.command()
@@ -864,17 +864,17 @@ def weights_group(context, as_json):
       dimr weights
       dimr weights get sd-vae-ft-ema
     """
-    import weights
+    import downloads
 
     if context.invoked_subcommand is None:
-        table = weights.listing()
+        table = downloads.listing()
         lines = [
             f"{item['name']:14} {item['size'] or 0:15,} bytes  "
             f"{'cached' if item['cached'] else '-':7} {item['what']}\n"
             f"{'':14} {item['licence']}".replace(" 0 bytes", " ? bytes")
             for item in table
         ]
-        report(table, as_json, "\n".join([*lines, f"cache: {weights.cache()}"]))
+        report(table, as_json, "\n".join([*lines, f"cache: {downloads.cache()}"]))
 
 
 @weights_group.command("get")
@@ -885,13 +885,13 @@ def weights_get(name, as_json):
 
     Example: dimr weights get xl2r
     """
-    import weights
+    import downloads
 
-    if name not in weights.ASSETS:
+    if name not in downloads.ASSETS:
         raise click.BadParameter(
-            f"{name!r} is not one of {', '.join(weights.ASSETS)}", param_hint="NAME"
+            f"{name!r} is not one of {', '.join(downloads.ASSETS)}", param_hint="NAME"
         )
-    path = weights.fetch(name)
+    path = downloads.fetch(name)
     report({"name": name, "path": str(path)}, as_json, path)
 
 
@@ -917,11 +917,11 @@ def convert(source, target, heads, as_json):
       dimr convert xl2r xl2r.safetensors
       dimr convert runs/mine/checkpoints/step-0100000/ema.safetensors mine.pth
     """
-    import runs
-    import weights
+    import downloads
+    import runfolder
 
-    model, facts = runs.read_weights(weights.find(source), heads)
-    runs.write_weights(target, model, facts)
+    model, facts = runfolder.read_weights(downloads.find(source), heads)
+    runfolder.write_weights(target, model, facts)
     count = sum(p.numel() for p in model.parameters())
     report(
         {"out": target, "params": count, "config": dataclasses.asdict(model.config)},
@@ -947,14 +947,14 @@ res_option = click.option(
 
 
 def extractor_of(inception, features, device):
-    """The evaluation.Extractor that the options name, once the other processes have been joined."""
-    import evaluation
+    """The extraction.Extractor that the options name, once the other processes have been joined."""
+    import extraction
     import parallel
 
     device = parallel.pick_device(device)
     parallel.start(device, minutes=24 * 60)
     return (
-        evaluation.custom(features, device) if features else evaluation.inception(inception, device)
+        extraction.custom(features, device) if features else extraction.inception(inception, device)
     )
 
 
@@ -1090,6 +1090,7 @@ def eval_stats(folder, out, inception, features, res, batch_size, device, as_jso
     Example: dimr eval stats data/imagenet/train imagenet128.safetensors --res 128
     """
     import evaluation
+    import extraction
     import imagesets
     import parallel
 
@@ -1097,7 +1098,7 @@ def eval_stats(folder, out, inception, features, res, batch_size, device, as_jso
         raise click.BadParameter(f"{out} does not end in .safetensors", param_hint="OUT")
     try:
         extractor = extractor_of(inception, features, device)
-        found = evaluation.measure(
+        found = extraction.measure(
             imagesets.open_set(folder, res), extractor, evaluation.REFERENCE_IMAGES, batch_size
         )
         if found:
@@ -1147,15 +1148,15 @@ def eval_fidelity(samples, classifier, threshold, out, res, batch_size, device, 
 
     Example: dimr eval fidelity samples/xl2r-cfg1.5/balanced-50000.npz
     """
-    import fidelity
+    import distortion
     import imagesets
     import parallel
 
     images = imagesets.open_set(samples, res)
-    network, digest = fidelity.load(classifier, parallel.pick_device(device))
+    network, digest = distortion.load(classifier, parallel.pick_device(device))
     out = out or samples.with_name(f"{samples.stem}-marked")
-    result = fidelity.mark(images, network, digest, out, threshold, batch_size)
-    report(result, as_json, fidelity.table(result))
+    result = distortion.mark(images, network, digest, out, threshold, batch_size)
+    report(result, as_json, distortion.table(result))
 
 
 @eval_group.command("distortion")
@@ -1170,9 +1171,9 @@ def eval_distortion(votes, as_json):
 
     Example: dimr eval distortion votes.csv
     """
-    import fidelity
+    import distortion
 
-    result = fidelity.distortion(votes)
+    result = distortion.distortion(votes)
     interval = " (one person: no interval)"
     if result["interval"]:
         interval = " (95% interval over people {:.1%} to {:.1%})".format(*result["interval"])

@@ -464,32 +464,6 @@ def open_data(path, size=None, channels=None, exif=False, default_size=None):
 # Order and reading ahead
 
 
-class Order:
-    """What a run visits: position p is item permutation(seed, p // n)[p % n], and its flip is a
-    coin of seed and p. Counter-based random bits (Philox), so any stretch can be asked for at any
-    time."""
-
-    def __init__(self, n, seed):
-        self.n, self.seed = n, seed
-        self.permutation = functools.lru_cache(2)(self._permutation)
-
-    def _bits(self, stream, first, last):
-        """Random uint64 of positions first..last-1 of `stream`; Philox makes four a counter
-        value."""
-        generator = np.random.Philox(key=(stream << 64) + self.seed % 2**64).advance(first // 4)
-        return generator.random_raw(last - first // 4 * 4)[first % 4 :]
-
-    def _permutation(self, epoch):
-        return np.argsort(self._bits(epoch + 1, 0, self.n), kind="stable")
-
-    def __call__(self, first, last):
-        """Items int64 (last - first,) and flips bool of positions first..last-1."""
-        epochs, indices = np.divmod(np.arange(first, last), self.n)
-        for epoch in np.unique(epochs):
-            indices[epochs == epoch] = self.permutation(int(epoch))[indices[epochs == epoch]]
-        return indices, self._bits(0, first, last) >> np.uint64(63) == 1
-
-
 class _Steps(torch.utils.data.Dataset):
     """What a worker does for one (indices, flips). A foreseen error travels as a value: raised in a
     worker it would reach the user inside the worker's traceback."""

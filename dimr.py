@@ -350,9 +350,8 @@ class DiMR(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = (
-            False  # recompute each block in the backward pass instead of keeping activations
-        )
+        # recompute each block in the backward pass instead of keeping activations
+        self.checkpoint_blocks = False
         self.branches = nn.ModuleList(Branch(config, r) for r in range(len(config.dims)))
         self.apply(initialise)
 

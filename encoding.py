@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import dataset
+import downloads
 import parallel
 import pictures
-import runs
+import storage
 import vae
-import weights
 from storage import UserError, read_json, sha256, write_json, writing
 
 # about as many as there are, unless told otherwise: a kill costs each process a part of one
@@ -76,7 +76,7 @@ def encode(
             plan = _plan(folder, res, exif, shard_size)
             if not pixels:
                 _plan_latents(plan, vae_weights, batch_size, precision, device)
-            stack.enter_context(runs.locked(out))
+            stack.enter_context(storage.locked(out))
             _begin(out, plan)
         folder, plan = parallel.broadcast((folder, plan))
         rank, world, shards = parallel.rank(), parallel.world_size(), _shards(plan)
@@ -193,13 +193,13 @@ def _plan_latents(plan, name, batch_size, precision, device):
             f"--res {res}: the VAE takes multiples of {vae.DOWN}; use "
             f"{max(1, res // vae.DOWN) * vae.DOWN}"
         )
-    path = weights.find(name)
+    path = downloads.find(name)
     if not path.is_file():
         raise UserError(
             f"--vae {name} is a folder; expected a file of SD-VAE weights (.safetensors, "
             ".ckpt, .pth)"
         )
-    name = name if name in weights.ASSETS else str(path.resolve())
+    name = name if name in downloads.ASSETS else str(path.resolve())
     plan |= {"kind": "latents", "size": res // vae.DOWN, "channels": vae.CHANNELS}
     plan |= {"vae": name, "vae_sha256": sha256(path), "scale": vae.SCALE}
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -395,7 +395,7 @@ class Coder:
 
 
 def _load_vae(plan, device):
-    path = weights.find(plan["vae"])
+    path = downloads.find(plan["vae"])
     if sha256(path) != plan["vae_sha256"]:
         raise UserError(
             f"{path} is not the VAE that {plan['vae']} was at the start; use one file "

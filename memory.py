@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import diffusion
 import dimr
-import solver
 
 STATE = 20  # bytes a parameter, fp32: weights, gradients, AdamW's two moments, EMA
 
@@ -44,7 +44,7 @@ def activations(model, config, batch, precision):
             else contextlib.nullcontext()
         ):
             predictions = model(images, torch.zeros(batch), torch.zeros(batch, dtype=torch.long))
-        sums, _ = solver.multi_scale_loss(predictions, images)
+        sums, _ = diffusion.multi_scale_loss(predictions, images)
         del predictions
         sums.sum().backward()
     return live.peak

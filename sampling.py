@@ -8,9 +8,7 @@
 An image is made of its class and its own seed. Its start noise is drawn on the CPU from that seed
 alone, so neither batch size, nor number of processes, nor what else is drawn changes it."""
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -27,10 +25,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+import diffusion
 import dimr
 import parallel
 import pictures
-import runs
+import randomness
+import runfolder
 import solver
 from storage import VERSION, UserError, read_json, sha256, write_json, writing
 
@@ -73,7 +73,7 @@ class Settings:
             steps=steps if self.steps is None else self.steps,
         )
         try:
-            solver.Guidance(full.cfg, full.cfg_power, full.cfg_interval)
+            diffusion.Guidance(full.cfg, full.cfg_power, full.cfg_interval)
             if full.cfg > 1 and not config.null_class:
                 raise ValueError(
                     f"guidance {full.cfg:g} needs a null class and this network has "
@@ -89,51 +89,15 @@ class Settings:
         return full
 
 
-def start_noise(config, seed):
-    """Start noise (C, H, W) of the image with this seed, on the CPU, float32."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(config.channels, config.size, config.size, generator=generator)
-
-
-def autocast(device, precision):
-    """The context that runs a network in `precision` ("fp32" or "bf16")."""
-    return (
-        torch.autocast(device.type, torch.bfloat16)
-        if precision == "bf16"
-        else contextlib.nullcontext()
-    )
-
-
-def for_inference(model, precision, compiled=False):
-    """`model` in eval mode, compiled if asked. For "bf16" the weights that autocast would round in
-    every call are kept rounded. For "fp32" on CPUs Linear layers without gradients run in oneDNN,
-    which takes a tenth less time."""
-    onednn = precision == "fp32" and not compiled and torch.backends.mkldnn.is_available()
-    for module in model.modules():
-        if precision == "bf16" and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-            module.to(torch.bfloat16)
-        elif onednn and isinstance(module, torch.nn.Linear) and module.weight.is_cpu:
-            module.forward = functools.partial(onednn_linear, module)
-    if compiled:
-        model.compile()
-    return model.eval()
-
-
-def onednn_linear(module, x):
-    if torch.is_grad_enabled():
-        return torch.nn.functional.linear(x, module.weight, module.bias)
-    return torch.ops.mkldnn._linear_pointwise(x, module.weight, module.bias, "none", [], "")
-
-
 def solve(model, schedule, classes, seeds, settings, device, precision="fp32", callback=None):
     """Samples (B, C, H, W) in the network's space, float32, for equally long `classes` and
     `seeds`."""
     y = torch.tensor(classes, device=device)
-    x = torch.stack([start_noise(model.config, seed) for seed in seeds]).to(device)
-    guidance = solver.Guidance(settings.cfg, settings.cfg_power, settings.cfg_interval)
-    with torch.inference_mode(), autocast(device, precision):
+    x = torch.stack([randomness.start_noise(model.config, seed) for seed in seeds]).to(device)
+    guidance = diffusion.Guidance(settings.cfg, settings.cfg_power, settings.cfg_interval)
+    with torch.inference_mode(), parallel.autocast(device, precision):
         return solver.sample(
-            solver.denoiser(model, schedule, y, guidance),
+            diffusion.denoiser(model, schedule, y, guidance),
             x,
             schedule,
             settings.steps,
@@ -187,9 +151,9 @@ class Generator:
         import vae
 
         if self.vae is None:
-            import weights
+            import downloads
 
-            path = weights.find(self.vae_source or "sd-vae-ft-ema")
+            path = downloads.find(self.vae_source or "sd-vae-ft-ema")
             expected = self.facts.get("vae_sha256")
             if self.vae_source == self.facts.get("vae") and expected and sha256(path) != expected:
                 raise UserError(
@@ -199,14 +163,14 @@ class Generator:
                 self.vae = vae.load(path, self.device)
             except ValueError as error:
                 raise UserError(str(error)) from None
-        with torch.inference_mode(), autocast(self.device, self.precision):
+        with torch.inference_mode(), parallel.autocast(self.device, self.precision):
             return to_uint8(self.vae.decode(x / vae.SCALE))
 
     def batches(self, classes, seeds, settings, batch_size, chosen=None, progress=None):
         """Yield (indices, uint8 images) for each batch of `batch_size`, the last one padded so that
         an image's bytes never depend on how many are drawn. `chosen`: which batches, by number
         (default: all)."""
-        schedule = solver.SCHEDULES[self.config.space]()
+        schedule = diffusion.SCHEDULES[self.config.space]()
         for number in range(math.ceil(len(seeds) / batch_size)) if chosen is None else chosen:
             indices = list(range(number * batch_size, min((number + 1) * batch_size, len(seeds))))
             padded = indices + indices[-1:] * (batch_size - len(indices))
@@ -273,40 +237,16 @@ def class_index(name, generator):
     )
 
 
-def find_weights(source=None, ema=True):
-    """Path of the weights file for a run folder, a file, a name, or (None) the newest run, else the
-    released xl2r."""
-    if source is None:
-        source = runs.newest() or "xl2r"
-    path = Path(source)
-    if path.is_dir():
-        if (path / "manifest.json").is_file():  # a checkpoint folder
-            runs.verify(path)
-            checkpoint = path
-        else:
-            checkpoint = runs.newest_whole(path)
-        if checkpoint is None:
-            raise UserError(
-                f"{path} holds no whole checkpoint; expected a run folder that train wrote"
-            )
-        return checkpoint / ("ema.safetensors" if ema else "weights.safetensors")
-    if path.is_file():
-        return path
-    import weights
-
-    return weights.find(str(source))
-
-
 def load(source=None, ema=True, device="auto", precision=None, vae=None, heads=16, compiled=False):
     """A Generator from a run folder, a weights file (ours, or a released state dict with `heads`),
     or a name; None takes the newest run under runs/, else the released xl2r. `vae`: name or path,
     for latent models. Raises UserError."""
     device = parallel.pick_device(device)
-    path = find_weights(source, ema)
-    model, facts = runs.read_weights(path, heads)
+    path = runfolder.find_weights(source, ema)
+    model, facts = runfolder.read_weights(path, heads)
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
     return Generator(
-        for_inference(model.to(device), precision, compiled),
+        parallel.for_inference(model.to(device), precision, compiled),
         device,
         precision,
         facts.get("classes", []),

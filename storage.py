@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import zipfile
 from pathlib import Path
 
@@ -160,3 +161,28 @@ def save_tensors(path, tensors, metadata=None):
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+@contextlib.contextmanager
+def locked(run):
+    """Hold a run folder for this process. A second one gets a UserError naming the owner; the lock
+    ends with its owner, whose reading processes don't inherit it."""
+    import fcntl
+
+    Path(run).mkdir(parents=True, exist_ok=True)
+    with open(Path(run) / ".lock", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(
+                f"{run} is in use by {file.read().strip() or 'another process'}; wait "
+                "for it or choose another --out"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        sweep(run)
+        sweep(Path(run) / "checkpoints")
+        sweep(Path(run) / "samples")
+        yield

@@ -8,13 +8,10 @@ never stopped."""
 
 import contextlib
 import dataclasses
-import errno
-import hashlib
 import json
 import math
 import os
 import platform
-import resource
 import signal
 import sys
 import time
@@ -25,27 +22,19 @@ import torch
 from tqdm import tqdm
 
 import dataset
+import diffusion
 import dimr
+import extraction
+import journal
 import parallel
-import pictures
-import runs
+import randomness
+import runfolder
 import sampling
-import solver
-from storage import VERSION, UserError, load_tensors, read_json, write_json, writing
+import storage
+from storage import VERSION, UserError, load_tensors, read_json, write_json
 
 CPU = torch.device("cpu")
 LOG_EVERY = 10  # steps between reads of the losses from the device
-BLOCK = 16  # positions that share one random generator
-BAD_STEPS = 50  # consecutive non-finite steps that end training
-PEAK_FLOPS = {  # dense bf16, vendors' data sheets
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "4090": 165e12,
-    "3090": 71e12,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,40 +81,6 @@ RECIPES = {
         flip=False,
     ),
 }
-
-
-# --------------------------------------------------------------------------- randomness by position
-
-
-def _draw(seed, stream, first, last, sample, device="cpu"):
-    """Rows first..last-1 of an endless random table: `sample(generator)` gives BLOCK rows, from a
-    generator that knows only the seed, the stream's name and the block's number."""
-    rows = []
-    for block in range(first // BLOCK, (last - 1) // BLOCK + 1):
-        key = hashlib.blake2b(f"{seed} {stream} {block}".encode(), digest_size=8).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
-        rows.append(sample(generator))
-    start = first // BLOCK * BLOCK
-    return torch.cat(rows)[first - start : last - start]
-
-
-def normal(seed, stream, first, last, shape, device="cpu"):
-    """Standard normal numbers (last - first, *shape) of positions first..last-1."""
-    return _draw(
-        seed,
-        stream,
-        first,
-        last,
-        lambda g: torch.randn(BLOCK, *shape, generator=g, device=device),
-        device,
-    )
-
-
-def uniform(seed, stream, first, last):
-    """Uniform float64 numbers in [0, 1), (last - first,), of positions first..last-1."""
-    return _draw(
-        seed, stream, first, last, lambda g: torch.rand(BLOCK, generator=g, dtype=torch.float64)
-    )
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -207,6 +162,9 @@ class State:
             fused=True,
         )
 
+    def learning_rate(self, step):
+        return learning_rate(self.recipe, step)
+
     def update(self):
         """One step of AdamW and EMA from the gradients, on the device alone; returns the gradient's
         norm and 1.0 where it was not finite. Then nothing changes: the fused kernel skips for
@@ -245,7 +203,7 @@ class State:
 
     def files(self, facts):
         """A checkpoint's files: name → (tensors, metadata)."""
-        about = runs.metadata(self.model.config, step=self.step, **facts)
+        about = runfolder.metadata(self.model.config, step=self.step, **facts)
         moments = {
             f"{kind}/{name}": value
             for name, p in self.parameters.items()
@@ -297,18 +255,17 @@ def losses(model, config, schedule, recipe, images, labels, first):
         import vae
 
         mean, logvar = images.float().unbind(1)
-        x0 = vae.SCALE * (
-            mean + (logvar / 2).exp() * normal(recipe.seed, "latent", first, last, shape, device)
-        )
+        fresh = randomness.normal(recipe.seed, "latent", first, last, shape, device)
+        x0 = vae.SCALE * (mean + (logvar / 2).exp() * fresh)
     if config.null_class:
-        dropped = uniform(recipe.seed, "label", first, last) < recipe.label_dropout
+        dropped = randomness.uniform(recipe.seed, "label", first, last) < recipe.label_dropout
         labels = labels.masked_fill(dropped.to(device, non_blocking=True), config.embeddings - 1)
-    t = schedule.draw(uniform(recipe.seed, "time", first, last))
-    noise = normal(recipe.seed, "noise", first, last, shape, device)
+    t = schedule.draw(randomness.uniform(recipe.seed, "time", first, last))
+    noise = randomness.normal(recipe.seed, "noise", first, last, shape, device)
     tau = schedule.tau(t).float().to(device, non_blocking=True)
-    with sampling.autocast(device, recipe.precision):
+    with parallel.autocast(device, recipe.precision):
         predictions = model(schedule.noised(x0, noise, t), tau, labels)
-    return solver.multi_scale_loss(predictions, noise, recipe.target_scale)
+    return diffusion.multi_scale_loss(predictions, noise, recipe.target_scale)
 
 
 # ------------------------------------------------------------------------------------------ the job
@@ -346,8 +303,8 @@ def plan(
         init or before.get("init"),
     )
     weights = (
-        runs.read_weights(sampling.find_weights(init))[0]
-        if init and not runs.checkpoints(out)
+        runfolder.read_weights(runfolder.find_weights(init))[0]
+        if init and not runfolder.checkpoints(out)
         else None
     )
     recipe = Recipe(
@@ -435,7 +392,7 @@ def train(
         Path(out),
         parallel.is_main(),
     )
-    stderr = Lenient(sys.stderr)
+    stderr = journal.Lenient(sys.stderr)
     say = (
         (lambda line: tqdm.write(line, file=stderr)) if main and not quiet else (lambda line: None)
     )
@@ -449,12 +406,12 @@ def train(
     parallel.start(device)
     with contextlib.ExitStack() as stack:
         if main:
-            stack.enter_context(runs.locked(out))
+            stack.enter_context(storage.locked(out))
         save_every = save_every or max(1, min(5000, recipe.steps // 4))
         sample_every = save_every if sample_every is None else sample_every
 
         state = State(config, recipe, device)
-        checkpoint = parallel.broadcast(runs.newest_whole(out) if main else None)
+        checkpoint = parallel.broadcast(runfolder.newest_whole(out) if main else None)
         if checkpoint:
             state.load(checkpoint)
             say(f"going on from {checkpoint}")
@@ -475,7 +432,7 @@ def train(
                     "command": sys.argv,
                 },
             )
-        last = truncate_metrics(out, state.step) if main else {}
+        last = journal.truncate_metrics(out, state.step) if main else {}
 
         idle = (
             torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -495,12 +452,12 @@ def train(
         if recipe.compile:
             model.compile()
         model = parallel.wrap(model, device)
-        schedule = solver.SCHEDULES[config.space]()
+        schedule = diffusion.SCHEDULES[config.space]()
         facts = {
             "classes": list(data.classes),
             **{k: data.index[k] for k in ("vae", "vae_sha256") if data.kind == "latents"},
         }
-        order, offset = dataset.Order(len(data), recipe.seed), parallel.rank() * share
+        order, offset = randomness.Order(len(data), recipe.seed), parallel.rank() * share
         passes = share // micro
         starts = (
             step * recipe.batch_size + offset + k * micro
@@ -512,7 +469,7 @@ def train(
             for indices, flips in (order(first, first + micro) for first in starts)
         )
         batches = dataset.loader(data, reads, workers, on_bad, pin=device.type == "cuda")
-        log, stopped, skipped = Log(out, state, say, last), None, set()
+        log, stopped, skipped = journal.Log(out, state, say, last), None, set()
         bar = stack.enter_context(
             tqdm(
                 total=recipe.steps,
@@ -566,7 +523,7 @@ def train(
                 log.restart_clock()
         skipped = sorted(set().union(*parallel.gather(skipped)))
         if main:
-            plot(out)
+            journal.plot(out)
             for message in skipped:
                 say(f"skipped {message}")
         return {
@@ -574,12 +531,12 @@ def train(
             "step": state.step,
             "steps": recipe.steps,
             "stopped": stopped,
-            "loss": finite(log.last.get("loss")),
+            "loss": journal.finite(log.last.get("loss")),
             "params": sum(p.numel() for p in state.parameters.values()),
             "seconds": round(time.monotonic() - begun, 1),
             "skipped_steps": log.bad,
             "skipped_images": len(skipped),
-            "peak_bytes": peak_memory(device),
+            "peak_bytes": parallel.peak_memory(device),
         }
 
 
@@ -603,196 +560,12 @@ class Stop(contextlib.AbstractContextManager):
             signal.signal(number, handler)
 
 
-class Lenient:
-    """A stream whose failing (a full disk, a closed terminal) loses what is said and not the
-    training."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-
-class Log:
-    """Collects losses on the device and every few steps reads them at once into metrics.jsonl, a
-    line per step."""
-
-    def __init__(self, out, state, say, last):
-        self.path, self.state, self.say, self.pending, self.lines = (
-            out / "metrics.jsonl",
-            state,
-            say,
-            [],
-            [],
-        )
-        self.last, self.bad, self.bad_run, self.remarks = last, 0, 0, {}
-        self.restart_clock()
-
-    def restart_clock(self):
-        self.since = time.monotonic()
-
-    def add(self, total, norm, bad):
-        self.pending.append(torch.cat([total, norm[None], bad[None]]))
-
-    def remark(self, measure):
-        """Put what `measure()` returns, a dict, into the newest step's line; the time it takes is
-        not training's. What it can't do is said and no more."""
-        before = time.monotonic()
-        try:
-            self.remarks = measure()
-        except UserError as error:
-            self.say(f"WARNING: no evaluation at step {self.state.step}: {error}")
-        self.since += time.monotonic() - before
-
-    def flush(self):
-        """Write what is pending; returns a few figures to show. Raises UserError after BAD_STEPS
-        bad steps in a row."""
-        if not self.pending:
-            return {}
-        state, recipe, count = self.state, self.state.recipe, len(self.pending)
-        rows = parallel.mean(torch.stack(self.pending)).tolist()
-        speed = count * recipe.batch_size / (time.monotonic() - self.since)
-        flops = speed * 6 * sum(state.model.config.macs) / parallel.world_size()
-        peak = peak_flops(state.device)
-        for step, (loss, *branches, norm, bad) in enumerate(rows, state.step - count + 1):
-            self.bad, self.bad_run = self.bad + int(bad), self.bad_run + 1 if bad else 0
-            self.last = {
-                "step": step,
-                "loss": loss,
-                "loss_branches": [finite(branch) for branch in branches],
-                "lr": learning_rate(recipe, step - 1),
-                "gradient_norm": norm,
-                "skipped": bool(bad),
-                "images_per_second": round(speed, 2),
-                "share_of_peak": round(flops / peak, 4) if peak else None,
-                "peak_bytes": peak_memory(state.device),
-                **(self.remarks if step == state.step else {}),
-            }
-            self.lines.append(json.dumps({k: finite(v) for k, v in self.last.items()}))
-            if self.bad_run >= BAD_STEPS:
-                break
-        figures = {k: f"{v:.2f}" for k, v in self.remarks.items() if k == "fid"}
-        self.pending, self.remarks = [], {}
-        try:
-            self.write()
-        except OSError as error:
-            self.say(
-                f"WARNING: metrics up to step {step} NOT written "
-                f"({error.strerror or error}); kept for the next time"
-            )
-        if self.bad_run >= BAD_STEPS:
-            good = runs.checkpoints(self.path.parent)
-            raise UserError(
-                f"loss or gradient was not finite for {BAD_STEPS} steps up to step "
-                f"{self.last['step']} "
-                f"(learning rate {self.last['lr']:g}); the last good checkpoint is "
-                f"{good[-1] if good else 'none'}: "
-                "go on from it with a lower --lr or --grad-clip 1 under another --out (--init)"
-            )
-        self.restart_clock()
-        return (
-            {"loss": f"{self.last['loss']:.4f}", "img/s": f"{speed:.1f}"}
-            | ({"peak": f"{flops / peak:.0%}"} if peak else {})
-            | ({"skipped": self.bad} if self.bad else {})
-            | figures
-        )
-
-    def write(self, sync=False):
-        """Append the lines that metrics.jsonl lacks. Raises OSError, the file being as it was and
-        the lines kept."""
-        if not parallel.is_main():
-            return
-        text = "".join(line + "\n" for line in self.lines).encode()
-        with open(self.path, "ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                if file.write(text) < len(text):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-                if sync:
-                    os.fsync(file.fileno())
-            except OSError:
-                file.truncate(end)
-                raise
-        self.lines = []
-
-
-def finite(value):
-    """`value`, or None where it is a number that JSON can't hold."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def truncate_metrics(out, step):
-    """Keep the lines of steps up to `step`: those after it will be trained again. Returns the last
-    one, or {}."""
-    last = {}
-    with writing(out / "metrics.jsonl") as file:
-        for line, text in metrics(out):
-            if line["step"] > step:
-                break
-            file.write(text)
-            last = line
-    return last
-
-
-def metrics(out):
-    """Yield (dict, its bytes) for each step of a run's metrics; a half-written last line is left
-    out. Raises UserError."""
-    path = Path(out) / "metrics.jsonl"
-    if path.is_file():
-        with open(path, "rb") as lines:
-            for number, text in enumerate(lines, 1):
-                if not text.endswith(b"\n"):
-                    break
-                try:
-                    line = json.loads(text)
-                    line["step"], line["loss"]
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(
-                        f"{path}: line {number} is damaged; restore it, or delete it and "
-                        "those after it"
-                    ) from None
-                yield line, text
-
-
-def read_metrics(out):
-    """A run's metrics, a dict per step."""
-    return [line for line, _ in metrics(out)]
-
-
-def plot(out):
-    """Write loss.png from metrics.jsonl; returns its path. Raises UserError if there are no
-    metrics."""
-    rows = np.array(
-        [
-            (line["step"], line["loss"], *line["loss_branches"])
-            for line, _ in metrics(out)
-            if line["loss"] is not None
-        ]
-    )
-    if not len(rows):
-        raise UserError(f"{out} holds no metrics yet; expected a run folder that train wrote")
-    names = ["loss", *(f"branch {r + 1}" for r in range(rows.shape[1] - 2))]
-    series = {name: (rows[:, 0], rows[:, k + 1]) for k, name in enumerate(names)}
-    path = Path(out) / "loss.png"
-    pictures.save(pictures.curves(series, f"{Path(out).name}: multi-scale loss"), path)
-    return path
-
-
 def save(out, state, log, facts, keep, say, must):
     """Write a checkpoint, and before it the metrics up to it. One that fails is reported and
     training goes on, unless it `must` succeed: the last."""
     try:
         log.write(sync=True)
-        runs.save_checkpoint(out, state.step, state.files(facts), {"step": state.step}, keep)
+        runfolder.save_checkpoint(out, state.step, state.files(facts), {"step": state.step}, keep)
     except OSError as error:
         if must:
             raise
@@ -819,10 +592,9 @@ def ema_generator(out, state, facts):
 
 def feature_extractor(device, inception, features):
     """What FID is to be watched with. Raises UserError."""
-    import evaluation
 
     return (
-        evaluation.custom(features, device) if features else evaluation.inception(inception, device)
+        extraction.custom(features, device) if features else extraction.inception(inception, device)
     )
 
 
@@ -848,22 +620,6 @@ def draw_samples(out, state, facts, say):
         sampling.save_grid(out / "samples" / f"step-{state.step:07d}.png", images, captions)
     except (UserError, OSError) as error:
         say(f"WARNING: no sample grid at step {state.step}: {error}")
-
-
-def peak_flops(device):
-    """Dense bf16 operations per second by the vendor's data sheet, or None where the hardware is
-    not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def peak_memory(device):
-    """Most bytes held so far: on the GPU by tensors, else by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
 
 
 def versions():

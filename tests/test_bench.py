@@ -3,12 +3,13 @@ with the release needs a checkout and is not tested."""
 
 import json
 
+import bench
 import pytest
 import torch
 from click.testing import CliRunner
 
-import bench
 import dimr
+import parallel
 import sampling
 
 
@@ -83,9 +84,9 @@ def test_weights_rounded_once_give_what_autocast_rounds_every_time():
     torch.manual_seed(0)
     model = dimr.DiMR(dimr.VARIANTS["demo"]).eval()
     x, tau, y = bench.inputs(model.config, 4, torch.device("cpu"))
-    with torch.inference_mode(), sampling.autocast(torch.device("cpu"), "bf16"):
+    with torch.inference_mode(), parallel.autocast(torch.device("cpu"), "bf16"):
         expected = model(x, tau, y)
-        found = sampling.for_inference(model, "bf16")(x, tau, y)
+        found = parallel.for_inference(model, "bf16")(x, tau, y)
     assert (
         model.branches[0].out.weight.dtype == torch.bfloat16
         and model.branches[0].blocks[0].norm1.gamma.p1.dtype == torch.float32
@@ -111,7 +112,7 @@ def test_linear_layers_in_onednn_compute_the_same_and_leave_gradients_right():
         ]
 
     expected = passes()
-    sampling.for_inference(model, "fp32")
+    parallel.for_inference(model, "fp32")
     found = passes()
     assert model.branches[0].blocks[0].mlp.w0.forward.func is sampling.onednn_linear
     for ours, plain in zip(found, expected, strict=True):

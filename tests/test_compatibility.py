@@ -10,8 +10,8 @@ from conftest import DATA, dimr_command
 from PIL import Image
 
 import dataset
-import evaluation
-import runs
+import extraction
+import runfolder
 import sampling
 import storage
 
@@ -92,11 +92,11 @@ def test_its_shards_are_read_and_have_the_same_fingerprint():
 
 
 def test_its_statistics_are_read():
-    found = evaluation.Measured.load(FROZEN / "statistics.safetensors")
+    found = extraction.Measured.load(FROZEN / "statistics.safetensors")
     assert (found.count, found.size, found.identity) == (60, 8, "custom plain_features:pooled")
     assert found.mean.shape == (48,) and found.features.shape == (60, 48)
 
 
 def test_its_checkpoints_are_whole():
     for run in ("run", "latent-run"):
-        assert runs.newest_whole(FROZEN / run) is not None
+        assert runfolder.newest_whole(FROZEN / run) is not None

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import dataset
+import randomness
 from storage import UserError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -342,31 +343,31 @@ def test_a_batch_holds_crops_and_mirrored_crops(folder):
 
 
 def test_every_epoch_visits_every_item_once_in_an_order_of_its_own():
-    order = dataset.Order(50, 1)
+    order = randomness.Order(50, 1)
     epochs = [order(50 * e, 50 * e + 50)[0].tolist() for e in range(4)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert dataset.Order(50, 2)(0, 50)[0].tolist() != epochs[0]
+    assert randomness.Order(50, 2)(0, 50)[0].tolist() != epochs[0]
 
 
 def test_what_a_position_visits_does_not_depend_on_how_the_run_is_cut():
-    indices, flips = dataset.Order(7, 5)(0, 100)
+    indices, flips = randomness.Order(7, 5)(0, 100)
     for cuts in ([0, 1, 2, 50, 51, 100], [0, 33, 33, 100], [99, 100], [6, 8]):
-        order = dataset.Order(7, 5)
+        order = randomness.Order(7, 5)
         for first, last in itertools.pairwise(cuts):
             part = order(first, last)
             assert (part[0] == indices[first:last]).all() and (part[1] == flips[first:last]).all()
 
 
 def test_flips_are_fair_coins_independent_of_epoch_and_seed():
-    flips = dataset.Order(1000, 0)(0, 20_000)[1]
+    flips = randomness.Order(1000, 0)(0, 20_000)[1]
     assert abs(flips.mean() - 0.5) < 0.02
     assert abs((flips[:10_000] == flips[10_000:]).mean() - 0.5) < 0.02
-    assert abs((flips == dataset.Order(1000, 1)(0, 20_000)[1]).mean() - 0.5) < 0.02
+    assert abs((flips == randomness.Order(1000, 1)(0, 20_000)[1]).mean() - 0.5) < 0.02
 
 
 def test_the_order_of_a_seed_is_the_same_for_ever():
-    indices, flips = dataset.Order(10, 3)(0, 12)
+    indices, flips = randomness.Order(10, 3)(0, 12)
     assert indices.tolist() == [9, 7, 8, 3, 5, 6, 4, 0, 2, 1, 8, 2]
     assert "".join("01"[int(flip)] for flip in flips) == "100110000100"
 
@@ -375,7 +376,7 @@ def test_the_order_of_a_seed_is_the_same_for_ever():
 
 
 def test_any_number_of_workers_gives_the_same_batches(folder):
-    data, order = dataset.ImageFolder(folder, size=16), dataset.Order(20, 0)
+    data, order = dataset.ImageFolder(folder, size=16), randomness.Order(20, 0)
     before = torch.random.get_rng_state()
     runs = [
         list(dataset.loader(data, (order(p, p + 7) for p in range(0, 70, 7)), workers))
@@ -423,7 +424,7 @@ def test_a_folder_without_a_readable_image_ends(folder):
 
 
 def test_a_killed_worker_is_an_error_here_and_not_in_the_training_step(folder):
-    data, order = dataset.ImageFolder(folder, size=16), dataset.Order(20, 0)
+    data, order = dataset.ImageFolder(folder, size=16), randomness.Order(20, 0)
     batches = dataset.loader(data, (order(p, p + 2) for p in range(10**9)), 2)
     next(batches)
     victim = multiprocessing.active_children()[0].pid

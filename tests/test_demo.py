@@ -5,7 +5,7 @@ import json
 from conftest import dimr_command
 from PIL import Image
 
-import runs
+import runfolder
 
 
 def test_the_demo_draws_digits_that_a_classifier_of_other_digits_recognises(tmp_path):
@@ -22,7 +22,7 @@ def test_the_demo_draws_digits_that_a_classifier_of_other_digits_recognises(tmp_
     assert 0.9 < result["nearest_train"] < 1.5 and result["seconds"] > 1
     assert len(list((tmp_path / "demo" / "digits").rglob("*.png"))) == 1797
     assert (
-        runs.checkpoints(tmp_path / "demo" / "run")
+        runfolder.checkpoints(tmp_path / "demo" / "run")
         and Image.open(tmp_path / result["picture"]).width > 300
     )
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import diffusion
 import dimr
 import sampling
-import solver
 import training
 
 NETWORKS = ["network_2r", "network_3r", "network_2r_ln", "network_3r_ln"]
@@ -269,7 +269,7 @@ def test_training_and_sampling_compile_one_graph_each():
     model = build(dataclasses.replace(SMALL, channels=1))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model.compile(backend=counter)
-    schedule, recipe = solver.SCHEDULES["pixel"](), training.Recipe(precision="fp32")
+    schedule, recipe = diffusion.SCHEDULES["pixel"](), training.Recipe(precision="fp32")
     for step in range(4):
         images, labels = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8), torch.randint(5, (4,))
         sums, _ = training.losses(

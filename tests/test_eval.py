@@ -27,6 +27,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 import cli
 import dataset
 import evaluation
+import extraction
 import fid
 import imagenet_names
 import imagesets
@@ -380,7 +381,7 @@ def test_adms_reference_gives_moments_and_images(oracle, inception_file, standar
     )
     assert (
         found["fid"] == pytest.approx(expected, rel=1e-4)
-        and found["features"] == evaluation.STANDARD
+        and found["features"] == extraction.STANDARD
     )
     nearness = prc_features_to_metric(
         *(features[name][0] for name in ("samples", "reference")),
@@ -413,7 +414,7 @@ def test_adms_reference_is_not_compared_with_other_features(oracle, inception_fi
 @pytest.mark.parametrize("count, expected", [(50_000, "50K"), (10_000, "10K"), (2_500, "2500")])
 def test_the_label_says_how_many_images_a_fid_is_of(count, expected):
     moments = torch.zeros(1), torch.zeros(1, 1)
-    one = evaluation.Measured("", "", 256, count, evaluation.STANDARD, "", *moments)
+    one = extraction.Measured("", "", 256, count, extraction.STANDARD, "", *moments)
     assert evaluation.label(one) == expected
     remarks = "\n".join(evaluation.remarks("fid", one, one))
     assert ("published numbers are of 50,000" in remarks) == (count != 50_000)
@@ -432,8 +433,8 @@ def test_few_images_and_unequal_sizes_are_remarked_on():
 
 @pytest.mark.parametrize("count, warned", [(2047, True), (2048, False)])
 def test_fewer_images_than_inceptions_features_are_remarked_on(count, warned):
-    one = evaluation.Measured(
-        "", "", 256, count, evaluation.STANDARD, "", torch.zeros(2048), torch.zeros(1, 1)
+    one = extraction.Measured(
+        "", "", 256, count, extraction.STANDARD, "", torch.zeros(2048), torch.zeros(1, 1)
     )
     found = [line for line in evaluation.remarks("fid", one, None) if "fewer" in line]
     assert (
@@ -457,13 +458,13 @@ def test_the_papers_row_stands_beside():
 
 
 def collected(logits, ordered=True):
-    collector = evaluation.Collector(len(logits), torch.device("cpu"), mixed=not ordered)
+    collector = extraction.Collector(len(logits), torch.device("cpu"), mixed=not ordered)
     collector.score.split = 100
     for first in range(0, len(logits), 64):
         part = logits[first : first + 64]
         collector.add(np.arange(first, first + len(part)), part, None, part)
     return collector.measured(
-        source="", sha256="", size=1, extractor=evaluation.STANDARD, identity=""
+        source="", sha256="", size=1, extractor=extraction.STANDARD, identity=""
     )
 
 

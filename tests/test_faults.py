@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 import cli
 import dataset
-import runs
+import runfolder
 import training
 from storage import load_tensors, save_tensors
 
@@ -390,7 +390,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(places, tmp_pat
         for suffix in ("safetensors", "pth", "npz")
         for path in places["out"].rglob(f"*.{suffix}")
     ]
-    assert not finals and not runs.checkpoints(places["out"])
+    assert not finals and not runfolder.checkpoints(places["out"])
 
 
 def test_no_room_for_temporary_files_is_one_line():
@@ -440,7 +440,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_half_written(places
     if "{out}/" in line:
         places["out"].mkdir()
     check(invoke(line, places), 1, "No space left", small_disk)
-    assert not [*small_disk.rglob("*.pth"), *runs.checkpoints(places["out"])]
+    assert not [*small_disk.rglob("*.pth"), *runfolder.checkpoints(places["out"])]
     for path in small_disk.rglob(
         "*.safetensors"
     ):  # what was written before the disk was full is whole
@@ -491,8 +491,8 @@ def test_a_reading_process_that_is_killed_is_an_error_and_no_wait(
 
 
 HOLD = """
-import runs, sys
-with runs.locked(sys.argv[1]):
+import runfolder, sys
+with storage.locked(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -16,8 +16,10 @@ from conftest import ROOT, SMALL, dimr_command, free_port
 
 import dataset
 import dimr
+import journal
 import memory
-import runs
+import randomness
+import runfolder
 import training
 from storage import UserError
 
@@ -26,7 +28,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def losses(run):
-    return np.array([line["loss"] for line in training.read_metrics(run)])
+    return np.array([line["loss"] for line in journal.read_metrics(run)])
 
 
 def start_torchrun(*arguments, **options):
@@ -62,9 +64,9 @@ def wait_for_step(run, step, process):
 
 
 def outcome(run):
-    last = runs.checkpoints(run)[-1]
+    last = runfolder.checkpoints(run)[-1]
     return {path.name: path.read_bytes() for path in last.iterdir()}, [
-        line["loss"] for line in training.read_metrics(run)
+        line["loss"] for line in journal.read_metrics(run)
     ]
 
 
@@ -226,7 +228,7 @@ def test_rank_0_alone_prints_and_writes(digits, tmp_path):
     )
     assert len(done.stdout.strip().splitlines()) == 1 and json.loads(done.stdout)["step"] == 12
     assert done.stderr.count("12/12") >= 1 and "rank" not in done.stderr
-    assert [line["step"] for line in training.read_metrics(tmp_path / "run")] == list(range(1, 13))
+    assert [line["step"] for line in journal.read_metrics(tmp_path / "run")] == list(range(1, 13))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_a_failure_of_any_rank_is_named_with_it_and_ends_all(digits, tmp_path):
     data = tmp_path / "digits"
     shutil.copytree(digits, data)
     folder = dataset.open_data(data)
-    read_by_rank_1 = dataset.Order(len(folder), 0)(8, 16)[0]
+    read_by_rank_1 = randomness.Order(len(folder), 0)(8, 16)[0]
     Path(folder.paths[int(read_by_rank_1[0])]).write_bytes(b"not an image")
     done = dimr_command(
         "train", "--data", data, "--out", tmp_path / "run", *SMALL, torchrun=2, check=False
@@ -367,13 +369,13 @@ def test_torchrun_hands_on_the_signals_it_is_told_to(digits, tmp_path):
     wait_for_step(tmp_path / "run", 10, process)
     process.send_signal(signal.SIGUSR1)
     stdout, stderr = process.communicate(timeout=60)
-    saved = runs.step_of(runs.newest_whole(tmp_path / "run"))
+    saved = runfolder.step_of(runfolder.newest_whole(tmp_path / "run"))
     assert (
         "stopped by SIGUSR1" in stdout
         and f"step {saved:,} of 100,000" in stdout
         and process.returncode != 0
     )
-    assert [line["step"] for line in training.read_metrics(tmp_path / "run")] == list(
+    assert [line["step"] for line in journal.read_metrics(tmp_path / "run")] == list(
         range(1, saved + 1)
     )
 

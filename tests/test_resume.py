@@ -17,9 +17,10 @@ from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cli
+import diffusion
 import dimr
-import runs
-import solver
+import journal
+import runfolder
 import training
 from storage import save_tensors
 
@@ -92,10 +93,10 @@ def dimr_process(tmp_path_factory):
 
 def outcome(run):
     """What has to be the same to the byte: the last checkpoint's files, and the losses."""
-    last = runs.checkpoints(run)[-1]
+    last = runfolder.checkpoints(run)[-1]
     losses = [
         (line["step"], line["loss"], line["loss_branches"], line["gradient_norm"])
-        for line in training.read_metrics(run)
+        for line in journal.read_metrics(run)
     ]
     return {path.name: path.read_bytes() for path in last.iterdir()}, losses
 
@@ -111,7 +112,7 @@ def wait_for_step(run, step):
 
 
 def check_steps(run, last):
-    assert [line["step"] for line in training.read_metrics(run)] == list(range(1, last + 1))
+    assert [line["step"] for line in journal.read_metrics(run)] == list(range(1, last + 1))
 
 
 # killed
@@ -127,7 +128,7 @@ def test_a_run_killed_at_any_moment_ends_as_the_undisturbed_one(digits, tmp_path
         return any((out / "checkpoints").glob(".step-*.tmp"))
 
     def newest():
-        return max(map(runs.step_of, runs.checkpoints(out)), default=0)
+        return max(map(runfolder.step_of, runfolder.checkpoints(out)), default=0)
 
     while anywhere + inside < KILLS:
         process, kind = (
@@ -146,8 +147,8 @@ def test_a_run_killed_at_any_moment_ends_as_the_undisturbed_one(digits, tmp_path
         process.join()
         assert process.exitcode == -signal.SIGKILL, process.log.read_text()
         inside, anywhere = inside + saving(), anywhere + (not saving())
-        for checkpoint in runs.checkpoints(out):
-            runs.verify(checkpoint)
+        for checkpoint in runfolder.checkpoints(out):
+            runfolder.verify(checkpoint)
         print(f"kills: {inside} inside a save, {anywhere} elsewhere; at step {newest()}")
     assert inside >= KILLS // 3 and dimr_process("train", "--out", out, *options).exitcode == 0
     assert outcome(out) == outcome(tmp_path / "calm") and not saving()
@@ -168,7 +169,7 @@ def test_a_stop_signal_saves_and_the_run_goes_on_from_there(digits, tmp_path, di
     wait_for_step(out, 10)
     os.kill(process.pid, number)
     process.join(60)
-    stopped = runs.step_of(runs.checkpoints(out)[-1])
+    stopped = runfolder.step_of(runfolder.checkpoints(out)[-1])
     assert process.exitcode == 75 and number.name in process.log.read_text() and stopped < 100000
     check_steps(out, stopped)
     assert dimr_process("train", "--out", out, "--steps", stopped + 3).exitcode == 0
@@ -208,7 +209,7 @@ def test_a_second_interrupt_ends_at_once_without_damage(digits, tmp_path, dimr_p
         and "Aborted" in process.log.read_text()
         and "Traceback" not in process.log.read_text()
     )
-    step = runs.step_of(runs.newest_whole(out))
+    step = runfolder.step_of(runfolder.newest_whole(out))
     check_steps(out, step)
     assert dimr_process("train", *options, "--steps", step).exitcode == 0
 
@@ -221,7 +222,7 @@ def test_a_finished_run_says_so_again(trained, tmp_path, dimr_process):
     assert (
         process.exitcode == 0
         and result["step"] == 12
-        and result["loss"] == training.read_metrics(trained)[-1]["loss"]
+        and result["loss"] == journal.read_metrics(trained)[-1]["loss"]
     )
 
 
@@ -240,8 +241,8 @@ def test_a_full_disk_is_reported_and_costs_nothing_that_was_there(digits, tmp_pa
     assert all(
         f"checkpoint at step {step} NOT saved" in said for step in (8, 16, 24, 32)
     )  # and training went on
-    assert not runs.checkpoints(out) and not list((out / "checkpoints").iterdir())
-    written = len(training.read_metrics(out))
+    assert not runfolder.checkpoints(out) and not list((out / "checkpoints").iterdir())
+    written = len(journal.read_metrics(out))
     check_steps(out, written)
     assert 8 <= written < 40 and (out / "metrics.jsonl").read_bytes().endswith(b"\n")
     assert dimr_process("train", "--out", out, *options).exitcode == 0
@@ -268,19 +269,19 @@ def test_training_outlives_a_disk_that_is_full_for_a_while(digits, tmp_path, dim
     resource.prlimit(
         process.pid, resource.RLIMIT_FSIZE, (0, before[1])
     )  # metrics, checkpoints and the log it prints to
-    saved, told = runs.checkpoints(out), len(training.read_metrics(out))
+    saved, told = runfolder.checkpoints(out), len(journal.read_metrics(out))
     time.sleep(1)
     assert (
         process.is_alive()
-        and runs.checkpoints(out)[:-1] in ([], saved[:-1], saved)
-        and len(training.read_metrics(out)) <= told + 10
+        and runfolder.checkpoints(out)[:-1] in ([], saved[:-1], saved)
+        and len(journal.read_metrics(out)) <= told + 10
     )
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
     wait_for_step(out, told + 40)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     assert process.exitcode == 75
-    check_steps(out, runs.step_of(runs.newest_whole(out)))
+    check_steps(out, runfolder.step_of(runfolder.newest_whole(out)))
 
 
 # damaged
@@ -313,7 +314,7 @@ def test_damage_of_any_kind_is_named_and_the_checkpoint_before_used(
     path.unlink()
     if damage:
         path.write_bytes(damage(content))
-    assert runs.step_of(runs.newest_whole(out, said.append)) == 8
+    assert runfolder.step_of(runfolder.newest_whole(out, said.append)) == 8
     assert len(said) == 1 and str(path) in said[0] and words in said[0] and "\n" not in said[0]
 
 
@@ -322,7 +323,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(
 ):
     out = tmp_path / "small"
     shutil.copytree(trained, out)
-    for checkpoint in runs.checkpoints(out):
+    for checkpoint in runfolder.checkpoints(out):
         (checkpoint / "ema.safetensors").write_bytes(b"")
     before = (out / "metrics.jsonl").read_bytes()
     process = dimr_process("train", "--out", out)
@@ -339,7 +340,7 @@ def save(run, step, keep):
         name: ({"a": torch.full((3,), float(step))}, {"step": str(step), "more": "x"})
         for name in ("weights", "ema", "optimizer")
     }
-    return runs.save_checkpoint(run, step, files, {"step": step}, keep)
+    return runfolder.save_checkpoint(run, step, files, {"step": step}, keep)
 
 
 def test_damaged_newer_checkpoints_do_not_push_out_whole_ones(tmp_path):
@@ -347,8 +348,8 @@ def test_damaged_newer_checkpoints_do_not_push_out_whole_ones(tmp_path):
         save(tmp_path, step, keep=0)
     (tmp_path / "checkpoints" / "step-0000030" / "ema.safetensors").write_bytes(b"")
     save(tmp_path, 25, keep=1)
-    assert [runs.step_of(c) for c in runs.checkpoints(tmp_path)] == [25, 30]
-    assert runs.step_of(runs.newest_whole(tmp_path)) == 25
+    assert [runfolder.step_of(c) for c in runfolder.checkpoints(tmp_path)] == [25, 30]
+    assert runfolder.step_of(runfolder.newest_whole(tmp_path)) == 25
 
 
 def test_a_checkpoint_is_the_same_bytes_each_time(tmp_path):
@@ -408,14 +409,15 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(digits, tmp
         keep=0,
         quiet=True,
     )
-    lines = training.read_metrics(tmp_path / "run")
+    lines = journal.read_metrics(tmp_path / "run")
     assert (
         [line["step"] for line in lines if line["skipped"]] == [4, 6]
         and lines[3]["loss"] is None
         and result["skipped_steps"] == 2
     )
     hashes = [
-        json.loads((c / "manifest.json").read_text()) for c in runs.checkpoints(tmp_path / "run")
+        json.loads((c / "manifest.json").read_text())
+        for c in runfolder.checkpoints(tmp_path / "run")
     ]
     same = [
         k + 1
@@ -430,7 +432,7 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(digits, tmp
         for name in ("weights", "ema"):
             before, after = (
                 training.load_tensors(
-                    runs.checkpoints(tmp_path / "run")[i] / f"{name}.safetensors"
+                    runfolder.checkpoints(tmp_path / "run")[i] / f"{name}.safetensors"
                 )[0]
                 for i in (k - 2, k - 1)
             )
@@ -465,7 +467,7 @@ def test_a_step_never_waits_for_the_device():
     with NoReading():
         for _ in range(2):
             sums, _ = training.losses(
-                state.model, config, solver.Linear(), recipe, images, labels, 0
+                state.model, config, diffusion.Linear(), recipe, images, labels, 0
             )
             sums.sum().backward()
             _, bad = state.update()
@@ -497,7 +499,7 @@ def test_memory_stays_flat(digits, tmp_path, dimr_process):
         "--save-every",
         "100",
     )
-    peaks = [line["peak_bytes"] for line in training.read_metrics(out)]
+    peaks = [line["peak_bytes"] for line in journal.read_metrics(out)]
     print(
         f"peak after {len(peaks) // 5} steps {peaks[len(peaks) // 5] / 1e6:.1f} MB, "
         f"after {len(peaks)} {peaks[-1] / 1e6:.1f} MB"
@@ -512,7 +514,7 @@ def test_the_soak_survives_its_faults(tmp_path):
     done = subprocess.run(
         [
             sys.executable,
-            ROOT / "tests" / "soak.py",
+            ROOT / "tools" / "soak.py",
             "--minutes",
             minutes,
             "--steps",

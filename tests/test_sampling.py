@@ -14,6 +14,7 @@ import torch
 from conftest import dimr_command
 from PIL import Image
 
+import randomness
 import sampling
 from storage import UserError
 
@@ -34,7 +35,7 @@ def test_start_noise_depends_on_the_seed_alone(generator):
     config = generator.config
     expected = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(7))
     torch.randn(5)  # what was drawn before is of no matter
-    assert torch.equal(sampling.start_noise(config, 7), expected)
+    assert torch.equal(randomness.start_noise(config, 7), expected)
 
 
 def test_images_are_byte_equal_at_one_batch_size_for_any_number(generator):

@@ -11,13 +11,14 @@ from conftest import DATA, relative
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import diffusion
 import dimr
 import solver
 
 ARRAYS = load_file(DATA / "solver.safetensors")
 END_TO_END = load_file(DATA / "end_to_end.safetensors")
 MU, S = ARRAYS["mu"].double(), ARRAYS["s"].double()
-LATENT, PIXEL = solver.ScaledLinear(), solver.Linear()
+LATENT, PIXEL = diffusion.ScaledLinear(), diffusion.Linear()
 
 
 def gaussian(schedule):
@@ -57,7 +58,7 @@ def network(name):
 
 
 def test_the_latent_schedule_is_stable_diffusions():
-    given = solver.ScaledLinear(ARRAYS["betas"])
+    given = diffusion.ScaledLinear(ARRAYS["betas"])
     assert torch.equal(given.knots_log_alpha, LATENT.knots_log_alpha)
     assert relative(LATENT.lam(ARRAYS["discrete_t"]), ARRAYS["discrete_lambda"]) < 1e-6
     assert (
@@ -109,19 +110,19 @@ def test_the_pixel_sampler_agrees_with_the_release(steps):
 @pytest.mark.parametrize(
     "name, guidance, steps",
     [
-        ("plain_20", solver.Guidance(), 20),
-        ("cfg1.5_20", solver.Guidance(1.5), 20),
-        ("cfg2.5_power2_30", solver.Guidance(2.5, 2), 30),
+        ("plain_20", diffusion.Guidance(), 20),
+        ("cfg1.5_20", diffusion.Guidance(1.5), 20),
+        ("cfg2.5_power2_30", diffusion.Guidance(2.5, 2), 30),
     ],
 )
 def test_latent_sampling_end_to_end(name, guidance, steps):
-    noise = solver.denoiser(network("network_2r"), LATENT, END_TO_END["latent_y"], guidance)
+    noise = diffusion.denoiser(network("network_2r"), LATENT, END_TO_END["latent_y"], guidance)
     x = solver.sample(noise, END_TO_END["latent_x_T"], LATENT, steps, "fast", "time")
     assert relative(x, END_TO_END[f"latent_x_0_{name}"]) < 1e-4
 
 
 def test_pixel_sampling_end_to_end():
-    noise = solver.denoiser(network("network_3r_ln"), PIXEL, END_TO_END["pixel_y"])
+    noise = diffusion.denoiser(network("network_3r_ln"), PIXEL, END_TO_END["pixel_y"])
     x = solver.sample(noise, END_TO_END["pixel_x_T"], PIXEL, 20, "dpm-fast", "logsnr")
     assert relative(x, END_TO_END["pixel_x_0_20"]) < 1e-4
 
@@ -132,13 +133,13 @@ def test_pixel_sampling_end_to_end():
 )
 @torch.no_grad()
 def test_training_loss_end_to_end(space, name, time, noised):
-    schedule, get = solver.SCHEDULES[space](), lambda key: END_TO_END[f"train_{space}_{key}"]
+    schedule, get = diffusion.SCHEDULES[space](), lambda key: END_TO_END[f"train_{space}_{key}"]
     t = get("n") / 1000 if time == "n" else get("t")
     x = schedule.noised(get("x0"), get("noise"), t)
     assert relative(x, get(noised)) < 1e-4
     if space == "pixel":
         assert relative(4 * schedule.tau(t), get("log_snr")) < 1e-4
-    total, branches = solver.multi_scale_loss(
+    total, branches = diffusion.multi_scale_loss(
         network(name)(x, schedule.tau(t).float(), END_TO_END[f"{space}_y"]), get("noise")
     )
     assert relative(total, get("loss")) < 1e-4
@@ -151,7 +152,7 @@ def test_training_loss_end_to_end(space, name, time, noised):
 )
 def test_both_targets_of_the_multi_scale_loss(target, key):
     arrays = load_file(DATA / "loss.safetensors")
-    total, _ = solver.multi_scale_loss(
+    total, _ = diffusion.multi_scale_loss(
         [arrays[f"pred_{r}"] for r in range(3)], arrays["noise"], target
     )
     assert relative(total, arrays[key]) < 1e-5
@@ -163,14 +164,14 @@ def test_both_targets_of_the_multi_scale_loss(target, key):
 def test_the_power_cosine_schedule_is_the_releases():
     table = json.loads((DATA / "cfg_power_cosine.json").read_text())
     for row in table["rows"]:
-        guidance = solver.Guidance(row["cfg"], row["power"])
+        guidance = diffusion.Guidance(row["cfg"], row["power"])
         assert [guidance.at(LATENT, n / 1000) for n in table["timestep"]] == pytest.approx(
             row["scale"], rel=1e-9
         )
 
 
 def test_guidance_stays_inside_its_interval():
-    guidance = solver.Guidance(2.0, interval=(0.5, 3.0))
+    guidance = diffusion.Guidance(2.0, interval=(0.5, 3.0))
     for t in np.linspace(0.01, 1, 30):
         ratio = float(LATENT.sigma(t) / LATENT.alpha(t))
         assert guidance.at(LATENT, t) == (2.0 if 0.5 < ratio <= 3.0 else 1.0)
@@ -182,12 +183,12 @@ def test_guidance_stays_inside_its_interval():
 )
 def test_senseless_guidance_is_refused(bad):
     with pytest.raises(ValueError):
-        solver.Guidance(**bad)
+        diffusion.Guidance(**bad)
 
 
 def test_a_scale_below_one_explains_the_other_convention():
     with pytest.raises(ValueError, match="0.4 is 1.4 here"):
-        solver.Guidance(0.4)
+        diffusion.Guidance(0.4)
 
 
 class Counting(torch.nn.Module):
@@ -215,7 +216,7 @@ class Counting(torch.nn.Module):
 
 def test_guidance_is_one_batched_call_and_none_where_the_scale_is_one():
     model, y = Counting(), torch.tensor([0, 1, 0])
-    noise = solver.denoiser(model, LATENT, y, solver.Guidance(3.0, interval=(0.5, 100.0)))
+    noise = diffusion.denoiser(model, LATENT, y, diffusion.Guidance(3.0, interval=(0.5, 100.0)))
     x = torch.zeros(3, 1, 2, 2)
     assert noise(x, 1.0)[:, 0, 0, 0].tolist() == [
         2 + 3 * (c - 2) for c in (0, 1, 0)

@@ -11,9 +11,12 @@ from conftest import SMALL, dimr_command
 from PIL import Image
 
 import dataset
+import diffusion
 import dimr
-import runs
-import solver
+import journal
+import randomness
+import runfolder
+import storage
 import training
 from storage import UserError, load_tensors
 
@@ -32,7 +35,7 @@ RECIPE = dataclasses.replace(training.RECIPES["demo"], precision="fp32", compile
 
 def read(run):
     return [
-        (line["step"], line["loss"], line["loss_branches"]) for line in training.read_metrics(run)
+        (line["step"], line["loss"], line["loss_branches"]) for line in journal.read_metrics(run)
     ]
 
 
@@ -48,14 +51,14 @@ def same(a, b):
 
 
 def test_what_a_sample_is_made_of_depends_on_its_position_alone():
-    whole = training.normal(5, "noise", 0, 100, (2, 3))
-    assert torch.equal(training.normal(5, "noise", 37, 71, (2, 3)), whole[37:71])
+    whole = randomness.normal(5, "noise", 0, 100, (2, 3))
+    assert torch.equal(randomness.normal(5, "noise", 37, 71, (2, 3)), whole[37:71])
     assert torch.equal(
-        training.uniform(5, "time", 99, 100), training.uniform(5, "time", 0, 100)[99:]
+        randomness.uniform(5, "time", 99, 100), randomness.uniform(5, "time", 0, 100)[99:]
     )
-    assert not torch.equal(training.normal(6, "noise", 0, 100, (2, 3)), whole)
+    assert not torch.equal(randomness.normal(6, "noise", 0, 100, (2, 3)), whole)
     assert not torch.equal(
-        training.uniform(5, "time", 0, 100), training.uniform(5, "label", 0, 100)
+        randomness.uniform(5, "time", 0, 100), randomness.uniform(5, "label", 0, 100)
     )
 
 
@@ -63,10 +66,10 @@ def test_noise_is_standard_normal_and_times_uniform():
     from scipy import stats
 
     assert (
-        stats.kstest(training.normal(0, "noise", 0, 2000, (8,)).flatten().numpy(), "norm").pvalue
+        stats.kstest(randomness.normal(0, "noise", 0, 2000, (8,)).flatten().numpy(), "norm").pvalue
         > 0.01
     )
-    assert stats.kstest(training.uniform(0, "time", 0, 5000).numpy(), "uniform").pvalue > 0.01
+    assert stats.kstest(randomness.uniform(0, "time", 0, 5000).numpy(), "uniform").pvalue > 0.01
 
 
 def test_losses_do_not_depend_on_how_a_batch_is_cut():
@@ -75,7 +78,7 @@ def test_losses_do_not_depend_on_how_a_batch_is_cut():
 
     def cut(a, b):
         return training.losses(
-            state.model, CONFIG, solver.Linear(), RECIPE, images[a:b], labels[a:b], 1000 + a
+            state.model, CONFIG, diffusion.Linear(), RECIPE, images[a:b], labels[a:b], 1000 + a
         )[0]
 
     torch.testing.assert_close(torch.cat([cut(0, 5), cut(5, 24)]), cut(0, 24))
@@ -92,7 +95,7 @@ def test_labels_are_dropped_at_the_recipes_rate(monkeypatch):
     training.losses(
         model,
         CONFIG,
-        solver.Linear(),
+        diffusion.Linear(),
         recipe,
         torch.zeros(4000, 1, 8, 8, dtype=torch.uint8),
         torch.zeros(4000, dtype=torch.long),
@@ -109,7 +112,7 @@ def test_latents_are_sampled_from_their_mean_and_deviation():
     config = dataclasses.replace(CONFIG, space="latent", channels=4)
     seen = {}
 
-    class Noise(solver.ScaledLinear):
+    class Noise(diffusion.ScaledLinear):
         def noised(self, x0, noise, t):
             seen["z"] = x0
             return x0
@@ -223,7 +226,7 @@ def test_a_run_folder_is_the_record_of_the_run(trained, digits):
         and record["data"]["path"] == str(digits)
     )
     assert record["versions"]["torch"] == torch.__version__
-    lines = training.read_metrics(trained)
+    lines = journal.read_metrics(trained)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert (
         lines[0]["lr"] == 0
@@ -239,8 +242,10 @@ def test_a_run_folder_is_the_record_of_the_run(trained, digits):
         "peak_bytes",
     } <= lines[0].keys()
     assert Image.open(trained / "loss.png").size == (900, 480)
-    assert [runs.step_of(c) for c in runs.checkpoints(trained)] == [4, 8, 12]
-    model, facts = runs.read_weights(trained / "checkpoints" / "step-0000012" / "ema.safetensors")
+    assert [runfolder.step_of(c) for c in runfolder.checkpoints(trained)] == [4, 8, 12]
+    model, facts = runfolder.read_weights(
+        trained / "checkpoints" / "step-0000012" / "ema.safetensors"
+    )
     assert (
         facts["step"] == 12
         and facts["classes"] == list("0123456789")
@@ -337,7 +342,7 @@ def test_checkpoints_beyond_keep_are_deleted(digits, tmp_path):
         "--keep",
         "2",
     )
-    assert [runs.step_of(c) for c in runs.checkpoints(tmp_path / "small")] == [4, 6]
+    assert [runfolder.step_of(c) for c in runfolder.checkpoints(tmp_path / "small")] == [4, 6]
 
 
 def test_max_time_saves_and_stops_with_a_status_of_its_own(digits, tmp_path):
@@ -356,7 +361,7 @@ def test_max_time_saves_and_stops_with_a_status_of_its_own(digits, tmp_path):
         check=False,
     )
     assert done.returncode == 75 and "max-time" in done.stdout
-    assert runs.step_of(runs.checkpoints(out)[-1]) == read(out)[-1][0] < 100000
+    assert runfolder.step_of(runfolder.checkpoints(out)[-1]) == read(out)[-1][0] < 100000
 
 
 def test_fine_tuning_takes_what_fits_and_says_what_starts_fresh(trained, digits, tmp_path):
@@ -421,7 +426,7 @@ def test_an_uneven_split_names_the_nearest_sizes():
 
 
 def test_a_run_in_use_names_its_owner(trained):
-    with runs.locked(trained):
+    with storage.locked(trained):
         done = dimr_command("train", "--out", trained, check=False)
     assert done.returncode == 1 and "in use by process" in done.stderr
 

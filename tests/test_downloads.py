@@ -22,8 +22,8 @@ from safetensors import safe_open
 
 import cli
 import dimr as network
-import runs
-import weights
+import downloads
+import runfolder
 from storage import UserError
 
 BODY = bytes(range(256)) * 1200  # the file
@@ -120,9 +120,11 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setenv("DIMR_HOME", str(tmp_path / "cache"))
         monkeypatch.delenv("DIMR_OFFLINE", raising=False)
         address = "{hub}/someone/resolve/main/model.bin"
-        monkeypatch.setitem(weights.ASSETS, "model", weights.Asset(address, "a model", "none"))
+        monkeypatch.setitem(downloads.ASSETS, "model", downloads.Asset(address, "a model", "none"))
         monkeypatch.setitem(
-            weights.ASSETS, "plain", weights.Asset(hub.url + "/store/plain.bin", "a file", "none")
+            downloads.ASSETS,
+            "plain",
+            downloads.Asset(hub.url + "/store/plain.bin", "a file", "none"),
         )
         yield hub
         hub.shutdown()
@@ -131,59 +133,60 @@ def hub(tmp_path, monkeypatch):
 
 def known(monkeypatch, name, **facts):
     monkeypatch.setitem(
-        weights.ASSETS,
+        downloads.ASSETS,
         name,
-        weights.Asset(weights.ASSETS[name].address, "a model", "none", **facts),
+        downloads.Asset(downloads.ASSETS[name].address, "a model", "none", **facts),
     )
 
 
 def left(name):
     """What lies beside the finished file in the cache."""
-    return {path.name for path in weights.place(name).parent.iterdir()} - {
-        f".{weights.ASSETS[name].file}.lock"
+    return {path.name for path in downloads.place(name).parent.iterdir()} - {
+        f".{downloads.ASSETS[name].file}.lock"
     }
 
 
 def test_a_name_is_fetched_once_through_the_redirect_and_then_found(hub, tmp_path, capfd):
-    path = weights.find("model")
+    path = downloads.find("model")
     assert path == tmp_path / "cache" / "model" / "model.bin" and path.read_bytes() == BODY
     assert left("model") == {"model.bin"}
     assert f"SHA-256 {hashlib.sha256(BODY).hexdigest()} as expected" in capfd.readouterr().err
-    assert weights.find("model") == path and hub.asked == [None]
+    assert downloads.find("model") == path and hub.asked == [None]
 
 
 def test_a_path_is_returned_as_it_is_and_anything_else_lists_the_names(tmp_path, monkeypatch):
     file = tmp_path / "my.safetensors"
     file.touch()
     assert (
-        weights.find(str(file)) == weights.find(file) == file and weights.find(tmp_path) == tmp_path
+        downloads.find(str(file)) == downloads.find(file) == file
+        and downloads.find(tmp_path) == tmp_path
     )
     with pytest.raises(
         UserError, match="xl9r is no file, nor known by name.*xl2r, g2r, sd-vae-ft-ema, inception"
     ):
-        weights.find("xl9r")
+        downloads.find("xl9r")
 
 
 def test_without_a_hash_the_length_is_checked_and_that_is_said(hub, capfd):
-    assert weights.fetch("plain", **QUICK).read_bytes() == BODY
+    assert downloads.fetch("plain", **QUICK).read_bytes() == BODY
     assert "length as announced; no hash is published" in capfd.readouterr().err
     hub.faults = ["endless"]
-    weights.place("plain").unlink()
+    downloads.place("plain").unlink()
     with pytest.raises(UserError, match="neither length nor hash"):
-        weights.fetch("plain", **QUICK)
-    assert not weights.place("plain").exists()
+        downloads.fetch("plain", **QUICK)
+    assert not downloads.place("plain").exists()
 
 
 def test_with_a_hash_the_length_may_be_missing(hub):
     hub.faults = ["endless"]
-    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+    assert downloads.fetch("model", **QUICK).read_bytes() == BODY
 
 
 @pytest.mark.parametrize("fault", ["cut", "stall"])
 @pytest.mark.parametrize("name", ["model", "plain"])
 def test_an_interrupted_download_goes_on_where_it_stopped(hub, name, fault):
     hub.faults = [fault, fault]
-    assert weights.fetch(name, **QUICK).read_bytes() == BODY
+    assert downloads.fetch(name, **QUICK).read_bytes() == BODY
     half = len(BODY) // 2 - 1
     assert hub.asked == [None, f"bytes={half}-", f"bytes={half + (len(BODY) - half) // 2 - 1}-"]
 
@@ -191,17 +194,17 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub, name, fault):
 def test_a_later_process_goes_on_too_even_from_a_part_that_was_whole(hub):
     hub.faults = ["cut", 404]
     with pytest.raises(UserError):
-        weights.fetch("model", **QUICK)
+        downloads.fetch("model", **QUICK)
     assert left("model") == {".model.bin.part", ".model.bin.tag"}
-    (weights.place("model").parent / ".model.bin.part").write_bytes(BODY)
-    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+    (downloads.place("model").parent / ".model.bin.part").write_bytes(BODY)
+    assert downloads.fetch("model", **QUICK).read_bytes() == BODY
     assert hub.asked[2:] == [f"bytes={len(BODY) - 1}-"] and left("model") == {"model.bin"}
 
 
 @pytest.mark.parametrize("fault", ["whole", "elsewhere", "unlabelled"])
 def test_a_range_that_was_not_asked_for_is_not_taken_for_the_one_that_was(hub, fault):
     hub.faults = ["cut", fault]
-    assert weights.fetch("plain", **QUICK).read_bytes() == BODY
+    assert downloads.fetch("plain", **QUICK).read_bytes() == BODY
 
 
 @pytest.mark.parametrize("shorter", [0, len(BODY) // 4, len(BODY) // 2 + 1])
@@ -209,18 +212,18 @@ def test_a_range_that_was_not_asked_for_is_not_taken_for_the_one_that_was(hub, f
 def test_pieces_of_two_versions_of_a_file_are_never_joined(hub, name, shorter):
     hub.faults = ["cut", 404]
     with pytest.raises(UserError):
-        weights.fetch(name, **QUICK)
+        downloads.fetch(name, **QUICK)
     hub.body = OTHER[shorter:]
-    assert weights.fetch(name, **QUICK).read_bytes() == OTHER[shorter:]
+    assert downloads.fetch(name, **QUICK).read_bytes() == OTHER[shorter:]
 
 
 def test_a_damaged_part_is_found_by_the_hash_and_fetched_anew_once(hub):
     hub.faults = ["cut", 404]
     with pytest.raises(UserError):
-        weights.fetch("model", **QUICK)
-    part = weights.place("model").with_name(".model.bin.part")
+        downloads.fetch("model", **QUICK)
+    part = downloads.place("model").with_name(".model.bin.part")
     part.write_bytes(b"x" + part.read_bytes()[1:])
-    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+    assert downloads.fetch("model", **QUICK).read_bytes() == BODY
     assert hub.asked[-1] is None
 
 
@@ -229,7 +232,7 @@ def test_a_wrong_hash_is_refused_at_once_and_nothing_kept(hub, monkeypatch):
     with pytest.raises(
         UserError, match=f"SHA-256 is {hashlib.sha256(BODY).hexdigest()}, expected {hub.etag()}"
     ):
-        weights.fetch("model", **QUICK)
+        downloads.fetch("model", **QUICK)
     assert hub.asked == [None] and not left("model")
 
 
@@ -237,11 +240,11 @@ def test_a_wrong_hash_is_refused_at_once_and_nothing_kept(hub, monkeypatch):
 def test_a_known_hash_or_its_beginning_overrules_the_server(hub, monkeypatch, digits):
     known(monkeypatch, "model", sha256=hashlib.sha256(BODY).hexdigest()[:digits])
     hub.etag = lambda: hashlib.sha256(OTHER).hexdigest()
-    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+    assert downloads.fetch("model", **QUICK).read_bytes() == BODY
     known(monkeypatch, "plain", sha256=hashlib.sha256(OTHER).hexdigest()[:digits])
     with pytest.raises(UserError, match="SHA-256"):
-        weights.fetch("plain", **QUICK)
-    assert not weights.place("plain").exists()
+        downloads.fetch("plain", **QUICK)
+    assert not downloads.place("plain").exists()
 
 
 def test_a_server_that_promises_more_than_it_sends_is_given_up(hub):
@@ -249,8 +252,8 @@ def test_a_server_that_promises_more_than_it_sends_is_given_up(hub):
     with pytest.raises(
         UserError, match=f"ended after {len(BODY):,} of {len(BODY) + 100:,} bytes|answers 416"
     ):
-        weights.fetch("plain", **QUICK)
-    assert len(hub.asked) < 9 and not weights.place("plain").exists()
+        downloads.fetch("plain", **QUICK)
+    assert len(hub.asked) < 9 and not downloads.place("plain").exists()
 
 
 @pytest.mark.parametrize("fault", ["short", "page"])
@@ -259,11 +262,11 @@ def test_a_length_that_is_not_the_known_one_is_refused_before_anything_is_kept(
 ):
     hub.faults = [fault] * 3
     with pytest.raises(UserError, match=f"the server offers [0-9,]+ bytes, expected {len(BODY):,}"):
-        weights.fetch("model", **QUICK)
+        downloads.fetch("model", **QUICK)
     assert len(hub.asked) == 3 and not left("model")
     known(monkeypatch, "plain", size=len(BODY))
     hub.faults = [fault] * 2
-    assert weights.fetch("plain", **QUICK).read_bytes() == BODY
+    assert downloads.fetch("plain", **QUICK).read_bytes() == BODY
 
 
 def test_refusals_end_at_once_and_passing_faults_are_tried_again(hub):
@@ -271,28 +274,28 @@ def test_refusals_end_at_once_and_passing_faults_are_tried_again(hub):
     with pytest.raises(
         UserError, match="answers 404 .* or put model.bin from http://127.0.0.1.* into "
     ):
-        weights.fetch("model", **QUICK)
+        downloads.fetch("model", **QUICK)
     assert len(hub.asked) == 1
     hub.faults = [500, 503, 500]
     with pytest.raises(UserError, match="answers 500"):
-        weights.fetch("model", **QUICK)
+        downloads.fetch("model", **QUICK)
     assert len(hub.asked) == 4
     hub.faults = [500, 429]
-    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+    assert downloads.fetch("model", **QUICK).read_bytes() == BODY
 
 
 def test_offline_one_line_says_which_file_to_put_where(hub, monkeypatch):
     monkeypatch.setenv("DIMR_OFFLINE", "1")
     with pytest.raises(UserError) as caught:
-        weights.find("model")
-    place = weights.place("model")
+        downloads.find("model")
+    place = downloads.place("model")
     assert str(caught.value) == (
         "model is not in the cache and DIMR_OFFLINE is set: unset it; or put model.bin from "
         f"{hub.url}/someone/resolve/main/model.bin into {place.parent}"
     )
     place.parent.mkdir(parents=True)
     place.write_bytes(BODY)
-    assert weights.find("model") == place and hub.asked == []
+    assert downloads.find("model") == place and hub.asked == []
 
 
 def test_without_a_network_the_same_line_follows(monkeypatch, tmp_path, hub):
@@ -302,24 +305,24 @@ def test_without_a_network_the_same_line_follows(monkeypatch, tmp_path, hub):
     with pytest.raises(
         UserError, match="no connection .*refused.*; or put model.bin from http://127.0.0.1"
     ):
-        weights.fetch("model", **QUICK)
+        downloads.fetch("model", **QUICK)
     monkeypatch.setenv("HF_ENDPOINT", "hub.example")
     with pytest.raises(UserError, match="HF_ENDPOINT is 'hub.example'; expected a URL"):
-        weights.fetch("model", **QUICK)
+        downloads.fetch("model", **QUICK)
 
 
 def test_proxies_are_honoured(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
     monkeypatch.setenv("http_proxy", hub.url)
     hub.linked = False
-    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+    assert downloads.fetch("model", **QUICK).read_bytes() == BODY
 
 
 def test_a_cached_file_of_the_wrong_length_is_named(hub, monkeypatch):
-    weights.fetch("model", **QUICK).write_bytes(b"short")
+    downloads.fetch("model", **QUICK).write_bytes(b"short")
     known(monkeypatch, "model", size=len(BODY))
     with pytest.raises(UserError, match="model.bin has 5 bytes, expected 307,200; delete it"):
-        weights.find("model")
+        downloads.find("model")
 
 
 def test_a_full_disk_is_reported_before_the_download(hub):
@@ -328,14 +331,15 @@ def test_a_full_disk_is_reported_before_the_download(hub):
         UserError,
         match="it takes 1,000,000,000,000,307,200 bytes and .* free space or set DIMR_HOME",
     ):
-        weights.fetch("plain", **QUICK)
+        downloads.fetch("plain", **QUICK)
     assert not left("plain")
 
 
 FETCH = """
-import weights
-weights.ASSETS["model"] = weights.Asset("{hub}/someone/resolve/main/model.bin", "a model", "none")
-print(weights.fetch("model"))
+import downloads
+address = "{hub}/someone/resolve/main/model.bin"
+downloads.ASSETS["model"] = downloads.Asset(address, "a model", "none")
+print(downloads.fetch("model"))
 """
 
 
@@ -350,10 +354,10 @@ def test_two_processes_at_once_end_with_one_good_file(hub):
     both = [fetching(), fetching()]
     for process in both:
         out, err = process.communicate(timeout=60)
-        assert (process.returncode, out.strip()) == (0, str(weights.place("model"))), err
+        assert (process.returncode, out.strip()) == (0, str(downloads.place("model"))), err
     assert (
         hub.asked == [None]
-        and weights.place("model").read_bytes() == BODY
+        and downloads.place("model").read_bytes() == BODY
         and left("model") == {"model.bin"}
     )
 
@@ -361,19 +365,19 @@ def test_two_processes_at_once_end_with_one_good_file(hub):
 def test_the_lock_of_a_killed_process_is_free_and_its_part_goes_on(hub):
     hub.delay = 1
     first = fetching()
-    part = weights.place("model").with_name(".model.bin.part")
+    part = downloads.place("model").with_name(".model.bin.part")
     until = time.monotonic() + 60
     while not (part.exists() and part.stat().st_size) and time.monotonic() < until:
         time.sleep(0.02)
     first.kill()
     first.communicate()
     hub.delay = 0
-    assert weights.fetch("model", **QUICK).read_bytes() == BODY
+    assert downloads.fetch("model", **QUICK).read_bytes() == BODY
     assert hub.asked[0] is None and hub.asked[1] is not None
 
 
 def test_a_living_owner_that_does_not_move_is_named_after_a_while(hub):
-    lock = weights.place("model").with_name(".model.bin.lock")
+    lock = downloads.place("model").with_name(".model.bin.lock")
     lock.parent.mkdir(parents=True)
     with open(lock, "w") as file:
         file.write("process 7 on elsewhere")
@@ -382,28 +386,28 @@ def test_a_living_owner_that_does_not_move_is_named_after_a_while(hub):
         with pytest.raises(
             UserError, match="fetched by process 7 on elsewhere, which has not moved for 0.3 s"
         ):
-            weights.fetch("model", patience=0.3, **QUICK)
+            downloads.fetch("model", patience=0.3, **QUICK)
 
 
 def test_the_cache_is_dimr_home_or_the_platforms(monkeypatch, tmp_path):
     monkeypatch.delenv("DIMR_HOME", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert weights.cache() == tmp_path / "dimr"
+    assert downloads.cache() == tmp_path / "dimr"
     monkeypatch.setenv("DIMR_HOME", str(tmp_path / "mine"))
-    assert weights.cache() == tmp_path / "mine"
+    assert downloads.cache() == tmp_path / "mine"
 
 
 def test_the_table_names_what_the_release_page_and_adm_offer(monkeypatch):
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    urls = {item["name"]: item["url"] for item in weights.listing()}
+    urls = {item["name"]: item["url"] for item in downloads.listing()}
     assert (
         urls["xl2r"] == "https://huggingface.co/QHL067/DiMR/resolve/main/DiMR-XL_2R_800epochs.pth"
     )
     assert urls["imagenet512"].endswith("/ref_batches/imagenet/512/VIRTUAL_imagenet512.npz")
-    for item, asset in zip(weights.listing(), weights.ASSETS.values(), strict=True):
+    for item, asset in zip(downloads.listing(), downloads.ASSETS.values(), strict=True):
         assert item["licence"] and item["what"] and asset.file == item["url"].split("/")[-1]
         assert asset.sha256 is None or len(bytes.fromhex(asset.sha256)) == 32
-    assert weights.ASSETS["inception"].sha256.startswith("6726825d")
+    assert downloads.ASSETS["inception"].sha256.startswith("6726825d")
 
 
 def dimr(*arguments):
@@ -413,7 +417,7 @@ def dimr(*arguments):
 def test_the_command_lists_gets_and_lists_again(hub, monkeypatch, tmp_path):
     before = dimr("weights")
     assert before.exit_code == 0 and all(
-        name in before.stdout for name in weights.ASSETS.keys() - {"model", "plain"}
+        name in before.stdout for name in downloads.ASSETS.keys() - {"model", "plain"}
     )
     got = dimr(
         "weights", "get", "xl2r", "--json"
@@ -453,7 +457,7 @@ def test_convert_goes_to_safetensors_and_back_with_the_configuration(released, t
     assert done.exit_code == 0, done.output
     config = json.loads(done.stdout)["config"]
     assert config["heads"] == heads and config["norm"] == "tdrms" and config["space"] == "latent"
-    model, _ = runs.read_weights(ours)
+    model, _ = runfolder.read_weights(ours)
     assert dataclasses.asdict(model.config) == config | {
         k: tuple(config[k]) for k in ("layers", "dims")
     }
@@ -474,13 +478,13 @@ def test_convert_goes_to_safetensors_and_back_with_the_configuration(released, t
 
 def test_convert_keeps_what_a_run_knows_of_itself(released, tmp_path):
     path, _, heads = released
-    model, _ = runs.read_weights(path, heads)
+    model, _ = runfolder.read_weights(path, heads)
     facts = {"step": 7, "classes": ["cat", "dog"], "vae": None}
-    runs.write_weights(tmp_path / "run.safetensors", model, facts)
-    runs.write_weights(
-        tmp_path / "run.pth", runs.read_weights(tmp_path / "run.safetensors")[0], facts
+    runfolder.write_weights(tmp_path / "run.safetensors", model, facts)
+    runfolder.write_weights(
+        tmp_path / "run.pth", runfolder.read_weights(tmp_path / "run.safetensors")[0], facts
     )
-    assert runs.read_weights(tmp_path / "run.pth")[1] == facts
+    assert runfolder.read_weights(tmp_path / "run.pth")[1] == facts
 
 
 def test_convert_refuses_what_it_cannot_do_in_one_line(released, tmp_path):
@@ -502,7 +506,7 @@ def test_a_configuration_that_makes_no_sense_is_an_error(released, metadata):
     state.metadata = metadata
     torch.save(state, path)
     with pytest.raises(UserError, match="released.pth does not fit"):
-        runs.read_weights(path, heads)
+        runfolder.read_weights(path, heads)
 
 
 @pytest.mark.parametrize("metadata", [["a", "list"], {"author": "someone"}, {"config": 7}])
@@ -511,18 +515,18 @@ def test_metadata_that_is_not_ours_is_left_alone(released, metadata):
     state = collections.OrderedDict(tensors)
     state.metadata = metadata
     torch.save(state, path)
-    model, facts = runs.read_weights(path, heads)
+    model, facts = runfolder.read_weights(path, heads)
     assert facts == {} and model.config.heads == heads
 
 
 LOAD = """
 import resource, sys
-import runs
+import runfolder
 def peak():
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 before = peak()
-runs.read_weights(sys.argv[1])
+runfolder.read_weights(sys.argv[1])
 print(peak() - before)
 """
 

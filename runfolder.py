@@ -9,12 +9,10 @@ checkpoints/step-0001000/         appears whole or not at all
     weights.safetensors, ema.safetensors      carry the configuration: usable alone
     optimizer.safetensors, state.json, manifest.json (SHA-256 of the others)"""
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import socket
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -28,7 +26,6 @@ from storage import (
     read_json,
     save_tensors,
     sha256,
-    sweep,
     sync_folder,
     write_json,
     writing,
@@ -141,31 +138,6 @@ def newest_whole(run, say=lambda line: print(line, file=sys.stderr)):
     return None
 
 
-@contextlib.contextmanager
-def locked(run):
-    """Hold a run folder for this process. A second one gets a UserError naming the owner; the lock
-    ends with its owner, whose reading processes don't inherit it."""
-    import fcntl
-
-    Path(run).mkdir(parents=True, exist_ok=True)
-    with open(Path(run) / ".lock", "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise UserError(
-                f"{run} is in use by {file.read().strip() or 'another process'}; wait "
-                "for it or choose another --out"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        sweep(run)
-        sweep(Path(run) / "checkpoints")
-        sweep(Path(run) / "samples")
-        yield
-
-
 # ------------------------------------------------------------------------------------ weights files
 
 
@@ -233,3 +205,27 @@ def write_weights(path, model, facts):
             f"{path} ends neither in .safetensors (our names) nor in .pth (the released "
             "ones); choose one"
         )
+
+
+def find_weights(source=None, ema=True):
+    """Path of the weights file for a run folder, a file, a name, or (None) the newest run, else the
+    released xl2r."""
+    if source is None:
+        source = newest() or "xl2r"
+    path = Path(source)
+    if path.is_dir():
+        if (path / "manifest.json").is_file():  # a checkpoint folder
+            verify(path)
+            checkpoint = path
+        else:
+            checkpoint = newest_whole(path)
+        if checkpoint is None:
+            raise UserError(
+                f"{path} holds no whole checkpoint; expected a run folder that train wrote"
+            )
+        return checkpoint / ("ema.safetensors" if ema else "weights.safetensors")
+    if path.is_file():
+        return path
+    import downloads
+
+    return downloads.find(str(source))

@@ -16,9 +16,9 @@ from scipy import stats
 from timm.data import create_transform, resolve_data_config
 
 import cli
-import fidelity
 import imagesets
 import sampling
+import vit
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = fidelity.ViT(32, 16, 128, 2, 256, 10)
+        network = vit.ViT(32, 16, 128, 2, 256, 10)
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.normal_(0, 0.2)
@@ -58,7 +58,7 @@ def run(*arguments, status=0):
 
 
 def test_logits_are_timms_on_the_same_weights(theirs):
-    ours = fidelity.from_state_dict(theirs.state_dict())
+    ours = vit.from_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert relative(ours(x), theirs(x)) < 1e-5
@@ -69,7 +69,7 @@ def test_preprocessing_is_timms_within_two_levels(theirs, size):
     images = photographs(2, size)
     transform = create_transform(**resolve_data_config({}, model=theirs))
     expected = torch.stack([transform(Image.fromarray(image.numpy())) for image in images])
-    found = fidelity.prepare(images, 224)
+    found = vit.prepare(images, 224)
     levels = (found - expected).abs() * 127.5
     assert found.shape == expected.shape and levels.max() < 2.01 and levels.mean() < 0.3
 
@@ -100,8 +100,8 @@ def test_marked_are_those_whose_intended_class_is_improbable(small):
         run("fidelity", "set.npz", "--classifier", small, "--batch-size", 16, "--json").stdout
     )
 
-    network = fidelity.from_state_dict(torch.load(small))
-    probabilities = network(fidelity.prepare(images, 32)).softmax(1)[range(150), labels].numpy()
+    network = vit.from_state_dict(torch.load(small))
+    probabilities = network(vit.prepare(images, 32)).softmax(1)[range(150), labels].numpy()
     low = np.flatnonzero(probabilities < 0.2)
     assert 64 < len(low) < 150  # some pass, and more than one sheet is needed
     assert result["share"] == pytest.approx(len(low) / 150) and (

@@ -6,118 +6,27 @@ preprocessing is that of timm's `augreg` weights: bicubic with antialiasing to �
 pixels, centre crop to 224, [-1, 1]."""
 
 import csv
-import math
 import statistics
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.stats import t as student
-from torch import nn
 from tqdm import tqdm
 
 import dataset
-import dimr
+import downloads
 import imagenet_names
 import imagesets
 import pictures
-import weights
+import vit
 from storage import UserError, load_tensors, sha256, writing
 
 THRESHOLD = 0.2  # an intended class less probable than this marks low fidelity
-HEAD = 64  # channels of an attention head
-CROP = 0.9  # share of the resized image's side that the network sees
 SHEET = 64  # images on a contact sheet
 CONFIDENCE = 0.95
 TRUTHS = {"1": True, "0": False, "yes": True, "no": False, "true": True, "false": False}
 BATCH_SIZE = {"cuda": 256, "mps": 32, "cpu": 16}
-
-
-# ----------------------------------------------------------------------------------- the classifier
-
-
-class Attention(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x):
-        q, k, v = (
-            self.qkv(x).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
-        )  # (B, heads, tokens, HEAD) each
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
-        self.attn = Attention(dim)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
-class ViT(nn.Module):
-    """x: (B, 3, side, side) in [-1, 1] → logits (B, classes)."""
-
-    def __init__(self, side, patch, dim, depth, hidden, classes):
-        super().__init__()
-        self.side = side
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (side // patch) ** 2, dim))
-        self.blocks = nn.Sequential(*[Block(dim, hidden) for _ in range(depth)])
-        self.norm, self.head = nn.LayerNorm(dim, 1e-6), nn.Linear(dim, classes)
-
-    def forward(self, x):
-        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
-        return self.head(self.norm(self.blocks(x))[:, 0])
-
-
-def from_state_dict(tensors):
-    """The classifier, in eval mode, whose tensors have timm's names; its shape is read off them.
-    Raises ValueError."""
-    try:
-        dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
-        side = math.isqrt(tensors["pos_embed"].shape[1] - 1) * patch
-        hidden, classes = len(tensors["blocks.0.mlp.fc1.weight"]), len(tensors["head.weight"])
-    except (KeyError, ValueError):
-        names = "patch_embed.proj, blocks.0.mlp.fc1, head …"
-        raise ValueError(f"not a Vision Transformer under timm's names ({names})") from None
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    with torch.device("meta"):
-        network = ViT(side, patch, dim, depth, hidden, classes)
-    dimr.check_names({name: p.shape for name, p in network.named_parameters()}, tensors)
-    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    return network.eval().requires_grad_(False)
-
-
-def load(source="vit-b16", device="cpu"):
-    """(classifier, SHA-256 of its file) from a name or a path. Raises UserError."""
-    path = weights.find(source)
-    try:
-        return from_state_dict(load_tensors(path)[0]).to(device), sha256(path)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def prepare(images, side):
-    """Square images uint8 (N, H, W, 3) on the CPU as the classifier takes them: (N, 3, side, side)
-    in [-1, 1].
-
-    Resizing uint8 rounds after each axis as Pillow does, which made what the weights were trained
-    on."""
-    resized = math.floor(side / CROP)
-    x = F.interpolate(
-        images.permute(0, 3, 1, 2), (resized, resized), mode="bicubic", antialias=True
-    )
-    start = round((resized - side) / 2)
-    return x[..., start : start + side, start : start + side] / 127.5 - 1
 
 
 # ------------------------------------------------------------------------------------- low fidelity
@@ -162,7 +71,7 @@ def mark(images, classifier, digest, out, threshold=THRESHOLD, batch_size=None, 
         tqdm(total=len(images), desc="classifying", unit="img", disable=quiet or None) as bar,
     ):
         for stretch, (pixels, *_) in zip(stretches, batches, strict=True):
-            logits = classifier(prepare(pixels, classifier.side).to(device))
+            logits = classifier(vit.prepare(pixels, classifier.side).to(device))
             probabilities[stretch] = logits.softmax(1).cpu()[range(len(stretch)), labels[stretch]]
             for i in stretch[probabilities[stretch] < threshold]:
                 waiting.append((i, pixels[i - stretch[0]].numpy()))
@@ -201,6 +110,15 @@ def mark(images, classifier, digest, out, threshold=THRESHOLD, batch_size=None, 
         "sheets": sheets,
         "classes": classes,
     }
+
+
+def load(source="vit-b16", device="cpu"):
+    """(classifier, SHA-256 of its file) from a name or a path. Raises UserError."""
+    path = downloads.find(source)
+    try:
+        return vit.from_state_dict(load_tensors(path)[0]).to(device), sha256(path)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def name_of(index, classes):

@@ -1,9 +1,12 @@
 """Fashion-MNIST as image folders, and a judgement of what was drawn after training on them.
 
-apt-get install dataset-fashion-mnist            (Debian: 60,000 + 10,000 real 28 × 28 images)
-python docs/fashion_mnist.py write data/fashion  -> data/fashion/{train,test}/CLASS/*.png, padded to
-32 × 32 dimr train --data data/fashion/train ...         (README.md has the command) dimr sample
---balanced -n 2000 python docs/fashion_mnist.py judge data/fashion samples/.../balanced-2000.npz"""
+    apt-get install dataset-fashion-mnist             # Debian: 60,000 + 10,000 real 28 × 28 images
+    python tools/fashion_mnist.py write data/fashion  # -> data/fashion/{train,test}/CLASS/*.png
+    dimr train --data data/fashion/train ...          # docs/fashion.md has the command
+    dimr sample --balanced -n 2000
+    python tools/fashion_mnist.py judge data/fashion samples/.../balanced-2000.npz
+
+Images are padded to 32 × 32."""
 
 import gzip
 import json

@@ -1,7 +1,7 @@
 """Soak: train on two processes under random faults until time is up, and compare the end with an
 undisturbed run.
 
-    python tests/soak.py --minutes 30    # prints what was injected and survived, by kind, as JSON
+    python tools/soak.py --minutes 30    # prints what was injected and survived, by kind, as JSON
 
 Each round trains a tiny network twice, undisturbed and under faults: any process killed, inside a
 save too; all of them killed; stopped by signals; a disk that is full for a while; checkpoints
@@ -27,11 +27,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import journal
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import runs  # noqa: E402
-import training  # noqa: E402
+import runfolder  # noqa: E402
 from storage import UserError  # noqa: E402
 
 PROCESSES = 2
@@ -257,7 +258,7 @@ FAULTS = [
 def damage(out, rng):
     """Spoil the newest checkpoint, if the one before it is whole; returns (its folder, what was
     done), or None."""
-    found = runs.checkpoints(out)
+    found = runfolder.checkpoints(out)
     if len(found) < 2 or not all(map(whole, found[-2:])):
         return None
     path = rng.choice(sorted(found[-1].iterdir()))
@@ -277,7 +278,7 @@ def damage(out, rng):
 
 def whole(checkpoint):
     with contextlib.suppress(UserError):
-        runs.verify(checkpoint)
+        runfolder.verify(checkpoint)
         return True
     return False
 
@@ -285,22 +286,28 @@ def whole(checkpoint):
 def check_folder(out, spoilt):
     """Whatever happened, no checkpoint is half-written but those `spoilt` here, and no step is told
     twice."""
-    assert all(whole(checkpoint) or checkpoint in spoilt for checkpoint in runs.checkpoints(out))
-    steps = [line["step"] for line in training.read_metrics(out)]
+    assert all(
+        whole(checkpoint) or checkpoint in spoilt for checkpoint in runfolder.checkpoints(out)
+    )
+    steps = [line["step"] for line in journal.read_metrics(out)]
     assert steps == list(range(1, len(steps) + 1)), f"steps of metrics.jsonl: {steps}"
     return max(
-        (runs.step_of(checkpoint) for checkpoint in runs.checkpoints(out) if whole(checkpoint)),
+        (
+            runfolder.step_of(checkpoint)
+            for checkpoint in runfolder.checkpoints(out)
+            if whole(checkpoint)
+        ),
         default=0,
     )
 
 
 def outcome(out):
     """What has to be the same: the last checkpoint's hashes, the losses."""
-    last = runs.checkpoints(out)[-1]
+    last = runfolder.checkpoints(out)[-1]
     hashes = json.loads((last / "manifest.json").read_text())
     losses = [
         (line["step"], line["loss"], line["loss_branches"], line["gradient_norm"])
-        for line in training.read_metrics(out)
+        for line in journal.read_metrics(out)
     ]
     return last.name, hashes, losses
 
@@ -314,7 +321,7 @@ def one_round(folder, number, steps, deadline, rng, count):
     life = Life(data, calm, steps, number)
     life.agent.wait()
     assert life.agent.returncode == 0, life.end()
-    peaks = [line["peak_bytes"] for line in training.read_metrics(calm)]
+    peaks = [line["peak_bytes"] for line in journal.read_metrics(calm)]
     count["memory growth of rank 0 after a fifth of the steps (MB)"] = max(
         count["memory growth of rank 0 after a fifth of the steps (MB)"],
         round((peaks[-1] - peaks[steps // 5]) / 1e6, 2),
@@ -326,10 +333,12 @@ def one_round(folder, number, steps, deadline, rng, count):
     )
     while (
         trained(out) < steps
-        or not runs.checkpoints(out)
-        or runs.step_of(runs.checkpoints(out)[-1]) < steps
+        or not runfolder.checkpoints(out)
+        or runfolder.step_of(runfolder.checkpoints(out)[-1]) < steps
     ):
-        begun_at = runs.step_of(runs.checkpoints(out)[-1]) if runs.checkpoints(out) else 0
+        begun_at = (
+            runfolder.step_of(runfolder.checkpoints(out)[-1]) if runfolder.checkpoints(out) else 0
+        )
         start, restarts = trained(out), rng.choice([0, 0, 2])
         life, since = Life(data, out, steps, number, restarts), time.monotonic()
         count["lives"] += 1

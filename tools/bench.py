@@ -1,8 +1,8 @@
 """How fast each part is, and how close to what the machine can do.
 
-    python bench.py                                  # every part, on CUDA if there is one
-    python bench.py network train --against ../DiMR  # beside a checkout of the release
-    python bench.py train --variant xl2r --batch 128 --json > train.json
+    python tools/bench.py                                  # every part, on CUDA if there is one
+    python tools/bench.py network train --against ../DiMR  # beside a checkout of the release
+    python tools/bench.py train --variant xl2r --batch 128 --json > train.json
 
 What is compared runs in turns, A B A B …, in one process, together with the ceiling: a large matrix
 product of random numbers. Reported are medians over the rounds, with half the distance between the
@@ -37,11 +37,15 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import cli
 import dataset
+import diffusion
 import dimr
 import fid
 import parallel
+import randomness
 import sampling
 import solver
 import training
@@ -412,7 +416,7 @@ def network(bench):
         ):  # all have their weights before ours are rounded
             model.eval().requires_grad_(False)
             if name == "dimr":
-                model = sampling.for_inference(model, precision, bench.compiled)
+                model = parallel.for_inference(model, precision, bench.compiled)
             candidates.append(
                 Candidate(
                     name,
@@ -428,7 +432,7 @@ def forward(bench, model, config, batch, precision):
     values = inputs(config, batch, bench.device)
 
     def function():
-        with torch.inference_mode(), sampling.autocast(bench.device, precision):
+        with torch.inference_mode(), parallel.autocast(bench.device, precision):
             model(*values)
 
     return function
@@ -468,7 +472,7 @@ def steps(bench, model, recipe):
     if recipe.compile and not isinstance(model, Release):
         model.compile()
     model.train()
-    schedule, count = solver.SCHEDULES[config.space](), recipe.batch_size
+    schedule, count = diffusion.SCHEDULES[config.space](), recipe.batch_size
     generator, shape = torch.Generator().manual_seed(2), (config.channels, config.size, config.size)
     if config.space == "pixel":
         images = torch.randint(256, (count, *shape), generator=generator, dtype=torch.uint8).to(
@@ -503,7 +507,7 @@ def sample(bench):
         for name, model in made:
             model.eval().requires_grad_(False)
             if name == "dimr":
-                model = sampling.for_inference(model, precision, bench.compiled)
+                model = parallel.for_inference(model, precision, bench.compiled)
             candidates.append(
                 Candidate(
                     name,
@@ -522,7 +526,7 @@ def sample(bench):
 
 
 def solved(bench, model, config, settings, batch, precision):
-    classes, once = [i % config.num_classes for i in range(batch)], solver.denoiser
+    classes, once = [i % config.num_classes for i in range(batch)], diffusion.denoiser
 
     def twice(model, schedule, y, guidance):
         conditional = once(model, schedule, y)
@@ -540,7 +544,7 @@ def solved(bench, model, config, settings, batch, precision):
         with mock.patch.object(solver, "denoiser", denoiser):
             sampling.solve(
                 model,
-                solver.SCHEDULES[config.space](),
+                diffusion.SCHEDULES[config.space](),
                 classes,
                 range(batch),
                 settings,
@@ -716,7 +720,7 @@ def readers(bench):
         ):
 
             def read(data=data, batch=batch, count=count):
-                order = dataset.Order(len(data), 0)
+                order = randomness.Order(len(data), 0)
                 for _ in dataset.loader(
                     data, (order(k * batch, (k + 1) * batch) for k in range(count))
                 ):

@@ -1,0 +1,194 @@
+"""The diffusion around the network: noise schedules, multi-scale loss, guidance. It stands alone.
+
+x_t = α(t)·x_0 + σ(t)·ε with α² + σ² = 1 and λ = log(α/σ), half the log SNR. The network predicts ε;
+time runs from t = 1 (noise) down towards 0 (data). Schedules work in float64 on the CPU: their
+values are a handful of scalars per step."""
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------- schedules
+
+
+def _float64(value):
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu")
+
+
+class Schedule:
+    """A noise schedule. Methods take times t (numbers or CPU tensors) and return float64 tensors of
+    that shape.
+
+    A subclass gives `log_alpha`, its inverse `t_of_log_alpha`, `tau` (the network's time), `draw`
+    (training times from uniform numbers) and `t_end`, where sampling stops."""
+
+    t_end: float
+
+    def alpha(self, t):
+        return self.log_alpha(t).exp()
+
+    def sigma(self, t):
+        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
+
+    def lam(self, t):
+        return self.log_alpha(t) - self.sigma(t).log()
+
+    def t_of_lam(self, lam):
+        return self.t_of_log_alpha(-F.softplus(-2 * _float64(lam), threshold=100) / 2)
+
+    def noised(self, x0, noise, t):
+        """Forward noising: α(t)·x0 + σ(t)·ε for x0 and noise (B, C, H, W) on any device and t (B,)
+        on the CPU."""
+        alpha, sigma = (
+            v.to(x0.dtype).to(x0.device, non_blocking=True)[:, None, None, None]
+            for v in (self.alpha(t), self.sigma(t))
+        )
+        return alpha * x0 + sigma * noise
+
+
+class Linear(Schedule):
+    """Pixel models: the continuous VP SDE with β(t) = 0.1 + 19.9 t; τ = log SNR / 4, SNR clamped to
+    [1e-12, 1e6]."""
+
+    t_end = 1e-4
+
+    def log_alpha(self, t):
+        t = _float64(t)
+        return -(0.1 * t + 9.95 * t**2) / 2
+
+    def t_of_log_alpha(self, log_alpha):
+        return -2 * log_alpha / (0.05 + (0.05**2 - 4 * 4.975 * log_alpha).sqrt())
+
+    def tau(self, t):
+        return (2 * self.lam(t)).clamp(math.log(1e-12), math.log(1e6)) / 4
+
+    def draw(self, uniform):
+        return _float64(uniform)
+
+
+class ScaledLinear(Schedule):
+    """Latent models: Stable Diffusion's 1000 discrete steps n, β_n = linspace(√0.00085, √0.012,
+    1000)².
+
+    log α = ½ log ᾱ_n at t = n/1000, linear in t between these knots and along the outermost segment
+    beyond them. τ = n/500 − 1 = 2t − 1. `betas` may be given, float64 (1000,)."""
+
+    t_end = 1e-3
+
+    def __init__(self, betas=None):
+        if betas is None:
+            betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        self.knots_t = torch.arange(1, len(betas) + 1, dtype=torch.float64) / len(betas)
+        self.knots_log_alpha = torch.log1p(-_float64(betas)).cumsum(0) / 2
+
+    def log_alpha(self, t):
+        return _interpolate(_float64(t), self.knots_t, self.knots_log_alpha)
+
+    def t_of_log_alpha(self, log_alpha):
+        return _interpolate(log_alpha, self.knots_log_alpha.flip(0), self.knots_t.flip(0))
+
+    def tau(self, t):
+        return 2 * _float64(t) - 1
+
+    def draw(self, uniform):
+        n = len(self.knots_t)
+        return ((_float64(uniform) * n).floor() + 1) / n
+
+
+def _interpolate(x, knots_x, knots_y):
+    """Piecewise linear through the knots (`knots_x` ascending), extended along the first and last
+    segment."""
+    i = torch.searchsorted(knots_x, x.contiguous()).clamp(1, len(knots_x) - 1)
+    x0, x1, y0, y1 = knots_x[i - 1], knots_x[i], knots_y[i - 1], knots_y[i]
+    return y0 + (x - x0) * (y1 - y0) / (x1 - x0)
+
+
+SCHEDULES = {"pixel": Linear, "latent": ScaledLinear}
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+TARGET_SCALES = {"unit": lambda k: float(k), "mean": lambda k: 1.0}
+
+
+def multi_scale_loss(predictions, noise, target_scale="unit"):
+    """The multi-scale loss (paper, Sec. 4.3, eq. 8): Σ_r α_r · mean((D_r(ε) − ε̂_r)²), α_r = 1/k²,
+    k = 2^(R−r).
+
+    `predictions`: R tensors (B, C, H/k, W/k), coarse to fine; `noise`: (B, C, H, W). D_r averages k
+    × k cells; "unit" multiplies by k, so that the target keeps unit variance (the release, and the
+    published numbers), "mean" is the paper's literal reading. Returns float32 per-sample losses:
+    their weighted sum (B,), and each branch's own (R, B)."""
+    branches, total = [], 0
+    for prediction in predictions:
+        k = noise.shape[-1] // prediction.shape[-1]
+        target = F.avg_pool2d(noise, k) * TARGET_SCALES[target_scale](k) if k > 1 else noise
+        branches.append((target.float() - prediction.float()).square().flatten(1).mean(1))
+        total = total + branches[-1] / k**2
+    return total, torch.stack(branches)
+
+
+# ----------------------------------------------------------------------------------------- guidance
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance ε = ε_u + s·(ε_c − ε_u), s ≥ 1, 1 meaning none.
+
+    `power` p makes s power-cosine in time, 1 + (scale − 1)·(1 − cos(π·(1 − t)^p))/2. `interval`
+    (low, high) limits it to noise levels low < σ/α ≤ high (arXiv:2404.07724). Raises ValueError for
+    values that make no sense."""
+
+    scale: float = 1.0
+    power: float | None = None
+    interval: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        if not 1 <= self.scale < math.inf:
+            raise ValueError(
+                f"guidance scale {self.scale:g} is not at least 1 (1 = none); U-ViT and "
+                "the DiMR release write the excess "
+                f"over 1, so their 0.4 is 1.4 here"
+            )
+        if self.power is not None and not 0 < self.power < math.inf:
+            raise ValueError(f"guidance power {self.power:g} is not above 0")
+        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
+            raise ValueError(
+                f"guidance interval {self.interval} is not 0 <= low < high (values of sigma/alpha)"
+            )
+
+    def at(self, schedule, t):
+        """The scale s at time t, a float."""
+        if self.interval is not None:
+            low, high = self.interval
+            if not low < math.exp(-schedule.lam(t)) <= high:
+                return 1.0
+        if self.power is None:
+            return self.scale
+        return 1 + (self.scale - 1) * (1 - math.cos(math.pi * (1 - float(t)) ** self.power)) / 2
+
+
+def denoiser(model, schedule, y, guidance=Guidance()):
+    """The function (x (B, C, H, W), t) → ε that the solvers take, for class indices y (B,).
+
+    Where guidance is on, conditional and unconditional run as one batch; where s = 1, the
+    conditional alone. Raises ValueError if guidance is asked of a network without a null class."""
+    if guidance.scale > 1 and not model.config.null_class:
+        raise ValueError(
+            "this network has no null class (it was trained without label dropout), so "
+            "it can't be guided; "
+            "use a guidance scale of 1"
+        )
+    both = torch.cat([y, torch.full_like(y, model.config.embeddings - 1)])
+
+    def noise(x, t):
+        tau = torch.full((1,), float(schedule.tau(t)), device=x.device)
+        scale = guidance.at(schedule, t)
+        if scale == 1:
+            return model(x, tau, y)[-1].to(x.dtype)
+        conditional, unconditional = model(torch.cat([x, x]), tau, both)[-1].to(x.dtype).chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    return noise

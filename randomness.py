@@ -1,0 +1,77 @@
+"""Randomness by position: whatever is drawn depends on a seed and on where it belongs, never on
+what was drawn before.
+
+In training a position is a sample's number in the run, counted from 0 over all steps: which image,
+flip, time, noise and dropped label it gets. In sampling it is the image's own seed. So batch size,
+processes and interruptions change nothing. It stands alone."""
+
+import functools
+import hashlib
+
+import numpy as np
+import torch
+
+BLOCK = 16  # positions that share one random generator
+
+
+def _draw(seed, stream, first, last, sample, device="cpu"):
+    """Rows first..last-1 of an endless random table: `sample(generator)` gives BLOCK rows, from a
+    generator that knows only the seed, the stream's name and the block's number."""
+    rows = []
+    for block in range(first // BLOCK, (last - 1) // BLOCK + 1):
+        key = hashlib.blake2b(f"{seed} {stream} {block}".encode(), digest_size=8).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
+        rows.append(sample(generator))
+    start = first // BLOCK * BLOCK
+    return torch.cat(rows)[first - start : last - start]
+
+
+def normal(seed, stream, first, last, shape, device="cpu"):
+    """Standard normal numbers (last - first, *shape) of positions first..last-1."""
+    return _draw(
+        seed,
+        stream,
+        first,
+        last,
+        lambda g: torch.randn(BLOCK, *shape, generator=g, device=device),
+        device,
+    )
+
+
+def uniform(seed, stream, first, last):
+    """Uniform float64 numbers in [0, 1), (last - first,), of positions first..last-1."""
+    return _draw(
+        seed, stream, first, last, lambda g: torch.rand(BLOCK, generator=g, dtype=torch.float64)
+    )
+
+
+class Order:
+    """What a run visits: position p is item permutation(seed, p // n)[p % n], and its flip is a
+    coin of seed and p. Counter-based random bits (Philox), so any stretch can be asked for at any
+    time."""
+
+    def __init__(self, n, seed):
+        self.n, self.seed = n, seed
+        self.permutation = functools.lru_cache(2)(self._permutation)
+
+    def _bits(self, stream, first, last):
+        """Random uint64 of positions first..last-1 of `stream`; Philox makes four a counter
+        value."""
+        generator = np.random.Philox(key=(stream << 64) + self.seed % 2**64).advance(first // 4)
+        return generator.random_raw(last - first // 4 * 4)[first % 4 :]
+
+    def _permutation(self, epoch):
+        return np.argsort(self._bits(epoch + 1, 0, self.n), kind="stable")
+
+    def __call__(self, first, last):
+        """Items int64 (last - first,) and flips bool of positions first..last-1."""
+        epochs, indices = np.divmod(np.arange(first, last), self.n)
+        for epoch in np.unique(epochs):
+            indices[epochs == epoch] = self.permutation(int(epoch))[indices[epochs == epoch]]
+        return indices, self._bits(0, first, last) >> np.uint64(63) == 1
+
+
+def start_noise(config, seed):
+    """Start noise (C, H, W) of the image with this seed, on the CPU, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(config.channels, config.size, config.size, generator=generator)
