@@ -180,6 +180,19 @@ def gather(value):
     return box
 
 
+def divide(total, done):
+    """Which of a job's pieces 0..total-1 are to be done: (all of them, those of this process).
+
+    `done()` gives the set of pieces that an earlier call finished; every process asks it once all
+    have come here, and none goes on before all have seen the same. What is left is dealt out in
+    turn, so that any number of processes can go on with what any other number began."""
+    barrier()
+    finished = done()
+    missing = [k for k in range(total) if k not in finished]
+    barrier()
+    return missing, missing[rank() :: world_size()]
+
+
 # What a device can do
 
 PEAK_FLOPS = {  # dense bf16, vendors' data sheets

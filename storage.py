@@ -186,3 +186,25 @@ def locked(run):
         sweep(Path(run) / "checkpoints")
         sweep(Path(run) / "samples")
         yield
+
+
+# ------------------------------------------------------------------------------------------ room
+
+
+def check_room(folder, need, what, advice="free some space or give another --out"):
+    """Free bytes on the disk of `folder`, which exists. Raises UserError if `need` bytes, which
+    `what` takes, are more."""
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(
+            f"{what} takes {size_text(need)} and the disk of {folder} has {size_text(free)} free; "
+            f"{advice}"
+        )
+    return free
+
+
+def size_text(count):
+    """A number of bytes for people."""
+    if count < 10_000_000:
+        return f"{count:,} bytes"
+    return f"{count / 1e9:,.2f} GB"
