@@ -473,35 +473,22 @@ def train(
         for k, v in dict(layers=layers, dims=dims, heads=heads, norm=norm).items()
         if v is not None
     }
-    evaluate = (
-        {
-            "every": eval_every,
-            "images": eval_images,
-            "ref": ref,
-            "inception": inception,
-            "features": features,
-        }
-        if eval_every
-        else None
-    )
+    watch = None
+    if eval_every:
+        watch = training.Watch(eval_every, eval_images, ref, inception, features)
+    source = training.Source(data, res, exif, on_bad, workers)
+    saving = training.Saving(save_every, keep, sample_every, max_time and max_time * 60)
     try:
         result = training.train(
             out,
-            data,
-            variant,
-            given,
-            network,
-            init,
-            res,
-            exif,
-            device,
-            workers,
-            on_bad,
-            sample_every,
-            save_every,
-            keep,
-            max_time and max_time * 60,
-            evaluate,
+            source,
+            variant=variant,
+            recipe=given,
+            network=network,
+            init=init,
+            device=device,
+            saving=saving,
+            watch=watch,
         )
     finally:
         parallel.stop()
@@ -920,8 +907,8 @@ def convert(source, target, heads, as_json):
     import downloads
     import runfolder
 
-    model, facts = runfolder.read_weights(downloads.find(source), heads)
-    runfolder.write_weights(target, model, facts)
+    model, record = runfolder.read_weights(downloads.find(source), heads)
+    runfolder.write_weights(target, model, record)
     count = sum(p.numel() for p in model.parameters())
     report(
         {"out": target, "params": count, "config": dataclasses.asdict(model.config)},

@@ -1,11 +1,14 @@
-"""The diffusion around the network: noise schedules, multi-scale loss, guidance. It stands alone.
+"""The diffusion around the network: noise schedules, objectives, multi-scale loss, guidance. It
+stands alone.
 
-x_t = α(t)·x_0 + σ(t)·ε with α² + σ² = 1 and λ = log(α/σ), half the log SNR. The network predicts ε;
-time runs from t = 1 (noise) down towards 0 (data). Schedules work in float64 on the CPU: their
-values are a handful of scalars per step."""
+x_t = α(t)·x_0 + σ(t)·ε and λ = log(α/σ), half the log SNR; time runs from t = 1 (noise) down
+towards 0 (data). An objective says what the network predicts, and turns it into (x_0, ε); loss,
+guidance and solvers know nothing else of it. Schedules work in float64 on the CPU: their values are
+a handful of scalars per step."""
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +24,28 @@ class Schedule:
     """A noise schedule. Methods take times t (numbers or CPU tensors) and return float64 tensors of
     that shape.
 
-    A subclass gives `log_alpha`, its inverse `t_of_log_alpha`, `tau` (the network's time), `draw`
-    (training times from uniform numbers) and `t_end`, where sampling stops."""
+    A subclass gives `alpha`, `sigma`, `t_of_lam` (the inverse of `lam`), `tau` (time as a network
+    with TD-LN takes it) and `draw` (training times from uniform numbers in [0, 1)). Solvers run
+    from `t_start` to `t_end`, between which λ is finite."""
 
+    t_start = 1.0
     t_end: float
+
+    def lam(self, t):
+        return self.alpha(t).log() - self.sigma(t).log()
+
+    def noised(self, x0, noise, t):
+        """Forward noising: α(t)·x0 + σ(t)·ε for x0 and noise (B, C, H, W) on any device and t (B,)
+        on the CPU."""
+
+        def on_device(values):
+            return values.to(x0.dtype).to(x0.device, non_blocking=True)[:, None, None, None]
+
+        return on_device(self.alpha(t)) * x0 + on_device(self.sigma(t)) * noise
+
+
+class VariancePreserving(Schedule):
+    """α² + σ² = 1. A subclass gives `log_alpha` and its inverse `t_of_log_alpha`."""
 
     def alpha(self, t):
         return self.log_alpha(t).exp()
@@ -38,17 +59,8 @@ class Schedule:
     def t_of_lam(self, lam):
         return self.t_of_log_alpha(-F.softplus(-2 * _float64(lam), threshold=100) / 2)
 
-    def noised(self, x0, noise, t):
-        """Forward noising: α(t)·x0 + σ(t)·ε for x0 and noise (B, C, H, W) on any device and t (B,)
-        on the CPU."""
-        alpha, sigma = (
-            v.to(x0.dtype).to(x0.device, non_blocking=True)[:, None, None, None]
-            for v in (self.alpha(t), self.sigma(t))
-        )
-        return alpha * x0 + sigma * noise
 
-
-class Linear(Schedule):
+class Linear(VariancePreserving):
     """Pixel models: the continuous VP SDE with β(t) = 0.1 + 19.9 t; τ = log SNR / 4, SNR clamped to
     [1e-12, 1e6]."""
 
@@ -68,7 +80,7 @@ class Linear(Schedule):
         return _float64(uniform)
 
 
-class ScaledLinear(Schedule):
+class ScaledLinear(VariancePreserving):
     """Latent models: Stable Diffusion's 1000 discrete steps n, β_n = linspace(√0.00085, √0.012,
     1000)².
 
@@ -101,32 +113,110 @@ def _interpolate(x, knots_x, knots_y):
     """Piecewise linear through the knots (`knots_x` ascending), extended along the first and last
     segment."""
     i = torch.searchsorted(knots_x, x.contiguous()).clamp(1, len(knots_x) - 1)
-    x0, x1, y0, y1 = knots_x[i - 1], knots_x[i], knots_y[i - 1], knots_y[i]
+    x0, x1 = knots_x[i - 1], knots_x[i]
+    y0, y1 = knots_y[i - 1], knots_y[i]
     return y0 + (x - x0) * (y1 - y0) / (x1 - x0)
 
 
-SCHEDULES = {"pixel": Linear, "latent": ScaledLinear}
+class Straight(Schedule):
+    """The straight path of SiT (arXiv:2401.08740) and rectified flow: α = 1 − t, σ = t; τ = 2t − 1.
+    SiT's own time is 1 − t."""
+
+    t_start = 0.999
+    t_end = 0.001
+
+    def alpha(self, t):
+        return 1 - _float64(t)
+
+    def sigma(self, t):
+        return _float64(t)
+
+    def t_of_lam(self, lam):
+        return torch.sigmoid(-_float64(lam))
+
+    def tau(self, t):
+        return 2 * _float64(t) - 1
+
+    def draw(self, uniform):
+        return _float64(uniform)
+
+
+SCHEDULES = {"linear": Linear, "scaled_linear": ScaledLinear, "straight": Straight}
+
+
+# --------------------------------------------------------------------------------------- objectives
+
+
+class Prediction(NamedTuple):
+    """What a network's output says of the image and of the noise in it, both like x (B, …)."""
+
+    x0: torch.Tensor
+    noise: torch.Tensor
+
+
+class Epsilon:
+    """The noise ε (DDPM; the paper)."""
+
+    needs_alpha = True  # where α = 0, ε says nothing of x_0
+
+    @staticmethod
+    def target(x0, noise):
+        return noise
+
+    @staticmethod
+    def split(output, x, alpha, sigma):
+        return Prediction((x - sigma * output) / alpha, output)
+
+
+class Velocity:
+    """x_0 − ε: on the straight path the velocity towards the data, as SiT trains it."""
+
+    needs_alpha = False
+
+    @staticmethod
+    def target(x0, noise):
+        return x0 - noise
+
+    @staticmethod
+    def split(output, x, alpha, sigma):
+        total = alpha + sigma  # 1 on the straight path
+        return Prediction((x + sigma * output) / total, (x - alpha * output) / total)
+
+
+OBJECTIVES = {"epsilon": Epsilon, "velocity": Velocity}
+
+
+def span(schedule, objective, in_lam):
+    """(start, end) of sampling: the whole path where the solver needs no finite λ (`in_lam` False)
+    and the objective no α above 0, else from `t_start` to `t_end`."""
+    whole = isinstance(schedule, Straight) and not in_lam and not OBJECTIVES[objective].needs_alpha
+    return (1.0, 0.0) if whole else (schedule.t_start, schedule.t_end)
 
 
 # --------------------------------------------------------------------------------------------- loss
 
-TARGET_SCALES = {"unit": lambda k: float(k), "mean": lambda k: 1.0}
+TARGET_SCALES = {"unit": float, "mean": lambda k: 1.0}
 
 
-def multi_scale_loss(predictions, noise, target_scale="unit"):
+def multi_scale_loss(predictions, target, target_scale="unit"):
     """The multi-scale loss (paper, Sec. 4.3, eq. 8): Σ_r α_r · mean((D_r(ε) − ε̂_r)²), α_r = 1/k²,
     k = 2^(R−r).
 
-    `predictions`: R tensors (B, C, H/k, W/k), coarse to fine; `noise`: (B, C, H, W). D_r averages k
-    × k cells; "unit" multiplies by k, so that the target keeps unit variance (the release, and the
-    published numbers), "mean" is the paper's literal reading. Returns float32 per-sample losses:
-    their weighted sum (B,), and each branch's own (R, B)."""
-    branches, total = [], 0
+    `predictions`: R tensors (B, C, H/k, W/k), coarse to fine; `target`: what the objective makes of
+    image and noise, ε in the paper, (B, C, H, W). D_r averages k × k cells; "unit" multiplies by k,
+    so that the noise keeps unit variance (the release, and the published numbers), "mean" is the
+    paper's literal reading. Returns float32 per-sample losses: their weighted sum (B,), and each
+    branch's own (R, B)."""
+    branches = []
+    total = 0
     for prediction in predictions:
-        k = noise.shape[-1] // prediction.shape[-1]
-        target = F.avg_pool2d(noise, k) * TARGET_SCALES[target_scale](k) if k > 1 else noise
-        branches.append((target.float() - prediction.float()).square().flatten(1).mean(1))
-        total = total + branches[-1] / k**2
+        k = target.shape[-1] // prediction.shape[-1]
+        pooled = target
+        if k > 1:
+            pooled = F.avg_pool2d(target, k) * TARGET_SCALES[target_scale](k)
+        loss = (pooled.float() - prediction.float()).square().flatten(1).mean(1)
+        branches.append(loss)
+        total = total + loss / k**2
     return total, torch.stack(branches)
 
 
@@ -148,9 +238,8 @@ class Guidance:
     def __post_init__(self):
         if not 1 <= self.scale < math.inf:
             raise ValueError(
-                f"guidance scale {self.scale:g} is not at least 1 (1 = none); U-ViT and "
-                "the DiMR release write the excess "
-                f"over 1, so their 0.4 is 1.4 here"
+                f"guidance scale {self.scale:g} is not at least 1 (1 = none); U-ViT and the DiMR "
+                "release write the excess over 1, so their 0.4 is 1.4 here"
             )
         if self.power is not None and not 0 < self.power < math.inf:
             raise ValueError(f"guidance power {self.power:g} is not above 0")
@@ -170,25 +259,34 @@ class Guidance:
         return 1 + (self.scale - 1) * (1 - math.cos(math.pi * (1 - float(t)) ** self.power)) / 2
 
 
-def denoiser(model, schedule, y, guidance=Guidance()):
-    """The function (x (B, C, H, W), t) → ε that the solvers take, for class indices y (B,).
+NO_GUIDANCE = Guidance()
+
+
+def denoiser(model, schedule, y, guidance=NO_GUIDANCE):
+    """The function (x (B, C, H, W), t) → Prediction that the solvers take, for class indices y
+    (B,); `model` is a network with a `config` and a `time` (see dimr.DiMR).
 
     Where guidance is on, conditional and unconditional run as one batch; where s = 1, the
     conditional alone. Raises ValueError if guidance is asked of a network without a null class."""
     if guidance.scale > 1 and not model.config.null_class:
         raise ValueError(
-            "this network has no null class (it was trained without label dropout), so "
-            "it can't be guided; "
-            "use a guidance scale of 1"
+            "this network has no null class (it was trained without label dropout), so it can't "
+            "be guided; use a guidance scale of 1"
         )
+    objective = OBJECTIVES[model.config.objective]
     both = torch.cat([y, torch.full_like(y, model.config.embeddings - 1)])
 
-    def noise(x, t):
-        tau = torch.full((1,), float(schedule.tau(t)), device=x.device)
+    def predict(x, t):
+        tau = torch.full((1,), float(model.time(schedule, t)), device=x.device)
         scale = guidance.at(schedule, t)
         if scale == 1:
             return model(x, tau, y)[-1].to(x.dtype)
-        conditional, unconditional = model(torch.cat([x, x]), tau, both)[-1].to(x.dtype).chunk(2)
+        outputs = model(torch.cat([x, x]), tau, both)[-1].to(x.dtype)
+        conditional, unconditional = outputs.chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
-    return noise
+    def denoise(x, t):
+        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
+        return objective.split(predict(x, t), x, alpha, sigma)
+
+    return denoise

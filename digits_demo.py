@@ -43,7 +43,12 @@ def run(out, seed=0, quiet=False):
         out / "digits" / "train", out / "pixels", res=8, pixels=True, workers=0, quiet=quiet
     )
     trained = training.train(
-        out / "run", out / "pixels", "demo", {"seed": seed}, device="cpu", quiet=quiet
+        out / "run",
+        training.Source(out / "pixels"),
+        variant="demo",
+        recipe={"seed": seed},
+        device="cpu",
+        quiet=quiet,
     )
     if trained["stopped"]:
         raise UserError(

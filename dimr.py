@@ -23,11 +23,13 @@ import torch.utils.checkpoint
 
 
 class Condition(NamedTuple):
-    """What a norm may depend on: `tau` (B,) or (1,) when all samples share it, and class indices
-    `y` (B,)."""
+    """What a norm may depend on: time `tau` (B,), or (1,) when all samples share it; class indices
+    `y` (B,); and what the branch's embedder makes of the time, (B, D) or (1, D), where its norms
+    ask for one."""
 
     tau: torch.Tensor
     y: torch.Tensor
+    embedding: torch.Tensor | None = None
 
 
 # -------------------------------------------------------------------------------------------- norms
@@ -38,6 +40,8 @@ class TimeVector(nn.Module):
     eqs. 5-6).
 
     w is stored less 1, so that no initial value and no pull of an optimiser favours w = 0."""
+
+    NO_DECAY = ("w_minus_1", "b")
 
     def __init__(self, dim, init):
         super().__init__()
@@ -52,11 +56,21 @@ class TimeVector(nn.Module):
 
 
 class Norm(nn.Module):
-    """Base of the norms: `norm(x, condition)`, and the pre-norm residual step, which adaLN-Zero
-    would override to scale what it adds. x: (B, tokens, D)."""
+    """Base of the norms: `norm(x, condition)` for x (B, tokens, D), and the pre-norm residual step.
+
+    A norm whose own layers cost something says so in `macs`; one that begins otherwise than
+    `initialise` has it sets its values in `begin`."""
 
     def residual(self, x, condition, function):
         return x + function(self(x, condition))
+
+    @staticmethod
+    def macs(dim):
+        """Multiply-accumulates an image of the norm's own layers."""
+        return 0
+
+    def begin(self):
+        pass
 
 
 class TDLN(Norm):
@@ -64,10 +78,12 @@ class TDLN(Norm):
 
     def __init__(self, dim):
         super().__init__()
-        self.gamma, self.beta = TimeVector(dim, 1), TimeVector(dim, 0)
+        self.gamma = TimeVector(dim, 1)
+        self.beta = TimeVector(dim, 0)
 
     def forward(self, x, condition):
-        gamma, beta = self.gamma(condition.tau).to(x.dtype), self.beta(condition.tau).to(x.dtype)
+        gamma = self.gamma(condition.tau).to(x.dtype)
+        beta = self.beta(condition.tau).to(x.dtype)
         if gamma.shape[0] == 1:  # one time for all: the library's fused affine
             return F.layer_norm(x, x.shape[-1:], gamma[0], beta[0])
         return torch.addcmul(beta[:, None], F.layer_norm(x, x.shape[-1:]), gamma[:, None])
@@ -82,14 +98,96 @@ class TDRMS(Norm):
         self.gamma = TimeVector(dim, 1)
 
     def forward(self, x, condition):
-        rms = (
-            torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-            * x.shape[-1] ** -0.5
-        )
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        rms = length * x.shape[-1] ** -0.5
         return x * (1 / (rms + 1e-8)).to(x.dtype) * self.gamma(condition.tau).to(x.dtype)[:, None]
 
 
-NORMS = {"tdln": TDLN, "tdrms": TDRMS}
+class LN(Norm):
+    """Layer normalisation with a fixed scale and shift, as in U-ViT: time does not reach it."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+        self.shift = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x, condition):
+        return F.layer_norm(x, x.shape[-1:], self.scale.to(x.dtype), self.shift.to(x.dtype))
+
+
+class AdaLNZero(Norm):
+    """adaLN-Zero (Peebles and Xie, arXiv:2212.09748; paper, Sec. 3): x + α·f((1 + γ)·LN(x) + β).
+
+    γ, β and α are linear in the embedding of time; at the start they are 0, so that every block
+    begins as the identity."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.modulation = nn.Linear(dim, 3 * dim)
+
+    def begin(self):
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def vectors(self, condition):  # γ, β, α, each (B, 1, D)
+        return self.modulation(F.silu(condition.embedding))[:, None].chunk(3, dim=-1)
+
+    def forward(self, x, condition):
+        gamma, beta, _ = self.vectors(condition)
+        return self.modulated(x, gamma, beta)
+
+    def residual(self, x, condition, function):
+        gamma, beta, alpha = self.vectors(condition)
+        return x + alpha.to(x.dtype) * function(self.modulated(x, gamma, beta))
+
+    @staticmethod
+    def modulated(x, gamma, beta):
+        return F.layer_norm(x, x.shape[-1:]) * (1 + gamma).to(x.dtype) + beta.to(x.dtype)
+
+    @staticmethod
+    def macs(dim):
+        return 3 * dim * dim
+
+
+class TimeEmbedder(nn.Module):
+    """DiT's embedding of time: 256 sinusoids of 1000·t, cosines first, periods up to 10,000, then
+    Linear, SiLU, Linear to D."""
+
+    SINUSOIDS = 256
+
+    def __init__(self, dim):
+        super().__init__()
+        self.linear1 = nn.Linear(self.SINUSOIDS, dim)
+        self.linear2 = nn.Linear(dim, dim)
+
+    def forward(self, t):  # (B,) in [0, 1] -> (B, D)
+        half = self.SINUSOIDS // 2
+        powers = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angles = 1000 * t.float()[:, None] * 10_000**-powers
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear1.weight.dtype)
+        return self.linear2(F.silu(self.linear1(sinusoids)))
+
+    @classmethod
+    def macs(cls, dim):
+        return cls.SINUSOIDS * dim + dim * dim
+
+
+@dataclasses.dataclass(frozen=True)
+class NormRow:
+    """What a network is built from that has this norm."""
+
+    inner: type  # in the blocks
+    outer: type  # in the cascade's step and before each prediction
+    embedder: type | None = None  # one a branch, whose (B, D) all its inner norms share
+    mixing: bool = False  # whether one stands before a depthwise convolution too
+
+
+NORMS = {
+    "tdln": NormRow(TDLN, TDLN),
+    "tdrms": NormRow(TDRMS, TDLN),
+    "ln": NormRow(LN, LN),
+    "adaln": NormRow(AdaLNZero, LN, embedder=TimeEmbedder, mixing=True),
+}
 
 
 # ---------------------------------------------------------------------------------------------- MLP
@@ -100,17 +198,36 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.w0, self.w1, self.w2 = (
-            nn.Linear(dim, 2 * dim),
-            nn.Linear(dim, 2 * dim),
-            nn.Linear(2 * dim, dim),
-        )
+        self.w0 = nn.Linear(dim, 2 * dim)
+        self.w1 = nn.Linear(dim, 2 * dim)
+        self.w2 = nn.Linear(2 * dim, dim)
 
     def forward(self, x):
         return self.w2(F.gelu(self.w0(x)) * self.w1(x))
 
+    @staticmethod
+    def macs(dim):
+        """Multiply-accumulates a token."""
+        return 6 * dim * dim
 
-MLPS = {"geglu": GEGLU}
+
+class MLP(nn.Module):
+    """W₂ GELU(W₁x) with hidden width 4D, as in U-ViT and DiT (paper, Table 2)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.w1 = nn.Linear(dim, 4 * dim)
+        self.w2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.w2(F.gelu(self.w1(x)))
+
+    @staticmethod
+    def macs(dim):
+        return 8 * dim * dim
+
+
+MLPS = {"geglu": GEGLU, "mlp": MLP}
 
 
 # ------------------------------------------------------------------------------------------- blocks
@@ -118,9 +235,8 @@ MLPS = {"geglu": GEGLU}
 
 def attention(q, k, v):
     """softmax(q·kᵀ/√d)·v over (B, heads, L, d)."""
-    if (
-        q.is_cpu and q.dtype == torch.float32 and q.shape[-2] <= 64
-    ):  # few tokens: the fused kernel's overhead is most of its time
+    if q.is_cpu and q.dtype == torch.float32 and q.shape[-2] <= 64:
+        # few tokens: the fused kernel's overhead is most of its time
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -135,62 +251,109 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x):  # (B, L, D)
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # each (B, heads, L, d)
+        split = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = split.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
         return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention and MLP, on the coarsest grid with the class token in front."""
+    """Pre-norm attention and MLP over the grid's cells, the class token in front if there is one.
 
-    def __init__(self, dim, heads, grid, norm, mlp):
+    Blocks are built from a Config and the number r of their branch; x is (B, tokens, D)."""
+
+    TAKES_CLASS = True  # whether a class token may stand in front
+
+    def __init__(self, config, r):
         super().__init__()
-        self.norm1, self.attention = NORMS[norm](dim), Attention(dim, heads)
-        self.norm2, self.mlp = NORMS[norm](dim), MLPS[mlp](dim)
+        dim = config.dims[r]
+        norm = NORMS[config.norm].inner
+        self.norm1, self.attention = norm(dim), Attention(dim, config.heads)
+        self.norm2, self.mlp = norm(dim), MLPS[config.mlp](dim)
 
-    def forward(self, x, condition):  # (B, 1 + H·W, D)
+    def forward(self, x, condition):
         x = self.norm1.residual(x, condition, self.attention)
         return self.norm2.residual(x, condition, self.mlp)
 
+    @staticmethod
+    def check(config, r):
+        """Raise ValueError for a configuration that such a block can't have in branch r."""
+        if config.dims[r] % config.heads:
+            which = "the first branch" if r == 0 else f"branch {r + 1}"
+            raise ValueError(
+                f"heads {config.heads} does not divide {which}'s width {config.dims[r]}"
+            )
+
+    @staticmethod
+    def macs(config, r):
+        """Multiply-accumulates an image."""
+        dim, tokens = config.dims[r], config.tokens[r]
+        a_token = 4 * dim * dim + 2 * tokens * dim + MLPS[config.mlp].macs(dim)
+        return tokens * a_token + 2 * NORMS[config.norm].inner.macs(dim)
+
 
 class ConvNeXtBlock(nn.Module):
-    """A depthwise 7×7 convolution (no norm before it) and a pre-norm MLP; it sees no class."""
+    """A depthwise 7×7 convolution and a pre-norm MLP; it sees no class. No norm stands before the
+    convolution but adaLN-Zero."""
 
-    def __init__(self, dim, heads, grid, norm, mlp):
+    TAKES_CLASS = False
+
+    def __init__(self, config, r):
         super().__init__()
-        self.grid = grid
+        dim = config.dims[r]
+        norm = NORMS[config.norm]
+        self.grid = config.grids[r]
+        if norm.mixing:
+            self.norm_before = norm.inner(dim)
         self.depthwise = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
-        self.norm, self.mlp = NORMS[norm](dim), MLPS[mlp](dim)
+        self.norm, self.mlp = norm.inner(dim), MLPS[config.mlp](dim)
+        self.mixing = norm.mixing
 
-    def forward(
-        self, x, condition
-    ):  # (B, H·W, D), which the convolution sees as channels-last (B, D, H, W)
-        image = x.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
-        x = x + self.depthwise(image).permute(0, 2, 3, 1).flatten(1, 2)
+    def forward(self, x, condition):
+        if self.mixing:
+            x = self.norm_before.residual(x, condition, self.convolve)
+        else:
+            x = x + self.convolve(x)
         return self.norm.residual(x, condition, self.mlp)
+
+    def convolve(self, x):  # (B, H·W, D), which the convolution sees as channels-last (B, D, H, W)
+        image = x.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        return self.depthwise(image).permute(0, 2, 3, 1).flatten(1, 2)
+
+    @staticmethod
+    def check(config, r):
+        pass
+
+    @staticmethod
+    def macs(config, r):
+        dim, tokens = config.dims[r], config.tokens[r]
+        norm = NORMS[config.norm]
+        count = tokens * (49 * dim + MLPS[config.mlp].macs(dim)) + norm.inner.macs(dim)
+        if norm.mixing:
+            count += norm.inner.macs(dim)
+        return count
+
+
+BLOCKS = {"transformer": TransformerBlock, "convnext": ConvNeXtBlock}
 
 
 # ---------------------------------------------------------------------------------- branch, network
 
 
 class Upsample(nn.Module):
-    """The cascade's step to the next resolution: TD-LN, Linear to 4·D, pixel shuffle × 2, TD-LN."""
+    """The cascade's step to the next resolution: TD-LN, Linear to 4·D, pixel shuffle × 2, TD-LN
+    (or the outer norm of `NORMS`)."""
 
-    def __init__(self, dim_in, dim, grid):
+    def __init__(self, dim_in, dim, grid, norm):
         super().__init__()
         self.grid = grid  # of the input
-        self.norm_in, self.linear, self.norm_out = (
-            TDLN(dim_in),
-            nn.Linear(dim_in, 4 * dim),
-            TDLN(dim),
-        )
+        self.norm_in = norm(dim_in)
+        self.linear = nn.Linear(dim_in, 4 * dim)
+        self.norm_out = norm(dim)
 
     def forward(self, y, condition):  # (B, h·w, dim_in) -> (B, 2h·2w, D)
         y = self.linear(self.norm_in(y, condition))
-        y = y.unflatten(-1, (2, 2, -1)).unflatten(
-            1, (self.grid, self.grid)
-        )  # (B, h, w, row, column, D)
+        y = y.unflatten(-1, (2, 2, -1)).unflatten(1, (self.grid, self.grid))
+        # (B, h, w, row, column, D)
         return self.norm_out(y.transpose(2, 3).flatten(1, 4), condition)
 
 
@@ -201,22 +364,23 @@ class Branch(nn.Module):
     def __init__(self, config, r):
         super().__init__()
         dim, grid, blocks = config.dims[r], config.grids[r], config.blocks[r]
+        norm = NORMS[config.norm]
         patch = config.size // grid
         self.patchify = nn.Conv2d(config.channels, dim, patch, stride=patch)
         self.position = nn.Parameter(torch.empty(grid * grid, dim))  # row-major
         if r == 0:
             self.class_token = nn.Embedding(config.embeddings, dim)
         else:
-            self.upsample = Upsample(
-                (config.blocks[r - 1] + 1) * config.dims[r - 1], dim, config.grids[r - 1]
-            )
-        block = TransformerBlock if r == 0 else ConvNeXtBlock
-        self.blocks = nn.ModuleList(
-            block(dim, config.heads, grid, config.norm, config.mlp) for _ in range(blocks)
-        )
+            dim_in = (config.blocks[r - 1] + 1) * config.dims[r - 1]
+            self.upsample = Upsample(dim_in, dim, config.grids[r - 1], norm.outer)
+        self.embedder = norm.embedder(dim) if norm.embedder else None
+        block = BLOCKS[config.kinds[r]]
+        self.blocks = nn.ModuleList(block(config, r) for _ in range(blocks))
         self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(blocks // 2))
-        self.out_norm, self.out = TDLN(dim), nn.Conv2d(dim, config.channels, 3, padding=1)
-        self.grid, self.tokens = grid, int(r == 0)  # tokens in front of the grid's own
+        self.out_norm = norm.outer(dim)
+        self.out = nn.Conv2d(dim, config.channels, 3, padding=1)
+        self.grid = grid
+        self.tokens = int(r == 0)  # tokens in front of the grid's own
 
     def forward(self, image, y, condition, run):
         """`image` (B, C, H, W), `y` the branch before's features or None; `run(block, x,
@@ -224,14 +388,17 @@ class Branch(nn.Module):
 
         Returns the noise at this resolution (B, C, h, w) and this branch's features (B, h·w,
         (blocks + 1)·D)."""
-        x = (
-            self.patchify(image).flatten(2).transpose(1, 2).contiguous() + self.position
-        )  # (B, h·w, D), channels last for good
+        if self.embedder:
+            condition = condition._replace(embedding=self.embedder(condition.tau))
+        x = self.patchify(image).flatten(2).transpose(1, 2)  # (B, h·w, D)
+        x = x.contiguous() + self.position  # channels last for good
         if self.tokens:
             x = torch.cat([self.class_token(condition.y)[:, None], x], dim=1)
         else:
             x = x + self.upsample(y, condition)
-        features, long_skips, middle = [x[:, self.tokens :]], [], len(self.skips)
+        features = [x[:, self.tokens :]]
+        long_skips = []
+        middle = len(self.skips)
         for i, block in enumerate(self.blocks):
             if i > middle:
                 x = self.skips[i - middle - 1](torch.cat([x, long_skips.pop()], dim=-1))
@@ -239,18 +406,14 @@ class Branch(nn.Module):
             if i < middle:
                 long_skips.append(x)
             features.append(x[:, self.tokens :])
-        noise = (
-            self.out_norm(features[-1], condition)
-            .unflatten(1, (self.grid, self.grid))
-            .permute(0, 3, 1, 2)
-        )
-        return self.out(noise), features
+        last = self.out_norm(features[-1], condition).unflatten(1, (self.grid, self.grid))
+        return self.out(last.permute(0, 3, 1, 2)), features
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The shape of a network and the space it works in. Tuples run over branches, coarse to
-    fine."""
+    """The shape of a network, the space it works in and what it predicts there. Tuples run over
+    branches, coarse to fine. Raises ValueError for what makes no network."""
 
     size: int  # height and width of the input, in pixels or latent cells
     channels: int
@@ -259,51 +422,47 @@ class Config:
     heads: int
     num_classes: int  # real classes
     null_class: bool  # one more embedding, for classifier-free guidance
-    space: str  # "latent" or "pixel": which data and which noise schedule
+    space: str  # "latent" or "pixel"
     norm: str = "tdln"
     mlp: str = "geglu"
+    kinds: tuple[str, ...] = ()  # of blocks; by default Transformer, then ConvNeXt blocks
+    objective: str = "epsilon"  # what it predicts
+    schedule: str = ""  # the noise that it is trained with; by default the paper's for the space
 
     def __post_init__(self):
-        for field in ("layers", "dims"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        R = len(self.dims)
-        for wrong, message in (
-            (
-                R < 1 or len(self.layers) != R,
-                f"layers {self.layers} and dims {self.dims} need one entry per branch each",
-            ),
-            (
-                min(
-                    (
-                        *self.layers,
-                        *self.dims,
-                        self.heads,
-                        self.num_classes,
-                        self.channels,
-                        self.size,
-                    ),
-                    default=0,
-                )
-                < 1,
-                "layers, dims, heads, num_classes, channels and size must be at least 1",
-            ),
-            (
-                self.size % 2 ** max(R - 1, 0),
-                f"size {self.size} does not halve {R - 1} times, as {R} branches need",
-            ),
-            (
-                self.dims and self.heads > 0 and self.dims[0] % self.heads,
-                f"heads {self.heads} does not divide the first branch's width {self.dims[:1]}",
-            ),
-            (self.norm not in NORMS, f"norm {self.norm!r} is not one of {', '.join(NORMS)}"),
-            (self.mlp not in MLPS, f"mlp {self.mlp!r} is not one of {', '.join(MLPS)}"),
-            (
-                self.space not in ("latent", "pixel"),
-                f"space {self.space!r} is neither 'latent' nor 'pixel'",
-            ),
-        ):
-            if wrong:
-                raise ValueError(message)
+        branches = len(self.dims)
+        kinds = self.kinds or ("transformer", *["convnext"] * (branches - 1))
+        for field, value in {"layers": self.layers, "dims": self.dims, "kinds": kinds}.items():
+            object.__setattr__(self, field, tuple(value))
+        if self.space not in SPACES:
+            raise ValueError(f"space {self.space!r} is neither 'latent' nor 'pixel'")
+        if not self.schedule:
+            schedule = "straight" if self.objective == "velocity" else SPACES[self.space]
+            object.__setattr__(self, "schedule", schedule)
+        if branches < 1 or len(self.layers) != branches or len(kinds) != branches:
+            raise ValueError(
+                f"layers {self.layers}, dims {self.dims} and kinds {self.kinds} of blocks need one "
+                "entry per branch each"
+            )
+        numbers = (self.heads, self.num_classes, self.channels, self.size)
+        if min(*self.layers, *self.dims, *numbers) < 1:
+            raise ValueError(
+                "layers, dims, heads, num_classes, channels and size must be at least 1"
+            )
+        if self.size % 2 ** (branches - 1):
+            raise ValueError(
+                f"size {self.size} does not halve {branches - 1} times, as {branches} branches need"
+            )
+        for field, table in (("norm", NORMS), ("mlp", MLPS)):
+            name = getattr(self, field)
+            if name not in table:
+                raise ValueError(f"{field} {name!r} is not one of {', '.join(table)}")
+        for r, kind in enumerate(self.kinds):
+            if kind not in BLOCKS:
+                raise ValueError(f"kind of blocks {kind!r} is not one of {', '.join(BLOCKS)}")
+            if r == 0 and not BLOCKS[kind].TAKES_CLASS:
+                raise ValueError(f"{kind} blocks see no class token, so branch 1 can't have them")
+            BLOCKS[kind].check(self, r)
 
     @property
     def grids(self):
@@ -316,6 +475,11 @@ class Config:
         return tuple(2 * (n // 2) + 1 for n in self.layers)
 
     @property
+    def tokens(self):
+        """Tokens of each branch: the grid's cells, and in branch 1 the class token."""
+        return tuple(grid * grid + (r == 0) for r, grid in enumerate(self.grids))
+
+    @property
     def embeddings(self):
         """Rows of the class embedding; the null class is the last of them."""
         return self.num_classes + self.null_class
@@ -324,24 +488,21 @@ class Config:
     def macs(self):
         """Multiply-accumulates of one forward pass of one image, per branch: what the paper calls
         Gflops."""
-        counts = []
-        for r, (dim, grid, blocks) in enumerate(
-            zip(self.dims, self.grids, self.blocks, strict=True)
-        ):
-            cells = grid * grid
-            tokens = cells + (r == 0)
-            mixing = 4 * dim * dim + 2 * tokens * dim if r == 0 else 49 * dim
-            count = (
-                cells * dim * self.channels * (self.size // grid) ** 2
-                + 9 * cells * dim * self.channels
-            )
-            count += (
-                blocks * tokens * (mixing + 6 * dim * dim) + blocks // 2 * tokens * 2 * dim * dim
-            )
-            if r:
-                count += cells // 4 * (self.blocks[r - 1] + 1) * self.dims[r - 1] * 4 * dim
-            counts.append(count)
-        return tuple(counts)
+        return tuple(self._macs(r) for r in range(len(self.dims)))
+
+    def _macs(self, r):
+        dim, grid, blocks = self.dims[r], self.grids[r], self.blocks[r]
+        cells = grid * grid
+        patch = self.size // grid
+        embedder = NORMS[self.norm].embedder
+        count = cells * dim * self.channels * (patch * patch + 9)  # patchify, prediction
+        count += blocks * BLOCKS[self.kinds[r]].macs(self, r)
+        count += blocks // 2 * self.tokens[r] * 2 * dim * dim  # skips
+        if r > 0:  # the cascade's Linear
+            count += cells // 4 * (self.blocks[r - 1] + 1) * self.dims[r - 1] * 4 * dim
+        if embedder:
+            count += embedder.macs(dim)
+        return count
 
 
 class DiMR(nn.Module):
@@ -356,9 +517,9 @@ class DiMR(nn.Module):
         self.apply(initialise)
 
     def forward(self, x, tau, y):
-        """x (B, C, H, W) noisy images; tau (B,) time as `solver`'s schedules give it, or (1,) when
-        all share it; y (B,) class indices. Returns the R noise predictions, coarse to fine: (B, C,
-        H/2^(R-r), W/2^(R-r)).
+        """x (B, C, H, W) noisy images; tau (B,) time as `time` gives it, or (1,) when all share it;
+        y (B,) class indices. Returns the R predictions, coarse to fine: (B, C, H/2^(R-r),
+        W/2^(R-r)).
 
         Raises ValueError for wrong shapes; values are the caller's to check, since that would wait
         for the device."""
@@ -375,47 +536,61 @@ class DiMR(nn.Module):
             raise ValueError(
                 f"y is {tuple(y.shape)} of {y.dtype}; expected ({x.shape[0]},) class indices"
             )
-        condition, features, predictions = Condition(tau, y), None, []
-        run = recompute if self.checkpoint_blocks and self.training else apply
+        run = recomputed if self.checkpoint_blocks and self.training else applied
+        condition = Condition(tau, y)
+        features = None
+        predictions = []
         for branch in self.branches:
             joined = torch.cat(features, dim=-1) if features else None
             prediction, features = branch(x, joined, condition, run)
             predictions.append(prediction)
         return tuple(predictions)
 
+    def time(self, schedule, t):
+        """What `forward` takes as `tau` at times t of a noise schedule: the schedule's own τ, or t
+        itself where it is embedded as in DiT."""
+        return t if NORMS[self.config.norm].embedder else schedule.tau(t)
+
     def parameter_groups(self, weight_decay):
-        """For AdamW: everything decays, biases and embeddings included, but TD-LN's w and b
-        (`TimeVector`)."""
-        groups = {True: [], False: []}
-        for name, parameter in self.named_parameters():
-            groups[not name.endswith((".w_minus_1", "gamma.b", "beta.b"))].append(parameter)
+        """For AdamW: everything decays, biases and embeddings included, but TD-LN's w and b."""
+        exempt = set()
+        for module in self.modules():
+            for name in getattr(module, "NO_DECAY", ()):
+                exempt.add(getattr(module, name))
+        decaying = [p for p in self.parameters() if p not in exempt]
+        others = [p for p in self.parameters() if p in exempt]
         return [
-            {"params": groups[True], "weight_decay": weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
+            {"params": decaying, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
 
 
-def apply(block, x, condition):
+def applied(block, x, condition):
     return block(x, condition)
 
 
-def recompute(block, x, condition):
+def recomputed(block, x, condition):
     return torch.utils.checkpoint.checkpoint(block, x, condition, use_reentrant=False)
 
 
 def initialise(module):
     """Linear layers and embeddings: truncated normal of deviation 0.02, biases 0. Convolutions as
-    PyTorch does."""
+    PyTorch does. A norm that begins otherwise comes after its own layers, and sets them."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, Branch):
         nn.init.trunc_normal_(module.position, std=0.02)
+    elif isinstance(module, Norm):
+        module.begin()
 
+
+SPACES = {"latent": "scaled_linear", "pixel": "linear"}  # and the paper's noise schedule for each
 
 _PIXEL = dict(size=64, channels=3, heads=12, num_classes=1000, null_class=False, space="pixel")
 _LATENT = dict(size=32, channels=4, heads=16, num_classes=1000, null_class=True, space="latent")
+_DIGITS = dict(size=8, channels=1, heads=4, num_classes=10, null_class=True, space="pixel")
 
 VARIANTS = {  # paper, Table 3; g2r is on the release's page only
     "m3r": Config(layers=(15, 8, 8), dims=(768, 384, 192), **_PIXEL),
@@ -423,16 +598,7 @@ VARIANTS = {  # paper, Table 3; g2r is on the release's page only
     "xl2r": Config(layers=(39, 20), dims=(960, 480), **_LATENT),
     "xl3r": Config(layers=(39, 20, 20), dims=(960, 480, 240), **{**_LATENT, "size": 64}),
     "g2r": Config(layers=(57, 29), dims=(1152, 576), **_LATENT),
-    "demo": Config(
-        layers=(3, 2),
-        dims=(64, 32),
-        size=8,
-        channels=1,
-        heads=4,
-        num_classes=10,
-        null_class=True,
-        space="pixel",
-    ),
+    "demo": Config(layers=(3, 2), dims=(64, 32), **_DIGITS),
 }
 
 

@@ -1,15 +1,19 @@
-"""The record of a training run: metrics.jsonl, a line per step, and loss.png, its picture."""
+"""The record of a training run as it goes: metrics.jsonl, a line per step, loss.png, its picture,
+and a hook through which others are told the same."""
 
 import contextlib
 import errno
 import json
 import math
 import os
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import parallel
 import pictures
@@ -19,45 +23,41 @@ from storage import UserError, writing
 BAD_STEPS = 50  # consecutive non-finite steps that end training
 
 
-class Lenient:
-    """A stream whose failing (a full disk, a closed terminal) loses what is said and not the
-    training."""
+class Sink:
+    """Somewhere else that a run is told of, on rank 0: subclass it and give an object to `Journal`.
+    metrics.jsonl stays the record."""
 
-    def __init__(self, stream):
-        self.stream = stream
+    def line(self, line: dict) -> None:
+        """A step, as it stands in metrics.jsonl."""
 
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
+    def picture(self, step: int, path: Path) -> None:
+        """A sample grid that was written."""
 
 
-class Log:
+class Journal:
     """Collects losses on the device and every few steps reads them at once into metrics.jsonl, a
-    line per step."""
+    line per step. `last` is the line that the run goes on from, or {}."""
 
-    def __init__(self, out, state, say, last):
-        self.path, self.state, self.say, self.pending, self.lines = (
-            out / "metrics.jsonl",
-            state,
-            say,
-            [],
-            [],
-        )
-        self.last, self.bad, self.bad_run, self.remarks = last, 0, 0, {}
+    def __init__(self, out, state, say, last, sinks=()):
+        self.path = out / "metrics.jsonl"
+        self.state = state
+        self.say = say
+        self.last = last
+        self.sinks = sinks
+        self.pending = []  # rows on the device: loss, losses by branch, gradient's norm, bad
+        self.lines = []  # what metrics.jsonl lacks
+        self.remarks = {}  # on the newest step
+        self.bad = 0
+        self.bad_run = 0
         self.restart_clock()
 
     def restart_clock(self):
         self.since = time.monotonic()
 
-    def add(self, total, norm, bad):
-        self.pending.append(torch.cat([total, norm[None], bad[None]]))
+    def add(self, losses, norm, bad):
+        """Note a step's losses (1 + R,): sum and branches, its gradient's norm and whether that was
+        not finite (1.0 or 0.0)."""
+        self.pending.append(torch.cat([losses, norm[None], bad[None]]))
 
     def remark(self, measure):
         """Put what `measure()` returns, a dict, into the newest step's line; the time it takes is
@@ -69,57 +69,92 @@ class Log:
             self.say(f"WARNING: no evaluation at step {self.state.step}: {error}")
         self.since += time.monotonic() - before
 
+    def picture(self, path):
+        for sink in self.sinks:
+            sink.picture(self.state.step, path)
+
     def flush(self):
         """Write what is pending; returns a few figures to show. Raises UserError after BAD_STEPS
         bad steps in a row."""
         if not self.pending:
             return {}
-        state, recipe, count = self.state, self.state.recipe, len(self.pending)
+        count = len(self.pending)
         rows = parallel.mean(torch.stack(self.pending)).tolist()
-        speed = count * recipe.batch_size / (time.monotonic() - self.since)
-        flops = speed * 6 * sum(state.model.config.macs) / parallel.world_size()
-        peak = parallel.peak_flops(state.device)
-        for step, (loss, *branches, norm, bad) in enumerate(rows, state.step - count + 1):
-            self.bad, self.bad_run = self.bad + int(bad), self.bad_run + 1 if bad else 0
-            self.last = {
-                "step": step,
-                "loss": loss,
-                "loss_branches": [finite(branch) for branch in branches],
-                "lr": state.learning_rate(step - 1),
-                "gradient_norm": norm,
-                "skipped": bool(bad),
-                "images_per_second": round(speed, 2),
-                "share_of_peak": round(flops / peak, 4) if peak else None,
-                "peak_bytes": parallel.peak_memory(state.device),
-                **(self.remarks if step == state.step else {}),
-            }
-            self.lines.append(json.dumps({k: finite(v) for k, v in self.last.items()}))
+        speed = self._speed(count)
+        for step, row in enumerate(rows, self.state.step - count + 1):
+            self._note(step, row, speed)
             if self.bad_run >= BAD_STEPS:
                 break
-        figures = {k: f"{v:.2f}" for k, v in self.remarks.items() if k == "fid"}
-        self.pending, self.remarks = [], {}
+        figures = self._figures(speed)
+        self.pending = []
+        self.remarks = {}
         try:
             self.write()
         except OSError as error:
+            reason = error.strerror or error
             self.say(
-                f"WARNING: metrics up to step {step} NOT written "
-                f"({error.strerror or error}); kept for the next time"
+                f"WARNING: metrics up to step {step} NOT written ({reason}); kept for the next time"
             )
         if self.bad_run >= BAD_STEPS:
-            good = runfolder.checkpoints(self.path.parent)
-            raise UserError(
-                f"loss or gradient was not finite for {BAD_STEPS} steps up to step "
-                f"{self.last['step']} "
-                f"(learning rate {self.last['lr']:g}); the last good checkpoint is "
-                f"{good[-1] if good else 'none'}: "
-                "go on from it with a lower --lr or --grad-clip 1 under another --out (--init)"
-            )
+            raise self._ruined()
         self.restart_clock()
-        return (
-            {"loss": f"{self.last['loss']:.4f}", "img/s": f"{speed:.1f}"}
-            | ({"peak": f"{flops / peak:.0%}"} if peak else {})
-            | ({"skipped": self.bad} if self.bad else {})
-            | figures
+        return figures
+
+    def _speed(self, count):
+        """Images a second, and the operations a second on this device as a share of its peak, or
+        None where that is not known."""
+        speed = count * self.state.recipe.batch_size / (time.monotonic() - self.since)
+        peak = parallel.peak_flops(self.state.device)
+        if peak is None:
+            return speed, None
+        flops = speed * 6 * sum(self.state.network.config.macs) / parallel.world_size()
+        return speed, flops / peak
+
+    def _note(self, step, row, speed):
+        loss, *branches, norm, bad = row
+        self.bad += int(bad)
+        self.bad_run = self.bad_run + 1 if bad else 0
+        images_per_second, share = speed
+        line = {
+            "step": step,
+            "loss": loss,
+            "loss_branches": [finite(branch) for branch in branches],
+            "lr": self.state.recipe.learning_rate(step - 1),
+            "gradient_norm": norm,
+            "skipped": bool(bad),
+            "images_per_second": round(images_per_second, 2),
+            "share_of_peak": share and round(share, 4),
+            "peak_bytes": parallel.peak_memory(self.state.device),
+        }
+        if step == self.state.step:
+            line |= self.remarks
+        self.last = {key: finite(value) for key, value in line.items()}
+        self.lines.append(json.dumps(self.last))
+        for sink in self.sinks:
+            sink.line(self.last)
+
+    def _figures(self, speed):
+        images_per_second, share = speed
+        loss = self.last["loss"]
+        figures = {
+            "loss": "nan" if loss is None else f"{loss:.4f}",
+            "img/s": f"{images_per_second:.1f}",
+        }
+        if share is not None:
+            figures["peak"] = f"{share:.0%}"
+        if self.bad:
+            figures["skipped"] = self.bad
+        if "fid" in self.remarks:
+            figures["fid"] = f"{self.remarks['fid']:.2f}"
+        return figures
+
+    def _ruined(self):
+        good = runfolder.checkpoints(self.path.parent)
+        last = good[-1] if good else "none"
+        return UserError(
+            f"loss or gradient was not finite for {BAD_STEPS} steps up to step {self.last['step']} "
+            f"(learning rate {self.last['lr']:g}); the last good checkpoint is {last}: go on from "
+            "it with a lower --lr or --grad-clip 1 under another --out (--init)"
         )
 
     def write(self, sync=False):
@@ -143,10 +178,40 @@ class Log:
 
 def finite(value):
     """`value`, or None where it is a number that JSON can't hold."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
-def truncate_metrics(out, step):
+# --------------------------------------------------------------------------------------- reading it
+
+
+def metrics(out: Path) -> Iterator[tuple[dict, bytes]]:
+    """Yield (dict, its bytes) for each step of a run's metrics; a half-written last line is left
+    out. Raises UserError."""
+    path = Path(out) / "metrics.jsonl"
+    if not path.is_file():
+        return
+    with open(path, "rb") as lines:
+        for number, text in enumerate(lines, 1):
+            if not text.endswith(b"\n"):
+                return
+            try:
+                line = json.loads(text)
+                _ = line["step"], line["loss"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{path}: line {number} is damaged; restore it, or delete it and those after it"
+                ) from None
+            yield line, text
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """A run's metrics, a dict per step."""
+    return [line for line, _ in metrics(out)]
+
+
+def truncate_metrics(out: Path, step: int) -> dict:
     """Keep the lines of steps up to `step`: those after it will be trained again. Returns the last
     one, or {}."""
     last = {}
@@ -159,45 +224,52 @@ def truncate_metrics(out, step):
     return last
 
 
-def metrics(out):
-    """Yield (dict, its bytes) for each step of a run's metrics; a half-written last line is left
-    out. Raises UserError."""
-    path = Path(out) / "metrics.jsonl"
-    if path.is_file():
-        with open(path, "rb") as lines:
-            for number, text in enumerate(lines, 1):
-                if not text.endswith(b"\n"):
-                    break
-                try:
-                    line = json.loads(text)
-                    line["step"], line["loss"]
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(
-                        f"{path}: line {number} is damaged; restore it, or delete it and "
-                        "those after it"
-                    ) from None
-                yield line, text
-
-
-def read_metrics(out):
-    """A run's metrics, a dict per step."""
-    return [line for line, _ in metrics(out)]
-
-
-def plot(out):
+def plot(out: Path) -> Path:
     """Write loss.png from metrics.jsonl; returns its path. Raises UserError if there are no
     metrics."""
-    rows = np.array(
-        [
-            (line["step"], line["loss"], *line["loss_branches"])
-            for line, _ in metrics(out)
-            if line["loss"] is not None
-        ]
-    )
-    if not len(rows):
+    rows = []
+    for line, _ in metrics(out):
+        if line["loss"] is not None:
+            rows.append((line["step"], line["loss"], *line["loss_branches"]))
+    if not rows:
         raise UserError(f"{out} holds no metrics yet; expected a run folder that train wrote")
-    names = ["loss", *(f"branch {r + 1}" for r in range(rows.shape[1] - 2))]
-    series = {name: (rows[:, 0], rows[:, k + 1]) for k, name in enumerate(names)}
+    steps, *columns = np.array(rows).T
+    names = ["loss", *(f"branch {r}" for r in range(1, len(columns)))]
+    series = {name: (steps, column) for name, column in zip(names, columns, strict=True)}
     path = Path(out) / "loss.png"
     pictures.save(pictures.curves(series, f"{Path(out).name}: multi-scale loss"), path)
     return path
+
+
+# ------------------------------------------------------------------------------------------ talking
+
+
+class Lenient:
+    """A stream whose failing (a full disk, a closed terminal) loses what is said and not the
+    training."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
+def speaker(quiet: bool) -> Callable[[str], None]:
+    """A function that says a line on stderr, above the progress bar, on rank 0 and unless
+    `quiet`."""
+    stderr = Lenient(sys.stderr)
+
+    def say(line):
+        if parallel.is_main() and not quiet:
+            tqdm.write(line, file=stderr)
+
+    return say

@@ -118,6 +118,13 @@ def barrier():
         dist.barrier()
 
 
+def idle_gpus(device):
+    """GPUs of this machine that no process of this job uses."""
+    if device.type != "cuda":
+        return 0
+    return max(0, torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def wrap(model, device):
     """`model` for training: with several processes, its gradients are averaged over them."""
     if not dist.is_initialized():

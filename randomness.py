@@ -14,14 +14,18 @@ import torch
 BLOCK = 16  # positions that share one random generator
 
 
+def _generator(key, device="cpu"):
+    """A random generator that knows only the text `key`."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
 def _draw(seed, stream, first, last, sample, device="cpu"):
     """Rows first..last-1 of an endless random table: `sample(generator)` gives BLOCK rows, from a
     generator that knows only the seed, the stream's name and the block's number."""
     rows = []
     for block in range(first // BLOCK, (last - 1) // BLOCK + 1):
-        key = hashlib.blake2b(f"{seed} {stream} {block}".encode(), digest_size=8).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
-        rows.append(sample(generator))
+        rows.append(sample(_generator(f"{seed} {stream} {block}", device)))
     start = first // BLOCK * BLOCK
     return torch.cat(rows)[first - start : last - start]
 
@@ -71,7 +75,12 @@ class Order:
         return indices, self._bits(0, first, last) >> np.uint64(63) == 1
 
 
-def start_noise(config, seed):
-    """Start noise (C, H, W) of the image with this seed, on the CPU, float32."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(config.channels, config.size, config.size, generator=generator)
+def start_noise(shape, seed):
+    """Start noise of the image with this seed, on the CPU, float32."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def step_noise(shape, seed, update):
+    """What a stochastic solver draws for the image with this seed in its update number `update`, on
+    the CPU, float32."""
+    return torch.randn(*shape, generator=_generator(f"{seed} solver {update}"))

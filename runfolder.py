@@ -141,28 +141,28 @@ def newest_whole(run, say=lambda line: print(line, file=sys.stderr)):
 # ------------------------------------------------------------------------------------ weights files
 
 
-def metadata(config, **facts):
-    """What a weights file says of itself: the network's configuration and any facts that JSON can
+def metadata(config, **record):
+    """What a weights file says of itself: the network's configuration and any record that JSON can
     hold."""
     return {
         "config": json.dumps(dataclasses.asdict(config)),
-        **{k: json.dumps(v) for k, v in facts.items()},
+        **{k: json.dumps(v) for k, v in record.items()},
     }
 
 
 def read_weights(path, heads=16):
-    """(network in eval mode, facts) from a weights file: ours, or a state dict under the authors'
+    """(network in eval mode, record) from a weights file: ours, or a state dict under the authors'
     released names, whose `heads` have to be told unless `write_weights` wrote it.
 
     Raises UserError when it is neither, doesn't fit, or holds values that are not finite."""
     tensors, about = load_tensors(path)
     try:
-        facts = (
+        record = (
             {k: json.loads(v) for k, v in about.items() if k != "format"}
             if "config" in about
             else {}
         )
-        config = dimr.Config(**facts.pop("config")) if "config" in facts else None
+        config = dimr.Config(**record.pop("config")) if "config" in record else None
         if config and not any(name.startswith("stages.") for name in tensors):
             model = dimr.from_config(config, tensors)
         else:
@@ -180,14 +180,14 @@ def read_weights(path, heads=16):
             f"{path} holds values that are not finite, first in {bad[0]} ({len(bad)} "
             "tensors); use another checkpoint"
         )
-    return model, facts
+    return model, record
 
 
-def write_weights(path, model, facts):
+def write_weights(path, model, record):
     """Write what `read_weights` reads: `.safetensors` under our names, `.pth` under the authors'
-    released ones, so that their code loads it too. Both carry the configuration and `facts`. Raises
-    UserError for another extension."""
-    path, about = Path(path), metadata(model.config, **facts)
+    released ones, so that their code loads it too. Both carry the configuration and `record`.
+    Raises UserError for another extension."""
+    path, about = Path(path), metadata(model.config, **record)
     if path.suffix == ".safetensors":
         save_tensors(path, model.state_dict(), about)
     elif path.suffix == ".pth":

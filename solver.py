@@ -1,121 +1,26 @@
-"""DPM-Solver and DPM-Solver++: from noise to data in few network evaluations. It stands alone.
+"""Solvers: from noise to data in few network evaluations (NFE). They stand alone.
 
-x_t = α(t)·x_0 + σ(t)·ε, λ = log(α/σ); time runs from t = 1 (noise) down towards 0 (data). Steps are
-network evaluations (NFE), one even when guidance runs the network on two batches.
+x_t = α(t)·x_0 + σ(t)·ε, λ = log(α/σ); time runs from t = 1 (noise) down towards 0 (data). A solver
+is a function
 
-DPM-Solver: arXiv:2206.00927 (noise prediction). DPM-Solver++: arXiv:2211.01095 (data
-prediction)."""
+    solve(denoise, x, times, schedule, *, draw, callback) → x at the last time
+
+where `denoise(x, t)` gives (x_0, ε) for x (B, …) at a float t, `times` is a list with the times of
+each update, from its first to its last, and `schedule` knows α, σ and λ (diffusion.py). A
+stochastic one draws `draw(k)`, standard normal like x, in update k. `callback(evaluations, x)`
+follows each update.
+
+DPM-Solver: arXiv:2206.00927 (noise prediction). DPM-Solver++: arXiv:2211.01095 (data prediction).
+Heun's method: arXiv:2206.00364, algorithm 1. Ancestral sampling: arXiv:2006.11239, eq. 7."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 
-# ------------------------------------------------------------------------------------------ solvers
-
-
-@dataclasses.dataclass(frozen=True)
-class Solver:
-    """`multistep` reuses earlier evaluations; singlestep takes `order` evaluations per step. `data`
-    predicts x_0 (DPM-Solver++) instead of ε (DPM-Solver). `fast` ends a singlestep of order k on
-    lower ones, to use any NFE."""
-
-    order: int
-    multistep: bool = False
-    fast: bool = False
-    data: bool = True
-
-
-_SHAPES = {
-    "1s": dict(order=1),
-    "2s": dict(order=2),
-    "3s": dict(order=3),
-    "fast": dict(order=3, fast=True),
-    "2m": dict(order=2, multistep=True),
-    "3m": dict(order=3, multistep=True),
-}
-SOLVERS = {
-    f"{prefix}{name}": Solver(**shape, data=data)
-    for prefix, data in (("", True), ("dpm-", False))
-    for name, shape in _SHAPES.items()
-}
-
-
-def _time(schedule, start, end, cells):
-    return torch.linspace(start, end, cells + 1, dtype=torch.float64)
-
-
-def _quadratic(schedule, start, end, cells):
-    return torch.linspace(start**0.5, end**0.5, cells + 1, dtype=torch.float64) ** 2
-
-
-def _logsnr(schedule, start, end, cells):
-    lam = schedule.t_of_lam(
-        torch.linspace(
-            float(schedule.lam(start)), float(schedule.lam(end)), cells + 1, dtype=torch.float64
-        )
-    )
-    lam[0], lam[-1] = start, end
-    return lam
-
-
-GRIDS = {"time": _time, "quadratic": _quadratic, "logsnr": _logsnr}
-
-
-def orders(steps, solver):
-    """Orders of a singlestep solver's updates, their sum being `steps` (NFE). Raises ValueError if
-    they can't be.
-
-    fast: ⌊steps/3⌋ + 1 updates of order 3, …, 3 ending in (2, 1), (1) or (2) for steps mod 3 = 0,
-    1, 2."""
-    k = solver.order
-    if solver.fast:
-        return [3] * (steps // 3 - (steps % 3 == 0)) + {0: [2, 1], 1: [1], 2: [2]}[steps % 3]
-    if steps % k:
-        near = " or ".join(str(n) for n in (steps // k * k, (steps // k + 1) * k) if n)
-        raise ValueError(
-            f"{steps} steps do not divide into updates of order {k}; use {near}, or the "
-            "solver 'fast'"
-        )
-    return [k] * (steps // k)
-
-
-@torch.no_grad()
-def sample(noise, x, schedule, steps, solver="2m", grid="time", start=1.0, end=None, callback=None):
-    """Solve the probability-flow ODE from t = `start` to `end` (the schedule's `t_end` by default).
-
-    `noise(x, t)` predicts ε (see `denoiser`) for x (B, …) at a float t; `steps` is the NFE;
-    `solver` a key of SOLVERS, `grid` of GRIDS. Returns x at `end`: no thresholding, no final
-    denoising step. `callback(evaluations, x)` follows each update. Raises ValueError for steps < 1
-    or steps a fixed-order solver can't divide."""
-    if steps < 1:
-        raise ValueError(f"steps {steps} is not at least 1")
-    method, points = SOLVERS[solver], GRIDS[grid]
-    end = schedule.t_end if end is None else end
-    if method.multistep:
-        return _multistep(noise, x, schedule, method, points(schedule, start, end, steps), callback)
-    counts = orders(steps, method)
-    if (
-        grid == "logsnr"
-    ):  # updates uniform in λ whatever their order, inner nodes uniform within each
-        outer = points(schedule, start, end, len(counts))
-        spans = [
-            points(schedule, float(s), float(t), k)
-            for s, t, k in zip(outer[:-1], outer[1:], counts, strict=True)
-        ]
-    else:  # an update of order k spans k cells of one grid, whose points are its inner nodes
-        fine, first = points(schedule, start, end, steps), 0
-        spans = []
-        for k in counts:
-            spans.append(fine[first : first + k + 1])
-            first += k
-    evaluations = 0
-    for ts in spans:
-        x = _singlestep(noise, x, schedule, method, ts)
-        evaluations += len(ts) - 1
-        if callback:
-            callback(evaluations, x)
-    return x
+# ------------------------------------------------------------------------- DPM-Solver, DPM-Solver++
 
 
 class _Nodes:
@@ -124,31 +29,41 @@ class _Nodes:
     prediction, h for noise prediction, h = λ_t − λ_s. One form serves both DPM-Solver and
     DPM-Solver++."""
 
-    def __init__(self, noise, schedule, method, ts):
-        self.noise, self.data, self.ts = noise, method.data, ts.tolist()
-        self.alpha, self.sigma, self.lam = (
-            f(ts).tolist() for f in (schedule.alpha, schedule.sigma, schedule.lam)
-        )
-        self.carry, self.weight = (
-            (self.sigma, self.alpha) if self.data else (self.alpha, self.sigma)
-        )
+    def __init__(self, denoise, schedule, data, ts):
+        self.denoise = denoise
+        self.data = data
+        self.ts = ts.tolist()
+        self.lam = schedule.lam(ts).tolist()
+        alpha, sigma = schedule.alpha(ts).tolist(), schedule.sigma(ts).tolist()
+        self.carry, self.weight = (sigma, alpha) if data else (alpha, sigma)
 
     def predict(self, x, i):
-        epsilon = self.noise(x, self.ts[i])
-        return (x - self.sigma[i] * epsilon) / self.alpha[i] if self.data else epsilon
+        x0, noise = self.denoise(x, self.ts[i])
+        return x0 if self.data else noise
 
     def kappa(self, s, t):
-        return (self.lam[s] - self.lam[t]) if self.data else (self.lam[t] - self.lam[s])
+        h = self.lam[t] - self.lam[s]
+        return -h if self.data else h
 
     def update(self, x, s, t, correction):
         return self.carry[t] / self.carry[s] * x - self.weight[t] * correction
 
 
-def _singlestep(noise, x, schedule, method, ts):
-    """One update over `ts` = s, its inner nodes, t; its order is len(ts) − 1 (DPM-Solver,
-    algorithms 1 and 2)."""
-    n, order = _Nodes(noise, schedule, method, ts), len(ts) - 1
-    kappa, m0 = n.kappa(0, order), n.predict(x, 0)
+def singlestep(denoise, x, times, schedule, *, data, draw=None, callback=None):
+    """Each update evaluates the network at all of its times but the last; its order is their number
+    (DPM-Solver, algorithms 1 and 2). `data` predicts x_0 (DPM-Solver++), else ε (DPM-Solver)."""
+    evaluations = 0
+    for ts in times:
+        x = _singlestep_update(_Nodes(denoise, schedule, data, ts), x, order=len(ts) - 1)
+        evaluations += len(ts) - 1
+        if callback:
+            callback(evaluations, x)
+    return x
+
+
+def _singlestep_update(n, x, order):
+    kappa = n.kappa(0, order)
+    m0 = n.predict(x, 0)
     correction = math.expm1(kappa) * m0
     if order > 1:
         r1 = n.kappa(0, 1) / kappa
@@ -167,30 +82,35 @@ def _psi2(kappa):
     return math.expm1(kappa) / kappa - 1
 
 
-def _multistep(noise, x, schedule, method, ts, callback=None, history=()):
+def multistep(denoise, x, times, schedule, *, order, data, draw=None, callback=None, history=()):
     """One evaluation per update, with differences of earlier ones (DPM-Solver++, algorithm 2, and
     its third order).
 
     The third order integrates the parabola through three predictions exactly; the DPM-Solver
     authors' code and those that follow it halve its curvature term, which makes theirs of order 2.
 
-    The first updates have the order their `history` allows (predictions before ts[0], as (λ, m)
-    pairs, newest last), and below 15 steps the last ones fall back to lower orders too, for
+    The first updates have the order their `history` allows (predictions before the first time, as
+    (λ, m) pairs, newest last), and below 15 steps the last ones fall back to lower orders too, for
     stability."""
-    n, steps, known = _Nodes(noise, schedule, method, ts), len(ts) - 1, list(history)
+    ts = torch.stack([*(span[0] for span in times), times[-1][-1]])
+    n = _Nodes(denoise, schedule, data, ts)
+    steps = len(times)
+    known = list(history)
     for i in range(steps):
         m0 = n.predict(x, i)
-        order = min(method.order, len(known) + 1, steps - i if steps < 15 else method.order)
+        allowed = min(order, len(known) + 1)
+        if steps < 15:
+            allowed = min(allowed, steps - i)
         kappa = n.kappa(i, i + 1)
         h = n.lam[i + 1] - n.lam[i]
         correction = math.expm1(kappa) * m0
-        if order > 1:
+        if allowed > 1:
             lam1, m1 = known[-1]
             r0 = (n.lam[i] - lam1) / h
             d0 = (m0 - m1) / r0
-        if order == 2:
+        if allowed == 2:
             correction = correction + math.expm1(kappa) / 2 * d0
-        if order == 3:
+        if allowed == 3:
             lam2, m2 = known[-2]
             r1 = (lam1 - lam2) / h
             d1 = (m1 - m2) / r1
@@ -202,3 +122,186 @@ def _multistep(noise, x, schedule, method, ts, callback=None, history=()):
         if callback:
             callback(i + 1, x)
     return x
+
+
+# --------------------------------------------------------------- in α and σ: Euler, Heun, ancestral
+
+
+def _ends(schedule, span):
+    """(t, α, σ) at the first and at the last time of an update, as floats."""
+    return [
+        (float(t), float(schedule.alpha(t)), float(schedule.sigma(t))) for t in (span[0], span[-1])
+    ]
+
+
+def euler(denoise, x, times, schedule, *, draw=None, callback=None):
+    """dx = x_0·dα + ε·dσ with x_0 and ε held over the update: Euler's method on the straight path,
+    DDIM (arXiv:2010.02502) where α² + σ² = 1."""
+    for i, span in enumerate(times):
+        (s, alpha_s, sigma_s), (_, alpha_t, sigma_t) = _ends(schedule, span)
+        x0, eps = denoise(x, s)
+        x = x + (alpha_t - alpha_s) * x0 + (sigma_t - sigma_s) * eps
+        if callback:
+            callback(i + 1, x)
+    return x
+
+
+def heun(denoise, x, times, schedule, *, draw=None, callback=None):
+    """Euler's update, then once more with the mean of both ends' x_0 and ε: order 2, two
+    evaluations an update."""
+    for i, span in enumerate(times):
+        (s, alpha_s, sigma_s), (t, alpha_t, sigma_t) = _ends(schedule, span)
+        x0, eps = denoise(x, s)
+        guess = x + (alpha_t - alpha_s) * x0 + (sigma_t - sigma_s) * eps
+        x0_t, eps_t = denoise(guess, t)
+        x = x + (alpha_t - alpha_s) * (x0 + x0_t) / 2 + (sigma_t - sigma_s) * (eps + eps_t) / 2
+        if callback:
+            callback(2 * (i + 1), x)
+    return x
+
+
+def ancestral(denoise, x, times, schedule, *, draw, callback=None):
+    """x_t drawn from the forward process' posterior given x_s and the predicted x_0: DDPM's
+    sampler, with the smaller of its two variances, on any times and any schedule."""
+    for i, span in enumerate(times):
+        (s, alpha_s, sigma_s), (_, alpha_t, sigma_t) = _ends(schedule, span)
+        x0, eps = denoise(x, s)
+        ratio = alpha_s * sigma_t / (alpha_t * sigma_s)
+        kept = sigma_t * ratio
+        fresh = sigma_t * math.sqrt(max(0.0, 1 - ratio**2))
+        x = alpha_t * x0 + kept * eps + fresh * draw(i)
+        if callback:
+            callback(i + 1, x)
+    return x
+
+
+# --------------------------------------------------------------------------------------- the tables
+
+
+def repeated(order, steps):
+    """Evaluations of each update of a solver that always takes `order`: steps/order times."""
+    if steps % order:
+        below = steps // order * order
+        near = " or ".join(str(n) for n in (below, below + order) if n)
+        raise ValueError(
+            f"{steps} steps do not divide into updates of {order} evaluations; use {near}, or a "
+            "solver that takes any number, such as 2m or fast"
+        )
+    return [order] * (steps // order)
+
+
+def fast(steps):
+    """⌊steps/3⌋ + 1 updates of order 3, …, 3 ending in (2, 1), (1) or (2) for steps mod 3 = 0, 1, 2
+    (DPM-Solver, App. D.3: "fast")."""
+    remainder = steps % 3
+    if remainder == 0:
+        return [3] * (steps // 3 - 1) + [2, 1]
+    return [3] * (steps // 3) + [remainder]
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """`updates(steps)` lists the evaluations of each update, their sum being `steps` (NFE), or
+    raises ValueError. `in_lam`: whether its equations need λ to be finite at both ends.
+    `stochastic`: whether it draws noise."""
+
+    solve: Callable
+    updates: Callable[[int], list[int]]
+    in_lam: bool = True
+    stochastic: bool = False
+
+
+def _row(solve, updates, **options):
+    return Solver(functools.partial(solve, **options), updates)
+
+
+_ONE, _TWO, _THREE = (functools.partial(repeated, order) for order in (1, 2, 3))
+
+SOLVERS = {
+    "1s": _row(singlestep, _ONE, data=True),
+    "2s": _row(singlestep, _TWO, data=True),
+    "3s": _row(singlestep, _THREE, data=True),
+    "fast": _row(singlestep, fast, data=True),
+    "2m": _row(multistep, _ONE, order=2, data=True),
+    "3m": _row(multistep, _ONE, order=3, data=True),
+    "dpm-1s": _row(singlestep, _ONE, data=False),
+    "dpm-2s": _row(singlestep, _TWO, data=False),
+    "dpm-3s": _row(singlestep, _THREE, data=False),
+    "dpm-fast": _row(singlestep, fast, data=False),
+    "dpm-2m": _row(multistep, _ONE, order=2, data=False),
+    "dpm-3m": _row(multistep, _ONE, order=3, data=False),
+    "euler": Solver(euler, _ONE, in_lam=False),
+    "heun": Solver(heun, _TWO, in_lam=False),
+    "ancestral": Solver(ancestral, _ONE, stochastic=True),
+}
+
+
+def _time(schedule, start, end, cells):
+    return torch.linspace(start, end, cells + 1, dtype=torch.float64)
+
+
+def _quadratic(schedule, start, end, cells):
+    return torch.linspace(start**0.5, end**0.5, cells + 1, dtype=torch.float64) ** 2
+
+
+def _logsnr(schedule, start, end, cells):
+    first, last = float(schedule.lam(start)), float(schedule.lam(end))
+    ts = schedule.t_of_lam(torch.linspace(first, last, cells + 1, dtype=torch.float64))
+    ts[0] = start
+    ts[-1] = end
+    return ts
+
+
+GRIDS = {"time": _time, "quadratic": _quadratic, "logsnr": _logsnr}
+
+
+def lay_times(schedule, updates, grid, start, end):
+    """The times of each update, float64 tensors of one more than its evaluations, from `start` to
+    `end`."""
+    points = GRIDS[grid]
+    times = []
+    if grid == "logsnr":  # updates uniform in λ whatever their order, inner times uniform within
+        outer = points(schedule, start, end, len(updates)).tolist()
+        for s, t, cells in zip(outer[:-1], outer[1:], updates, strict=True):
+            times.append(points(schedule, s, t, cells))
+        return times
+    # an update of k evaluations spans k cells of one grid, whose points are its inner times
+    fine = points(schedule, start, end, sum(updates))
+    first = 0
+    for cells in updates:
+        times.append(fine[first : first + cells + 1])
+        first += cells
+    return times
+
+
+@torch.no_grad()
+def sample(
+    denoise,
+    x,
+    schedule,
+    steps,
+    solver="2m",
+    grid="time",
+    *,
+    start=None,
+    end=None,
+    draw=None,
+    callback=None,
+):
+    """Solve the reverse process from t = `start` to `end` (by default the schedule's `t_start` and
+    `t_end`).
+
+    `denoise(x, t)` gives (x_0, ε) (see diffusion.denoiser) for x (B, …) at a float t; `steps` is
+    the NFE; `solver` a key of SOLVERS, `grid` of GRIDS; `draw(k)` what a stochastic solver draws
+    in update k. Returns x at `end`: no thresholding, no final denoising step.
+    `callback(evaluations, x)` follows each update. Raises ValueError for steps < 1 or steps that
+    the solver can't divide, and for a stochastic solver without noise."""
+    if steps < 1:
+        raise ValueError(f"steps {steps} is not at least 1")
+    row = SOLVERS[solver]
+    if row.stochastic and draw is None:
+        raise ValueError(f"solver {solver} draws noise; give `draw`")
+    start = schedule.t_start if start is None else start
+    end = schedule.t_end if end is None else end
+    times = lay_times(schedule, row.updates(steps), grid, start, end)
+    return row.solve(denoise, x, times, schedule, draw=draw, callback=callback)

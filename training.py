@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import platform
 import signal
 import sys
@@ -24,17 +23,18 @@ from tqdm import tqdm
 import dataset
 import diffusion
 import dimr
-import extraction
 import journal
 import parallel
 import randomness
 import runfolder
 import sampling
+import space
 import storage
 from storage import VERSION, UserError, load_tensors, read_json, write_json
 
-CPU = torch.device("cpu")
 LOG_EVERY = 10  # steps between reads of the losses from the device
+GRID = {"pixel": 64, "latent": 16}  # images of a sample grid on a GPU
+GRID_ON_CPU = {"pixel": 16, "latent": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,7 @@ class Recipe:
     lr: float = 2e-4
     steps: int = 1_000_000
     batch_size: int = 1024  # global: over all processes and accumulation steps
-    micro_batch: int | None = (
-        None  # per process and pass; None: the process's share of the batch at once
-    )
+    micro_batch: int | None = None  # per process and pass; None: the process's share at once
     warmup: int = 5000
     weight_decay: float = 0.03
     betas: tuple[float, float] = (0.99, 0.99)
@@ -63,48 +61,158 @@ class Recipe:
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
 
+    def learning_rate(self, step):
+        """Linear warm-up from 0, then constant."""
+        if self.warmup:
+            return self.lr * min(1, step / self.warmup)
+        return self.lr
+
+
+_PIXELS = Recipe(lr=3e-4, steps=300_000, label_dropout=0)
+_DIGITS = dict(batch_size=32, warmup=200, betas=(0.9, 0.98), ema=0.998, weight_decay=0.01)
 
 RECIPES = {
-    "m3r": Recipe(lr=3e-4, steps=300_000, label_dropout=0),
-    "l3r": Recipe(lr=3e-4, steps=300_000, label_dropout=0),
+    "m3r": _PIXELS,
+    "l3r": _PIXELS,
     "xl2r": Recipe(),
     "xl3r": Recipe(),
     "g2r": Recipe(),
-    "demo": Recipe(
-        lr=8e-3,
-        steps=3800,
-        batch_size=32,
-        warmup=200,
-        betas=(0.9, 0.98),
-        ema=0.998,
-        weight_decay=0.01,
-        flip=False,
-    ),
+    "demo": Recipe(lr=8e-3, steps=3800, flip=False, **_DIGITS),
 }
+MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks"}  # when a run is resumed
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where training images come from. `path`: an image folder, read at `res` pixels (None: their
+    own size), or a shard set; None looks in the run's config.json."""
+
+    path: str | Path | None = None
+    res: int | None = None
+    exif: bool = False
+    on_bad: str = "error"  # or "skip": an unreadable image
+    workers: int | None = None  # reading processes; None: by cores
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """When to save and draw, and when to stop. None takes the default."""
+
+    every: int | None = None  # steps between checkpoints: 5000, or a quarter of the run
+    keep: int = 2  # newest checkpoints kept; 0 keeps all
+    sample_every: int | None = None  # steps between sample grids: as `every`; 0 for none
+    max_time: float | None = None  # seconds after which to save and stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """How FID is watched: every so many steps, of that many images, against `ref` (None: what
+    fits), in the features of `inception`'s weights or of `features`, a module:function."""
+
+    every: int
+    images: int = 5000
+    ref: str | None = None
+    inception: str = "inception"
+    features: str | None = None
 
 
 # ------------------------------------------------------------------------------------ configuration
 
-MAY_CHANGE = {
-    "steps",
-    "micro_batch",
-    "compile",
-    "checkpoint_blocks",
-}  # of a recipe, when a run is resumed
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run is. `record`: what config.json says of it; `initial`: the network whose weights it
+    starts from, or None."""
+
+    record: dict
+    config: dimr.Config
+    recipe: Recipe
+    data: object
+    initial: dimr.DiMR | None
+
+
+def make_plan(out, source, *, variant, recipe, network, init, device) -> Plan:
+    """What a run in folder `out` is. Everything not given comes from the run's config.json if there
+    is one, else from the variant. Raises UserError where that is no longer the same run."""
+    before = read_json(out / "config.json") if (out / "config.json").exists() else {}
+    known = before.get("data", {})
+    source = dataclasses.replace(
+        source,
+        path=source.path or known.get("path"),
+        res=source.res or known.get("res"),
+        exif=source.exif or known.get("exif", False),
+    )
+    data = open_data(source, variant)
+    variant = variant or before.get("variant") or nearest_variant(data)
+    init = init or before.get("init")
+    initial = None
+    if init and not runfolder.checkpoints(out):
+        initial, _ = runfolder.read_weights(runfolder.find_weights(init))
+    recipe = settle(before.get("recipe"), RECIPES[variant], recipe or {}, device)
+    if before:
+        base = dimr.Config(**before["config"])
+    elif initial:
+        base = initial.config
+    else:
+        base = dimr.VARIANTS[variant]
+    config = configure(base, data, recipe.label_dropout > 0, **(network or {}))
+    record = {
+        "variant": variant,
+        "config": dataclasses.asdict(config),
+        "recipe": dataclasses.asdict(recipe),
+        "init": init and str(init),
+        "data": {
+            "path": str(Path(source.path).resolve()),
+            "kind": data.kind,
+            "items": len(data),
+            "res": source.res,
+            "exif": source.exif,
+            "fingerprint": data.fingerprint if parallel.is_main() else None,
+        },
+    }
+    record = json.loads(json.dumps(record))  # as it reads back
+    if before and parallel.is_main():
+        check_same(out, before, record)
+    return Plan(record, config, recipe, data, initial)
+
+
+def open_data(source, variant):
+    """The dataset at `source`; images of several sizes are read at the variant's. Raises
+    UserError."""
+    if source.path is None:
+        raise UserError("no training data: give --data FOLDER, or run dimr encode first")
+    default = None
+    if variant and dimr.VARIANTS[variant].space == "pixel":
+        default = dimr.VARIANTS[variant].size
+    return dataset.open_data(source.path, source.res, exif=source.exif, default_size=default)
+
+
+def settle(before, default, changes, device):
+    """The Recipe of a run: as `before` (its config.json's, or None) or `default` has it, with
+    `changes`, every choice made."""
+    values = before or dataclasses.asdict(default)
+    recipe = Recipe(**{**values, **changes})
+    cuda = device.type == "cuda"
+    if recipe.precision is None:
+        recipe = dataclasses.replace(recipe, precision="bf16" if cuda else "fp32")
+    if recipe.compile is None:
+        recipe = dataclasses.replace(recipe, compile=cuda)
+    return recipe
 
 
 def configure(base, data, null_class, **changes):
     """The network's Config: `base` (a variant's, or the initial weights') with size, channels and
-    classes from the data and the user's `changes` (`layers`, `dims`, `heads`, `norm`). Raises
-    UserError."""
-    space = {"pixels": "pixel", "latents": "latent"}[data.kind]
-    if base.space != space:
-        fitting = ", ".join(name for name, config in dimr.VARIANTS.items() if config.space == space)
+    classes from the data and the user's `changes` of its fields. Raises UserError."""
+    theirs = space.of_data(data)
+    if base.space != theirs.name:
         raise UserError(
-            f"this network works in {base.space} space and {data.root} holds "
-            f"{data.kind}; choose one of {fitting}, "
-            "or other data (dimr encode)"
+            f"this network works in {base.space} space and {data.root} holds {data.kind}; choose "
+            f"one of {', '.join(space.variants(theirs))}, or other data (dimr encode)"
         )
+    if "layers" in changes or "dims" in changes:
+        changes = {"kinds": (), **changes}
+    if "objective" in changes:
+        changes = {"schedule": "", **changes}
     try:
         return dataclasses.replace(
             base,
@@ -120,63 +228,117 @@ def configure(base, data, null_class, **changes):
 
 def nearest_variant(data):
     """The variant of the data's space whose size is nearest."""
-    space = {"pixels": "pixel", "latents": "latent"}[data.kind]
-    fitting = [name for name, config in dimr.VARIANTS.items() if config.space == space]
-    return min(fitting, key=lambda name: abs(math.log2(dimr.VARIANTS[name].size / data.size)))
+
+    def distance(name):
+        return abs(math.log2(dimr.VARIANTS[name].size / data.size))
+
+    return min(space.variants(space.of_data(data)), key=distance)
 
 
-def split(batch_size, micro_batch):
-    """(samples per process, samples per pass). Raises UserError naming the nearest sizes where it
-    is uneven."""
+def check_same(out, before, now):
+    """Raise UserError where the record `now` is not of the run that `before` is of."""
+
+    def fixed(record):
+        network, recipe = record["config"], record["recipe"]
+        fields = {"variant": record["variant"], **network, **recipe}
+        fields["data's fingerprint"] = record["data"]["fingerprint"]
+        return {name: value for name, value in fields.items() if name not in MAY_CHANGE}
+
+    old = fixed(before)
+    for name, value in fixed(now).items():
+        if old.get(name, value) != value:
+            raise UserError(
+                f"{out} was trained with {name} {old[name]}, not {value}; give what it had, or "
+                "choose another --out"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How a global batch is divided: samples per process, and per pass."""
+
+    share: int
+    micro: int
+
+    @property
+    def passes(self):
+        return self.share // self.micro
+
+    @property
+    def offset(self):
+        """Of this process's samples in the batch."""
+        return parallel.rank() * self.share
+
+
+def divide(batch_size, micro_batch) -> Division:
+    """Raises UserError naming the nearest sizes where the division is uneven."""
     world = parallel.world_size()
     unit = world * (micro_batch or 1)
     if batch_size % unit:
-        near = " or ".join(
-            str(n) for n in (batch_size // unit * unit, (batch_size // unit + 1) * unit) if n
-        )
+        below = batch_size // unit * unit
+        near = " or ".join(str(size) for size in (below, below + unit) if size)
+        passes = f" and micro-batches of {micro_batch}" if micro_batch else ""
         raise UserError(
-            f"batch size {batch_size} does not split over {world} processes"
-            + (f" and micro-batches of {micro_batch}" if micro_batch else "")
-            + f"; use {near}"
+            f"batch size {batch_size} does not split over {world} processes{passes}; use {near}"
         )
-    return batch_size // world, micro_batch or batch_size // world
+    share = batch_size // world
+    return Division(share, micro_batch or share)
 
 
 # ---------------------------------------------------------------------------------------- the state
 
 
+def new_network(config, seed) -> dimr.DiMR:
+    """A network with fresh weights, which the seed alone decides."""
+    torch.manual_seed(seed)
+    return dimr.DiMR(config)
+
+
 class State:
     """All that a run changes: the network, its EMA, the optimiser, the step. Saved and restored
-    whole."""
+    whole. `network` holds the weights; `model` is what runs it: the same, or what `parallel.wrap`
+    puts around it."""
 
-    def __init__(self, config, recipe, device):
-        torch.manual_seed(recipe.seed)
-        self.recipe, self.device, self.step = recipe, device, 0
-        self.model = dimr.DiMR(config).to(device)
-        self.parameters = dict(self.model.named_parameters())
+    def __init__(self, network, recipe, device):
+        self.recipe = recipe
+        self.device = device
+        self.step = 0
+        self.network = network.to(device)
+        self.model = self.network
+        self.schedule = diffusion.SCHEDULES[network.config.schedule]()
+        self.objective = diffusion.OBJECTIVES[network.config.objective]
+        self.parameters = dict(self.network.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
-            self.model.parameter_groups(recipe.weight_decay),
+            self.network.parameter_groups(recipe.weight_decay),
             lr=recipe.lr,
             betas=recipe.betas,
             fused=True,
         )
 
-    def learning_rate(self, step):
-        return learning_rate(self.recipe, step)
+    def start(self):
+        """Make ready to train: compiled if the recipe says so, and with gradients averaged over
+        processes."""
+        self.network.train()
+        self.network.checkpoint_blocks = self.recipe.checkpoint_blocks
+        if self.recipe.compile:
+            self.network.compile()
+        self.model = parallel.wrap(self.network, self.device)
 
     def update(self):
         """One step of AdamW and EMA from the gradients, on the device alone; returns the gradient's
         norm and 1.0 where it was not finite. Then nothing changes: the fused kernel skips for
         `found_inf`, and the EMA's weight is 0."""
-        recipe, gradients = self.recipe, [p.grad for p in self.parameters.values()]
+        recipe = self.recipe
+        gradients = [p.grad for p in self.parameters.values()]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         bad = 1 - norm.isfinite().float()
         if recipe.grad_clip:
             torch._foreach_mul_(gradients, (recipe.grad_clip / (norm + 1e-6)).clamp(max=1))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, self.step)
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+            group["lr"] = recipe.learning_rate(self.step)
+        self.optimizer.grad_scale = None
+        self.optimizer.found_inf = bad
         self.optimizer.step()
         self.optimizer.zero_grad()
         weight = (1 - recipe.ema) * (1 - bad)
@@ -186,358 +348,301 @@ class State:
         self.step += 1
         return norm, bad
 
-    def initialise(self, weights):
+    def take(self, initial):
         """Start from another network's weights; returns the names of the tensors that keep their
         fresh values."""
-        theirs = weights.state_dict()
-        fresh = [
-            name
-            for name, p in self.parameters.items()
-            if name not in theirs or theirs[name].shape != p.shape
-        ]
+        theirs = initial.state_dict()
+        fresh = []
         with torch.no_grad():
-            for name in self.parameters.keys() - set(fresh):
-                self.parameters[name].copy_(theirs[name])
+            for name, parameter in self.parameters.items():
+                if name not in theirs or theirs[name].shape != parameter.shape:
+                    fresh.append(name)
+                    continue
+                parameter.copy_(theirs[name])
                 self.ema[name].copy_(theirs[name])
         return fresh
 
-    def files(self, facts):
+    def files(self, record):
         """A checkpoint's files: name → (tensors, metadata)."""
-        about = runfolder.metadata(self.model.config, step=self.step, **facts)
-        moments = {
-            f"{kind}/{name}": value
-            for name, p in self.parameters.items()
-            for kind, value in self.optimizer.state[p].items()
-        }
+        metadata = runfolder.metadata(self.network.config, step=self.step, **record)
+        moments = {}
+        for name, parameter in self.parameters.items():
+            for kind, value in self.optimizer.state[parameter].items():
+                moments[f"{kind}/{name}"] = value
         return {
-            "weights": (self.parameters, about),
-            "ema": (self.ema, about),
+            "weights": (self.parameters, metadata),
+            "ema": (self.ema, metadata),
             "optimizer": (moments, None),
         }
 
     def load(self, checkpoint):
         """Take everything from a checkpoint folder. Raises UserError if it is another network's."""
-        weights, ema, moments = (
-            load_tensors(checkpoint / f"{name}.safetensors")[0]
-            for name in ("weights", "ema", "optimizer")
-        )
+        held = {}
+        for name in ("weights", "ema", "optimizer"):
+            held[name], _ = load_tensors(checkpoint / f"{name}.safetensors")
+        shapes = {name: p.shape for name, p in self.parameters.items()}
         try:
-            for tensors in (weights, ema):
-                dimr.check_names({name: p.shape for name, p in self.parameters.items()}, tensors)
+            for name in ("weights", "ema"):
+                dimr.check_names(shapes, held[name])
         except ValueError as error:
             raise UserError(f"{checkpoint} is of another network: {error}") from None
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(weights[name])
-                self.ema[name].copy_(ema[name])
-        for key, value in moments.items():
+                parameter.copy_(held["weights"][name])
+                self.ema[name].copy_(held["ema"][name])
+        for key, value in held["optimizer"].items():
             kind, name = key.split("/")
             self.optimizer.state[self.parameters[name]][kind] = value.to(self.device)
         self.step = read_json(checkpoint / "state.json")["step"]
 
 
-def learning_rate(recipe, step):
-    """Linear warm-up from 0, then constant."""
-    return recipe.lr * min(1, step / recipe.warmup) if recipe.warmup else recipe.lr
+# ----------------------------------------------------------------------------------------- the step
 
 
-def losses(model, config, schedule, recipe, images, labels, first):
+def losses(state, images, labels, first):
     """Multi-scale losses of the samples at positions first, first + 1, …: weighted sum (B,), per
     branch (R, B).
 
-    `images` on the device: uint8 pixels (B, C, H, W), or latents float16 (B, 2, C, h, w) of mean
-    and log-variance, from which the scaled z = s·(μ + σε) is drawn afresh."""
+    `images` and `labels` (B,) on the device: uint8 pixels (B, C, H, W), or latents float16 (B, 2,
+    C, h, w) of mean and log-variance."""
+    config, schedule, recipe = state.network.config, state.schedule, state.recipe
     last, device = first + len(images), images.device
-    shape = (config.channels, config.size, config.size)
-    if config.space == "pixel":
-        x0 = images.float() / 127.5 - 1
-    else:
-        import vae
 
-        mean, logvar = images.float().unbind(1)
-        fresh = randomness.normal(recipe.seed, "latent", first, last, shape, device)
-        x0 = vae.SCALE * (mean + (logvar / 2).exp() * fresh)
+    def normal(stream, shape):
+        return randomness.normal(recipe.seed, stream, first, last, shape, device)
+
+    x0 = space.of(config).x0(images, lambda shape: normal("latent", shape))
     if config.null_class:
         dropped = randomness.uniform(recipe.seed, "label", first, last) < recipe.label_dropout
         labels = labels.masked_fill(dropped.to(device, non_blocking=True), config.embeddings - 1)
     t = schedule.draw(randomness.uniform(recipe.seed, "time", first, last))
-    noise = randomness.normal(recipe.seed, "noise", first, last, shape, device)
-    tau = schedule.tau(t).float().to(device, non_blocking=True)
+    noise = normal("noise", (config.channels, config.size, config.size))
+    tau = state.network.time(schedule, t).float().to(device, non_blocking=True)
     with parallel.autocast(device, recipe.precision):
-        predictions = model(schedule.noised(x0, noise, t), tau, labels)
-    return diffusion.multi_scale_loss(predictions, noise, recipe.target_scale)
+        predictions = state.model(schedule.noised(x0, noise, t), tau, labels)
+    target = state.objective.target(x0, noise)
+    return diffusion.multi_scale_loss(predictions, target, recipe.target_scale)
+
+
+def train_step(state, batches, division):
+    """One optimiser step on this process's share of the batch, in passes whose gradients are
+    accumulated and, in the last, averaged over processes.
+
+    `batches` yields (images, labels) of each pass, on the device. Returns this process's part of
+    the mean losses (1 + R,), sum and branches, and what `State.update` does."""
+    first = state.step * state.recipe.batch_size + division.offset
+    total = 0
+    for k in range(division.passes):
+        images, labels = next(batches)
+        last = k == division.passes - 1
+        with contextlib.nullcontext() if last else parallel.no_sync(state.model):
+            sums, branches = losses(state, images, labels, first + k * division.micro)
+            loss = sums.sum() / division.share
+            loss.backward(1 + 0 * loss.detach())  # one that is not finite makes every gradient NaN
+        parts = torch.cat([sums.detach().sum()[None], branches.detach().sum(1)])
+        total = total + parts / division.share
+    return total, *state.update()
 
 
 # ------------------------------------------------------------------------------------------ the job
 
 
-def plan(
-    out,
-    data=None,
-    variant=None,
-    recipe=None,
-    network=None,
-    init=None,
-    res=None,
-    exif=False,
-    device=CPU,
-):
-    """What a run in folder `out` is: (its record for config.json, Config, Recipe, data, initial
-    network or None).
-
-    Everything not given comes from the run's config.json if there is one, else from the variant.
-    Raises UserError where that is no longer the same run."""
-    before = read_json(out / "config.json") if (out / "config.json").exists() else {}
-    known = before.get("data", {})
-    source = data or known.get("path")
-    if source is None:
-        raise UserError("no training data: give --data FOLDER, or run dimr encode first")
-    wanted = (
-        dimr.VARIANTS[variant].size if variant and dimr.VARIANTS[variant].space == "pixel" else None
-    )
-    data = dataset.open_data(
-        source, res or known.get("res"), exif=exif or known.get("exif", False), default_size=wanted
-    )
-    variant, init = (
-        variant or before.get("variant") or nearest_variant(data),
-        init or before.get("init"),
-    )
-    weights = (
-        runfolder.read_weights(runfolder.find_weights(init))[0]
-        if init and not runfolder.checkpoints(out)
-        else None
-    )
-    recipe = Recipe(
-        **{**(before.get("recipe") or dataclasses.asdict(RECIPES[variant])), **(recipe or {})}
-    )
-    recipe = dataclasses.replace(
-        recipe,
-        precision=recipe.precision or ("bf16" if device.type == "cuda" else "fp32"),
-        compile=device.type == "cuda" if recipe.compile is None else recipe.compile,
-    )
-    base = (
-        dimr.Config(**before["config"])
-        if before
-        else weights.config
-        if weights
-        else dimr.VARIANTS[variant]
-    )
-    config = configure(base, data, recipe.label_dropout > 0, **(network or {}))
-    record = {
-        "variant": variant,
-        "config": dataclasses.asdict(config),
-        "recipe": dataclasses.asdict(recipe),
-        "init": init and str(init),
-        "data": {
-            "path": str(Path(source).resolve()),
-            "kind": data.kind,
-            "items": len(data),
-            "res": res or known.get("res"),
-            "exif": exif or known.get("exif", False),
-            "fingerprint": data.fingerprint if parallel.is_main() else None,
-        },
-    }
-    record = json.loads(json.dumps(record))  # as it reads back
-    if before and parallel.is_main():
-
-        def fixed(r):
-            return {
-                "variant": r["variant"],
-                **r["config"],
-                **r["recipe"],
-                "data's fingerprint": r["data"]["fingerprint"],
-            }
-
-        old, new = fixed(before), fixed(record)
-        for name in new:
-            if name not in MAY_CHANGE and old.get(name, new[name]) != new[name]:
-                raise UserError(
-                    f"{out} was trained with {name} {old[name]}, not {new[name]}; give "
-                    "what it had, or choose another --out"
-                )
-    return record, config, recipe, data, weights
-
-
 def train(
     out,
-    data=None,
+    source=Source(),  # noqa: B008 (frozen)
+    *,
     variant=None,
     recipe=None,
     network=None,
     init=None,
-    res=None,
-    exif=False,
     device="auto",
-    workers=None,
-    on_bad="error",
-    sample_every=None,
-    save_every=None,
-    keep=2,
-    max_time=None,
-    evaluate=None,
+    saving=Saving(),  # noqa: B008 (frozen)
+    watch=None,
+    sinks=(),
     quiet=False,
-):
+) -> dict:
     """Train into the run folder `out`, or go on from its newest whole checkpoint.
 
-    `data`: an image folder (read at `res`) or a shard set; `variant`: a key of VARIANTS (None: the
-    nearest); `recipe` and `network`: what to change of its Recipe and Config, as dicts; `init`:
-    weights to start from (name, path or run); `max_time`: seconds after which to save and stop;
-    `evaluate`: None, or how FID is watched: {"every": steps, "images": number, "ref": what to
-    compare with or None, "inception": weights, "features": module:function or None}. A resumed run
-    takes whatever is not given from its config.json. Returns a summary dict; `stopped` names the
-    reason if the run is not at its end. Raises UserError."""
-    begun, device, out, main = (
-        time.monotonic(),
-        parallel.pick_device(device),
-        Path(out),
-        parallel.is_main(),
+    `variant`: a key of VARIANTS (None: the nearest to the data); `recipe` and `network`: what to
+    change of its Recipe and Config, as dicts; `init`: weights to start from (name, path or run);
+    `watch`: a Watch, or None; `sinks`: see journal.Sink. A resumed run takes whatever is not given
+    from its config.json.
+
+    Returns a summary; `stopped` names the reason if the run is not at its end. Raises UserError."""
+    begun = time.monotonic()
+    device = parallel.pick_device(device)
+    out = Path(out)
+    say = journal.speaker(quiet)
+    plan = make_plan(
+        out,
+        source,
+        variant=variant,
+        recipe=recipe,
+        network=network,
+        init=init,
+        device=device,
     )
-    stderr = journal.Lenient(sys.stderr)
-    say = (
-        (lambda line: tqdm.write(line, file=stderr)) if main and not quiet else (lambda line: None)
-    )
-    record, config, recipe, data, weights = plan(
-        out, data, variant, recipe, network, init, res, exif, device
-    )
-    share, micro = split(recipe.batch_size, recipe.micro_batch)
-    extractor = evaluate and feature_extractor(
-        device, evaluate.get("inception", "inception"), evaluate.get("features")
-    )
+    recipe = plan.recipe
+    division = divide(recipe.batch_size, recipe.micro_batch)
+    extractor = feature_extractor(watch, device)
     parallel.start(device)
     with contextlib.ExitStack() as stack:
-        if main:
+        if parallel.is_main():
             stack.enter_context(storage.locked(out))
-        save_every = save_every or max(1, min(5000, recipe.steps // 4))
-        sample_every = save_every if sample_every is None else sample_every
-
-        state = State(config, recipe, device)
-        checkpoint = parallel.broadcast(runfolder.newest_whole(out) if main else None)
-        if checkpoint:
-            state.load(checkpoint)
-            say(f"going on from {checkpoint}")
-        elif weights:
-            fresh = state.initialise(weights)
-            say(
-                f"starting from {init}: {len(state.parameters) - len(fresh)} tensors taken, "
-                + (f"fresh: {', '.join(fresh)}" if fresh else "none fresh")
-            )
-        if main:
-            write_json(
-                out / "config.json",
-                {
-                    **record,
-                    "processes": parallel.world_size(),
-                    "device": str(device),
-                    "versions": versions(),
-                    "command": sys.argv,
-                },
-            )
-        last = journal.truncate_metrics(out, state.step) if main else {}
-
-        idle = (
-            torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            if device.type == "cuda"
-            else 0
-        )
-        if idle > 0:
-            say(
-                f"{idle} GPUs of this machine stay idle; to use all: torchrun "
-                f"--nproc-per-node {torch.cuda.device_count()} -m cli train …"
-            )
-        watch = evaluate and watch_fid(
-            out, config, data.classes, extractor, evaluate["images"], evaluate.get("ref")
-        )
-        model = state.model.train()
-        model.checkpoint_blocks = recipe.checkpoint_blocks
-        if recipe.compile:
-            model.compile()
-        model = parallel.wrap(model, device)
-        schedule = diffusion.SCHEDULES[config.space]()
-        facts = {
-            "classes": list(data.classes),
-            **{k: data.index[k] for k in ("vae", "vae_sha256") if data.kind == "latents"},
-        }
-        order, offset = randomness.Order(len(data), recipe.seed), parallel.rank() * share
-        passes = share // micro
-        starts = (
-            step * recipe.batch_size + offset + k * micro
-            for step in range(state.step, recipe.steps)
-            for k in range(passes)
-        )
-        reads = (
-            (indices, flips & recipe.flip)
-            for indices, flips in (order(first, first + micro) for first in starts)
-        )
-        batches = dataset.loader(data, reads, workers, on_bad, pin=device.type == "cuda")
-        log, stopped, skipped = journal.Log(out, state, say, last), None, set()
-        bar = stack.enter_context(
-            tqdm(
-                total=recipe.steps,
-                initial=state.step,
-                unit="step",
-                desc=out.name,
-                disable=quiet or not main,
-                file=stderr,
-                mininterval=0.5 if sys.stderr.isatty() else 30,
-            )
-        )
+        state = begin(out, plan, device, say)
+        log = journal.Journal(out, state, say, record_start(out, plan, state), sinks)
+        measure = watch and watch_fid(out, plan, extractor, watch)
+        every = save_every(saving, recipe)
+        draw_every = every if saving.sample_every is None else saving.sample_every
+        record = weights_record(plan.data)
+        state.start()
+        skipped = set()
+        batches = read_ahead(plan.data, state, division, source, skipped)
+        bar = stack.enter_context(progress(out, state, quiet))
         stop = stack.enter_context(Stop())
+        stopped = None
         while state.step < recipe.steps and not stopped:
-            first, total = state.step * recipe.batch_size + offset, 0
-            for k in range(passes):
-                images, labels, bad_images = next(batches)
-                skipped.update(bad_images)
-                images, labels = (
-                    images.to(device, non_blocking=True),
-                    labels.to(device, non_blocking=True),
-                )
-                with contextlib.nullcontext() if k == passes - 1 else parallel.no_sync(model):
-                    sums, branches = losses(
-                        model, config, schedule, recipe, images, labels, first + k * micro
-                    )
-                    loss = sums.sum() / share
-                    loss.backward(
-                        1 + 0 * loss.detach()
-                    )  # a loss that is not finite makes every gradient NaN
-                total = (
-                    total + torch.cat([sums.detach().sum()[None], branches.detach().sum(1)]) / share
-                )
-            log.add(total, *state.update())
+            log.add(*train_step(state, batches, division))
             bar.update()
-            late = "max-time" if max_time and time.monotonic() - begun > max_time else None
-            stopped = parallel.first(stop.reason or late) if state.step < recipe.steps else None
-            at_end = state.step == recipe.steps or stopped
-            saving = at_end or state.step % save_every == 0
-            watching = watch and (state.step % evaluate["every"] == 0 or state.step == recipe.steps)
-            if watching:
-                log.remark(lambda: watch(ema_generator(out, state, facts)))
-            if saving or watching or state.step % LOG_EVERY == 0:
+            at_end = state.step == recipe.steps
+            if not at_end:
+                late = saving.max_time and time.monotonic() - begun > saving.max_time
+                stopped = parallel.first(stop.reason or ("max-time" if late else None))
+            save_now = at_end or stopped or state.step % every == 0
+            watch_now = watch and (at_end or state.step % watch.every == 0)
+            if watch_now:
+                with doing(bar, "measuring FID"):
+                    log.remark(lambda: measure(ema_generator(out, state, record)))
+            if save_now or watch_now or state.step % LOG_EVERY == 0:
                 bar.set_postfix(log.flush(), refresh=False)
-            if saving:
-                if main:
-                    save(out, state, log, facts, keep, say, must=at_end)
+            if save_now:
+                save(out, state, log, record, saving.keep, must=at_end or stopped)
                 log.restart_clock()
-            if sample_every and (state.step % sample_every == 0 or state.step == recipe.steps):
-                if main:
-                    draw_samples(out, state, facts, say)
+            if draw_every and (at_end or state.step % draw_every == 0):
+                with doing(bar, "drawing samples"):
+                    draw_samples(out, state, log, record)
                 log.restart_clock()
         skipped = sorted(set().union(*parallel.gather(skipped)))
-        if main:
-            journal.plot(out)
-            for message in skipped:
-                say(f"skipped {message}")
-        return {
-            "out": str(out),
-            "step": state.step,
-            "steps": recipe.steps,
-            "stopped": stopped,
-            "loss": journal.finite(log.last.get("loss")),
-            "params": sum(p.numel() for p in state.parameters.values()),
-            "seconds": round(time.monotonic() - begun, 1),
-            "skipped_steps": log.bad,
-            "skipped_images": len(skipped),
-            "peak_bytes": parallel.peak_memory(device),
-        }
+        finish(out, skipped, say)
+        return summary(out, state, log, stopped, skipped, begun)
+
+
+def feature_extractor(watch, device):
+    """What FID is to be watched with, or None. Raises UserError."""
+    if not watch:
+        return None
+    import extraction
+
+    if watch.features:
+        return extraction.custom(watch.features, device)
+    return extraction.inception(watch.inception, device)
+
+
+def watch_fid(out, plan, extractor, watch):
+    """A function from a Generator to what is noted of it in metrics.jsonl. Raises UserError."""
+    import evaluation
+
+    return evaluation.watch(out, plan.config, plan.data.classes, extractor, watch.images, watch.ref)
+
+
+def begin(out, plan, device, say) -> State:
+    """The state that a run goes on from: its newest whole checkpoint, else the initial weights,
+    else fresh ones."""
+    state = State(new_network(plan.config, plan.recipe.seed), plan.recipe, device)
+    newest = runfolder.newest_whole(out) if parallel.is_main() else None
+    checkpoint = parallel.broadcast(newest)
+    if checkpoint:
+        state.load(checkpoint)
+        say(f"going on from {checkpoint}")
+    elif plan.initial:
+        fresh = state.take(plan.initial)
+        taken = len(state.parameters) - len(fresh)
+        names = f"fresh: {', '.join(fresh)}" if fresh else "none fresh"
+        say(f"starting from {plan.record['init']}: {taken} tensors taken, {names}")
+    idle = parallel.idle_gpus(device)
+    if idle:
+        say(
+            f"{idle} GPUs of this machine stay idle; to use all: torchrun --nproc-per-node "
+            f"{torch.cuda.device_count()} -m cli train …"
+        )
+    return state
+
+
+def record_start(out, plan, state):
+    """Write config.json and cut metrics.jsonl back to the state's step, on rank 0. Returns the
+    last line of metrics.jsonl that stays, or {}."""
+    if not parallel.is_main():
+        return {}
+    start = {
+        "processes": parallel.world_size(),
+        "device": str(state.device),
+        "versions": versions(),
+        "command": sys.argv,
+    }
+    write_json(out / "config.json", {**plan.record, **start})
+    return journal.truncate_metrics(out, state.step)
+
+
+def weights_record(data):
+    """What weights files say of a run besides its network."""
+    record = {"classes": list(data.classes)}
+    if data.kind == "latents":
+        record |= {key: data.index[key] for key in ("vae", "vae_sha256")}
+    return record
+
+
+def save_every(saving, recipe):
+    """Steps between checkpoints."""
+    return saving.every or max(1, min(5000, recipe.steps // 4))
+
+
+def read_ahead(data, state, division, source, skipped):
+    """Yield (images, labels) on the device for each pass from the state's step to the end. What is
+    said of images left out is added to the set `skipped`."""
+    recipe = state.recipe
+    order = randomness.Order(len(data), recipe.seed)
+
+    def positions():
+        for step in range(state.step, recipe.steps):
+            first = step * recipe.batch_size + division.offset
+            for k in range(division.passes):
+                yield first + k * division.micro
+
+    def reads():
+        for first in positions():
+            indices, flips = order(first, first + division.micro)
+            yield indices, flips & recipe.flip
+
+    pin = state.device.type == "cuda"
+    batches = dataset.loader(data, reads(), source.workers, source.on_bad, pin=pin)
+    for images, labels, bad in batches:
+        skipped.update(bad)
+        yield (
+            images.to(state.device, non_blocking=True),
+            labels.to(state.device, non_blocking=True),
+        )
+
+
+def progress(out, state, quiet):
+    """A progress bar over the run's steps."""
+    return tqdm(
+        total=state.recipe.steps,
+        initial=state.step,
+        unit="step",
+        desc=out.name,
+        disable=quiet or not parallel.is_main(),
+        file=journal.Lenient(sys.stderr),
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+
+
+@contextlib.contextmanager
+def doing(bar, what):
+    """Say in the bar what is being done while it stands still."""
+    figures = bar.postfix
+    bar.set_postfix_str(what)
+    yield
+    bar.set_postfix_str(figures, refresh=False)
 
 
 class Stop(contextlib.AbstractContextManager):
@@ -545,7 +650,8 @@ class Stop(contextlib.AbstractContextManager):
     and save. A second SIGINT ends at once."""
 
     def __enter__(self):
-        self.reason, self.interrupted = None, False
+        self.reason = None
+        self.interrupted = False
         self.before = {n: signal.signal(n, self.note) for n in dataset.STOPS}
         return self
 
@@ -560,66 +666,80 @@ class Stop(contextlib.AbstractContextManager):
             signal.signal(number, handler)
 
 
-def save(out, state, log, facts, keep, say, must):
-    """Write a checkpoint, and before it the metrics up to it. One that fails is reported and
-    training goes on, unless it `must` succeed: the last."""
+def save(out, state, log, record, keep, must):
+    """Write a checkpoint, and before it the metrics up to it, on rank 0. One that fails is reported
+    and training goes on, unless it `must` succeed: the last."""
+    if not parallel.is_main():
+        return
     try:
         log.write(sync=True)
-        runfolder.save_checkpoint(out, state.step, state.files(facts), {"step": state.step}, keep)
+        files = state.files(record)
+        runfolder.save_checkpoint(out, state.step, files, {"step": state.step}, keep)
     except OSError as error:
         if must:
             raise
-        say(
-            f"WARNING: checkpoint at step {state.step} NOT saved "
-            f"({error.strerror or error}); training goes on"
-        )
+        reason = error.strerror or error
+        log.say(f"WARNING: checkpoint at step {state.step} NOT saved ({reason}); training goes on")
 
 
-def ema_generator(out, state, facts):
+def ema_generator(out, state, record):
     """Draws images with the EMA's weights as they are now."""
-    model = dimr.from_config(state.model.config, state.ema).requires_grad_(False)
+    model = dimr.from_config(state.network.config, state.ema).requires_grad_(False)
     return sampling.Generator(
         model,
         state.device,
         state.recipe.precision,
-        facts["classes"],
+        record["classes"],
         str(out),
         "",
-        facts,
-        vae_source=facts.get("vae"),
+        record,
+        vae_source=record.get("vae"),
     )
 
 
-def feature_extractor(device, inception, features):
-    """What FID is to be watched with. Raises UserError."""
-
-    return (
-        extraction.custom(features, device) if features else extraction.inception(inception, device)
-    )
-
-
-def watch_fid(out, config, classes, extractor, images, ref):
-    """A function from a Generator to what is noted of it in metrics.jsonl. Raises UserError."""
-    import evaluation
-
-    return evaluation.watch(out, config, classes, extractor, images, ref)
-
-
-def draw_samples(out, state, facts, say):
-    """A grid from fixed seeds with the EMA's weights. Without the VAE there is no picture, said and
-    no more."""
-    config = state.model.config
-    count = 64 if config.space == "pixel" else 16
+def draw_samples(out, state, log, record):
+    """A grid from fixed seeds with the EMA's weights, on rank 0. Without the VAE there is no
+    picture, said and no more."""
+    if not parallel.is_main():
+        return
+    config = state.network.config
+    counts = GRID_ON_CPU if state.device.type == "cpu" else GRID
+    count = counts[config.space]
     classes = [i % config.num_classes for i in range(count)]
-    generator = ema_generator(out, state, facts)
+    captions = []
+    for seed, index in enumerate(classes):
+        captions.append(sampling.caption(record["classes"][index], index, seed))
+    path = out / "samples" / f"step-{state.step:07d}.png"
     try:
-        images = generator.images(classes, range(count))
-        captions = [
-            sampling.caption(facts["classes"][c], c, seed) for seed, c in enumerate(classes)
-        ]
-        sampling.save_grid(out / "samples" / f"step-{state.step:07d}.png", images, captions)
+        images = ema_generator(out, state, record).images(classes, range(count))
+        sampling.save_grid(path, images, captions)
     except (UserError, OSError) as error:
-        say(f"WARNING: no sample grid at step {state.step}: {error}")
+        log.say(f"WARNING: no sample grid at step {state.step}: {error}")
+    else:
+        log.picture(path)
+
+
+def finish(out, skipped, say):
+    if parallel.is_main():
+        journal.plot(out)
+    for message in skipped:
+        say(f"skipped {message}")
+
+
+def summary(out, state, log, stopped, skipped, begun):
+    """What `train` returns."""
+    return {
+        "out": str(out),
+        "step": state.step,
+        "steps": state.recipe.steps,
+        "stopped": stopped,
+        "loss": log.last.get("loss"),
+        "params": sum(p.numel() for p in state.parameters.values()),
+        "seconds": round(time.monotonic() - begun, 1),
+        "skipped_steps": log.bad,
+        "skipped_images": len(skipped),
+        "peak_bytes": parallel.peak_memory(state.device),
+    }
 
 
 def versions():
