@@ -374,7 +374,7 @@ class Branch(nn.Module):
             dim_in = (config.blocks[r - 1] + 1) * config.dims[r - 1]
             self.upsample = Upsample(dim_in, dim, config.grids[r - 1], norm.outer)
         self.embedder = norm.embedder(dim) if norm.embedder else None
-        block = BLOCKS[config.kinds[r]]
+        block = BLOCKS[config.branch_kinds[r]]
         self.blocks = nn.ModuleList(block(config, r) for _ in range(blocks))
         self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(blocks // 2))
         self.out_norm = norm.outer(dim)
@@ -425,24 +425,23 @@ class Config:
     space: str  # "latent" or "pixel"
     norm: str = "tdln"
     mlp: str = "geglu"
-    kinds: tuple[str, ...] = ()  # of blocks; by default Transformer, then ConvNeXt blocks
+    kinds: tuple[str, ...] = ()  # of blocks, by branch; by default Transformer, then ConvNeXt
     objective: str = "epsilon"  # what it predicts
-    schedule: str = ""  # the noise that it is trained with; by default the paper's for the space
+    schedule: str = ""  # of the noise it is trained with; by default the one that goes with these
 
     def __post_init__(self):
+        for field in ("layers", "dims", "kinds"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
         branches = len(self.dims)
-        kinds = self.kinds or ("transformer", *["convnext"] * (branches - 1))
-        for field, value in {"layers": self.layers, "dims": self.dims, "kinds": kinds}.items():
-            object.__setattr__(self, field, tuple(value))
         if self.space not in SPACES:
             raise ValueError(f"space {self.space!r} is neither 'latent' nor 'pixel'")
-        if not self.schedule:
-            schedule = "straight" if self.objective == "velocity" else SPACES[self.space]
-            object.__setattr__(self, "schedule", schedule)
-        if branches < 1 or len(self.layers) != branches or len(kinds) != branches:
+        if branches < 1 or len(self.layers) != branches:
             raise ValueError(
-                f"layers {self.layers}, dims {self.dims} and kinds {self.kinds} of blocks need one "
-                "entry per branch each"
+                f"layers {self.layers} and dims {self.dims} need one entry per branch each"
+            )
+        if len(self.branch_kinds) != branches:
+            raise ValueError(
+                f"kinds {self.kinds} of blocks and dims {self.dims} need one entry per branch each"
             )
         numbers = (self.heads, self.num_classes, self.channels, self.size)
         if min(*self.layers, *self.dims, *numbers) < 1:
@@ -457,12 +456,25 @@ class Config:
             name = getattr(self, field)
             if name not in table:
                 raise ValueError(f"{field} {name!r} is not one of {', '.join(table)}")
-        for r, kind in enumerate(self.kinds):
+        for r, kind in enumerate(self.branch_kinds):
             if kind not in BLOCKS:
                 raise ValueError(f"kind of blocks {kind!r} is not one of {', '.join(BLOCKS)}")
             if r == 0 and not BLOCKS[kind].TAKES_CLASS:
                 raise ValueError(f"{kind} blocks see no class token, so branch 1 can't have them")
             BLOCKS[kind].check(self, r)
+
+    @property
+    def branch_kinds(self):
+        """Which of BLOCKS each branch is made of."""
+        return self.kinds or ("transformer", *["convnext"] * (len(self.dims) - 1))
+
+    @property
+    def noise_schedule(self):
+        """Which of diffusion.SCHEDULES it is trained with: the paper's for its space, or the
+        straight path where it predicts a velocity."""
+        if self.schedule:
+            return self.schedule
+        return "straight" if self.objective == "velocity" else SPACES[self.space]
 
     @property
     def grids(self):
@@ -496,7 +508,7 @@ class Config:
         patch = self.size // grid
         embedder = NORMS[self.norm].embedder
         count = cells * dim * self.channels * (patch * patch + 9)  # patchify, prediction
-        count += blocks * BLOCKS[self.kinds[r]].macs(self, r)
+        count += blocks * BLOCKS[self.branch_kinds[r]].macs(self, r)
         count += blocks // 2 * self.tokens[r] * 2 * dim * dim  # skips
         if r > 0:  # the cascade's Linear
             count += cells // 4 * (self.blocks[r - 1] + 1) * self.dims[r - 1] * 4 * dim

@@ -94,7 +94,7 @@ def solve(model, classes, seeds, settings, *, device, precision="fp32", callback
     """Samples (B, C, H, W) in the network's space, float32, for equally long `classes` and `seeds`;
     `settings` are resolved."""
     config = model.config
-    schedule = diffusion.SCHEDULES[config.schedule]()
+    schedule = diffusion.SCHEDULES[config.noise_schedule]()
     row = solver.SOLVERS[settings.solver]
     in_lam = row.in_lam or settings.grid == "logsnr"
     start, end = diffusion.span(schedule, config.objective, in_lam)

@@ -209,10 +209,6 @@ def configure(base, data, null_class, **changes):
             f"this network works in {base.space} space and {data.root} holds {data.kind}; choose "
             f"one of {', '.join(space.variants(theirs))}, or other data (dimr encode)"
         )
-    if "layers" in changes or "dims" in changes:
-        changes = {"kinds": (), **changes}
-    if "objective" in changes:
-        changes = {"schedule": "", **changes}
     try:
         return dataclasses.replace(
             base,
@@ -305,7 +301,7 @@ class State:
         self.step = 0
         self.network = network.to(device)
         self.model = self.network
-        self.schedule = diffusion.SCHEDULES[network.config.schedule]()
+        self.schedule = diffusion.SCHEDULES[network.config.noise_schedule]()
         self.objective = diffusion.OBJECTIVES[network.config.objective]
         self.parameters = dict(self.network.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}

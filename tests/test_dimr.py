@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import math
 
 import pytest
 import torch
@@ -150,19 +151,21 @@ def test_parameters_and_gmacs_are_the_papers(variant):
     assert sum(config.macs) / 1e9 == pytest.approx(gmacs, abs=0.01)
 
 
+def counted_flops(model):
+    c = model.config
+    x = torch.zeros(1, c.channels, c.size, c.size)
+    # the fused attention kernel goes uncounted
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(x, torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops()
+
+
 @pytest.mark.parametrize("config", [SMALL, dimr.VARIANTS["demo"]], ids=["small", "demo"])
-def test_macs_are_what_pytorch_counts(config):
-    model = dimr.DiMR(config)
-    with (
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # the fused kernel goes uncounted
-        model(
-            torch.zeros(1, config.channels, config.size, config.size),
-            torch.zeros(1),
-            torch.zeros(1, dtype=torch.long),
-        )
-    assert counter.get_total_flops() == 2 * sum(config.macs)
+@pytest.mark.parametrize("norm", ["tdln", "adaln"])
+@pytest.mark.parametrize("mlp", dimr.MLPS)
+def test_macs_are_what_pytorch_counts(config, norm, mlp):
+    model = dimr.DiMR(dataclasses.replace(config, norm=norm, mlp=mlp))
+    assert counted_flops(model) == 2 * sum(model.config.macs)
 
 
 def test_tdln_interpolates_between_its_two_parameters():
@@ -183,7 +186,7 @@ def test_tdln_interpolates_between_its_two_parameters():
 
 
 def test_pixel_shuffle_puts_channel_fastest():
-    up = dimr.Upsample(4, 3, 2)
+    up = dimr.Upsample(4, 3, 2, dimr.TDLN)
     y = torch.randn(1, 4, 4)
     condition = dimr.Condition(torch.zeros(1), None)
     up.norm_out = torch.nn.Module()
@@ -233,6 +236,11 @@ def test_any_number_of_branches_depth_width_and_size(layers, dims, size):
         (dict(mlp="?"), "mlp"),
         (dict(space="audio"), "space"),
         (dict(layers=(0, 1)), "at least 1"),
+        (dict(num_classes=0), "at least 1"),
+        (dict(kinds=("transformer",)), "one entry per branch"),
+        (dict(kinds=("transformer", "mamba")), "kind of blocks 'mamba'"),
+        (dict(kinds=("convnext", "convnext")), "see no class token"),
+        (dict(kinds=("transformer", "transformer"), dims=(16, 7)), "branch 2's width 7"),
     ],
 )
 def test_an_impossible_configuration_is_refused(change, words):
@@ -266,22 +274,20 @@ def test_one_graph_without_breaks(norm):
 def test_training_and_sampling_compile_one_graph_each():
     """Other values of the same shapes, and another learning rate or guided time, compile nothing
     anew."""
+    torch._dynamo.reset()  # what other tests compiled counts towards its limit
     model = build(dataclasses.replace(SMALL, channels=1))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model.compile(backend=counter)
-    schedule, recipe = diffusion.SCHEDULES["pixel"](), training.Recipe(precision="fp32")
+    cpu = torch.device("cpu")
+    state = training.State(model.train(), training.Recipe(precision="fp32"), cpu)
     for step in range(4):
-        images, labels = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8), torch.randint(5, (4,))
-        sums, _ = training.losses(
-            model.train(), model.config, schedule, recipe, images, labels, 4 * step
-        )
+        images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
+        sums, _ = training.losses(state, images, torch.randint(5, (4,)), 4 * step)
         sums.sum().backward()
     assert counter.frame_count == 1
     settings = sampling.Settings(cfg=2, steps=6).resolved(model.config)
     for seed in range(3):
-        sampling.solve(
-            model.eval(), schedule, [1, 2], [seed, seed + 9], settings, torch.device("cpu")
-        )
+        sampling.solve(model.eval(), [1, 2], [seed, seed + 9], settings, device=cpu)
     assert counter.frame_count == 2
 
 
@@ -308,19 +314,99 @@ def test_features_lie_channels_last_throughout():
     assert strides == [True] * 8
 
 
-@pytest.mark.parametrize("norm", dimr.NORMS)
+@pytest.mark.parametrize("norm", ["tdln", "tdrms", "ln", "adaln"])
 def test_norms_keep_their_statistics_in_float32_under_bf16(norm):
     torch.manual_seed(0)
-    layer = dimr.NORMS[norm](512)
-    x = (
-        torch.randn(2, 3, 512) * 50 + (norm == "tdln") * 1000
-    ).bfloat16()  # bf16 statistics would lose the deviation
+    layer = dimr.NORMS[norm].inner(512)
+    x = torch.randn(2, 3, 512) * 50
+    if norm != "tdrms":
+        x = x + 1000  # bf16 statistics would lose the deviation
+    x = x.bfloat16()
+    condition = dimr.Condition(torch.tensor([0.3, -0.2]), None, torch.randn(2, 512))
     with torch.autocast("cpu", torch.bfloat16):
-        condition = dimr.Condition(torch.tensor([0.3, -0.2]), None)
         out = layer(x, condition)
-        assert layer.gamma(condition.tau).dtype == torch.float32
     exact = layer(x.float(), condition)
     assert relative(out.float(), exact) < 4e-3
+
+
+@pytest.mark.parametrize("norm", ["tdln", "tdrms"])
+def test_time_vectors_are_float32_under_bf16(norm):
+    layer = dimr.NORMS[norm].inner(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.gamma(torch.tensor([0.3])).dtype == torch.float32
+
+
+# the ladder's norms and MLPs (paper, Table 2)
+
+
+def test_the_rows_of_table_2_that_are_dimrs_have_their_parameters():
+    for change, parameters in (
+        (dict(norm="adaln", mlp="mlp"), 217_877_769),
+        (dict(mlp="mlp"), 153_953_289),
+        ({}, 132_940_809),
+    ):
+        config = dataclasses.replace(dimr.VARIANTS["m3r"], **change)
+        assert sum(p.numel() for p in meta(config).parameters()) == parameters
+
+
+def test_adaln_zero_begins_as_the_identity_in_every_block():
+    torch.manual_seed(0)
+    model = dimr.DiMR(dataclasses.replace(SMALL, norm="adaln"))
+    inputs = {}
+
+    def remember(block, arguments, output):
+        inputs[block] = arguments[0], output
+
+    for branch in model.branches:
+        for block in branch.blocks:
+            block.register_forward_hook(remember)
+    model(torch.randn(3, 2, 8, 8), torch.rand(3), torch.tensor([0, 1, 5]))
+    assert len(inputs) == sum(model.config.blocks)
+    for before, after in inputs.values():
+        assert torch.equal(before, after)
+
+
+def test_adaln_zero_scales_shifts_and_gates_by_its_embedding():
+    torch.manual_seed(0)
+    norm = dimr.AdaLNZero(6)
+    x = torch.randn(2, 3, 6)
+    embedding = torch.randn(2, 6)
+    vectors = torch.nn.functional.silu(embedding) @ norm.modulation.weight.T + norm.modulation.bias
+    gamma, beta, alpha = vectors[:, None].chunk(3, -1)
+    modulated = torch.nn.functional.layer_norm(x, (6,)) * (1 + gamma) + beta
+    condition = dimr.Condition(torch.zeros(2), None, embedding)
+    torch.testing.assert_close(norm(x, condition), modulated)
+    torch.testing.assert_close(norm.residual(x, condition, torch.sin), x + alpha * modulated.sin())
+
+
+def test_time_is_embedded_as_in_dit():
+    torch.manual_seed(0)
+    embedder = dimr.TimeEmbedder(4)
+    seen = []
+    embedder.linear1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    embedder(torch.tensor([0.25]))
+    assert seen[0].shape == (1, 256)
+    for k in (0, 1, 127):
+        angle = 250 * 10_000 ** (-k / 128)
+        assert float(seen[0][0, k]) == pytest.approx(math.cos(angle), abs=1e-4)
+        assert float(seen[0][0, 128 + k]) == pytest.approx(math.sin(angle), abs=1e-4)
+
+
+def test_a_network_says_which_time_it_takes():
+    schedule, t = diffusion.Linear(), torch.tensor([0.3], dtype=torch.float64)
+    assert torch.equal(dimr.DiMR(SMALL).time(schedule, t), schedule.tau(t))
+    assert torch.equal(dimr.DiMR(dataclasses.replace(SMALL, norm="adaln")).time(schedule, t), t)
+
+
+@pytest.mark.parametrize("norm", ["ln", "adaln"])
+@pytest.mark.parametrize("kinds", [(), ("transformer", "transformer")])
+def test_one_time_for_all_is_that_time_for_each(norm, kinds):
+    model = build(dataclasses.replace(SMALL, norm=norm, mlp="mlp", kinds=kinds))
+    x, y = torch.randn(3, 2, 8, 8), torch.tensor([0, 1, 5])
+    for one, each in zip(
+        model(x, torch.tensor([0.3]), y), model(x, torch.full((3,), 0.3), y), strict=True
+    ):
+        torch.testing.assert_close(one, each)
 
 
 def test_recomputing_blocks_changes_nothing():
@@ -334,32 +420,57 @@ def test_recomputing_blocks_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_norm_and_an_mlp_can_join_as_rows_of_their_tables(monkeypatch):
-    class AdaLNZero(dimr.Norm):
+def test_a_norm_an_mlp_and_a_block_join_as_rows_of_their_tables(monkeypatch):
+    """Their own costs are counted and their own initial values kept; nothing else is touched."""
+
+    class Scaled(dimr.Norm):
         def __init__(self, dim):
             super().__init__()
-            self.modulation = torch.nn.Linear(1, 3 * dim)
+            self.linear = torch.nn.Linear(dim, dim)
 
-        def residual(self, x, condition, function):
-            shift, scale, gate = self.modulation(condition.tau[:, None])[:, None].chunk(3, -1)
-            normed = torch.nn.functional.layer_norm(x, x.shape[-1:])
-            return x + gate * function(normed * (1 + scale) + shift)
+        def begin(self):
+            torch.nn.init.eye_(self.linear.weight)
 
-    class Plain(torch.nn.Sequential):
+        def forward(self, x, condition):
+            return x * self.linear(condition.embedding)[:, None]
+
+        @staticmethod
+        def macs(dim):
+            return dim * dim
+
+    class Plain(torch.nn.Linear):
         def __init__(self, dim):
-            super().__init__(
-                torch.nn.Linear(dim, 4 * dim), torch.nn.GELU(), torch.nn.Linear(4 * dim, dim)
-            )
+            super().__init__(dim, dim)
 
-    monkeypatch.setitem(dimr.NORMS, "adaln-zero", AdaLNZero)
+        @staticmethod
+        def macs(dim):
+            return dim * dim
+
+    class Mixer(dimr.TransformerBlock):
+        def __init__(self, config, r):
+            torch.nn.Module.__init__(self)
+            self.norm = dimr.NORMS[config.norm].inner(config.dims[r])
+            self.mlp = dimr.MLPS[config.mlp](config.dims[r])
+
+        def forward(self, x, condition):
+            return self.norm.residual(x, condition, self.mlp)
+
+        @staticmethod
+        def macs(config, r):
+            dim = config.dims[r]
+            norm, mlp = dimr.NORMS[config.norm].inner, dimr.MLPS[config.mlp]
+            return config.tokens[r] * mlp.macs(dim) + norm.macs(dim)
+
+    row = dimr.NormRow(Scaled, dimr.LN, embedder=dimr.TimeEmbedder)
+    monkeypatch.setitem(dimr.NORMS, "scaled", row)
     monkeypatch.setitem(dimr.MLPS, "plain", Plain)
-    model = dimr.DiMR(dataclasses.replace(SMALL, norm="adaln-zero", mlp="plain"))
-    assert model(torch.zeros(2, 2, 8, 8), torch.zeros(2), torch.tensor([0, 1]))[-1].shape == (
-        2,
-        2,
-        8,
-        8,
-    )
+    monkeypatch.setitem(dimr.BLOCKS, "mixer", Mixer)
+    kinds = ("transformer", "mixer")
+    model = dimr.DiMR(dataclasses.replace(SMALL, norm="scaled", mlp="plain", kinds=kinds))
+    assert torch.equal(model.branches[1].blocks[0].norm.linear.weight, torch.eye(8))
+    assert counted_flops(model) == 2 * sum(model.config.macs)
+    arguments = torch.zeros(2, 2, 8, 8), torch.zeros(2), torch.tensor([0, 1])
+    assert model(*arguments)[-1].shape == (2, 2, 8, 8)
 
 
 def test_only_w_and_b_of_the_time_vectors_escape_weight_decay():

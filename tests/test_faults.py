@@ -511,6 +511,6 @@ def test_a_folder_in_use_names_its_owner_and_is_free_once_that_is_killed(places,
 
 
 def test_an_unforeseen_error_keeps_its_traceback(places, monkeypatch):
-    monkeypatch.setattr(training, "learning_rate", lambda recipe, step: recipe.no_such_thing)
+    monkeypatch.setattr(training, "losses", lambda state, *_: state.no_such_thing)
     result = invoke("train --data {good}", places)
     assert isinstance(result.exception, AttributeError) and "no_such_thing" in str(result.exception)

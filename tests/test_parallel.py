@@ -185,7 +185,7 @@ import parallel, training
 calls, exchanges, losses, wrap = [], [], training.losses, parallel.wrap
 
 def counted(*arguments):
-    calls.append(arguments[4].shape[0])
+    calls.append(arguments[1].shape[0])
     return losses(*arguments)
 
 def watched(model, device):
@@ -201,8 +201,9 @@ def watched(model, device):
 training.losses, parallel.wrap = counted, watched
 recipe = dict(batch_size=24, micro_batch=3, steps=4)
 network = dict(layers=(1, 1), dims=(8, 8), heads=1)
-training.train(sys.argv[1], sys.argv[2], "demo", recipe, network,
-               device="cpu", workers=0, sample_every=0, quiet=True)
+training.train(sys.argv[1], training.Source(sys.argv[2], workers=0), variant="demo",
+               recipe=recipe, network=network, device="cpu",
+               saving=training.Saving(sample_every=0), quiet=True)
 found = parallel.gather([calls, exchanges])
 if parallel.is_main():
     print(json.dumps(found))
@@ -237,7 +238,7 @@ def test_rank_0_alone_prints_and_writes(digits, tmp_path):
 def test_an_uneven_split_names_the_nearest_sizes(monkeypatch, batch, micro, words):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=words):
-        training.split(batch, micro)
+        training.divide(batch, micro)
 
 
 # failures

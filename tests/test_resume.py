@@ -17,7 +17,6 @@ from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cli
-import diffusion
 import dimr
 import journal
 import runfolder
@@ -385,28 +384,24 @@ def test_the_library_reads_what_is_written(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(digits, tmp_path, monkeypatch):
-    calls, losses = [0], training.losses
+    losses = training.losses
+    calls = []
 
     def spoiled(*arguments):
         sums, branches = losses(*arguments)
-        calls[0] += 1
-        return sums + {4: float("inf"), 6: float("nan")}.get(
-            calls[0], 0
-        ), branches  # the gradient is not changed by it
+        calls.append(len(sums))
+        spoilt = {4: float("inf"), 6: float("nan")}.get(len(calls), 0)
+        return sums + spoilt, branches  # the gradient is not changed by it
 
     monkeypatch.setattr(training, "losses", spoiled)
-    recipe = {"steps": 8, "batch_size": 4, "warmup": 0, "compile": False}
     result = training.train(
         tmp_path / "run",
-        digits,
-        "demo",
-        recipe,
-        {"layers": (1, 1), "dims": (8, 8), "heads": 1},
+        training.Source(digits, workers=0),
+        variant="demo",
+        recipe={"steps": 8, "batch_size": 4, "warmup": 0, "compile": False},
+        network={"layers": (1, 1), "dims": (8, 8), "heads": 1},
         device="cpu",
-        workers=0,
-        sample_every=0,
-        save_every=1,
-        keep=0,
+        saving=training.Saving(every=1, keep=0, sample_every=0),
         quiet=True,
     )
     lines = journal.read_metrics(tmp_path / "run")
@@ -462,13 +457,11 @@ def test_a_step_never_waits_for_the_device():
         space="pixel",
     )
     recipe = training.Recipe(grad_clip=1.0, precision="fp32", compile=False)
-    state = training.State(config, recipe, torch.device("cpu"))
+    state = training.State(training.new_network(config, 0), recipe, torch.device("cpu"))
     images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
     with NoReading():
         for _ in range(2):
-            sums, _ = training.losses(
-                state.model, config, diffusion.Linear(), recipe, images, labels, 0
-            )
+            sums, _ = training.losses(state, images, labels, 0)
             sums.sum().backward()
             _, bad = state.update()
         with pytest.raises(AssertionError, match="waits"):

@@ -7,17 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, dimr_command
+from conftest import DATA, SMALL, dimr_command, relative
 from PIL import Image
+from safetensors.torch import load_file
 
 import dataset
-import diffusion
 import dimr
 import journal
 import randomness
 import runfolder
 import storage
 import training
+import vae
 from storage import UserError, load_tensors
 
 CONFIG = dimr.Config(
@@ -72,67 +73,122 @@ def test_noise_is_standard_normal_and_times_uniform():
     assert stats.kstest(randomness.uniform(0, "time", 0, 5000).numpy(), "uniform").pvalue > 0.01
 
 
+def new_state(recipe=RECIPE, config=CONFIG):
+    return training.State(training.new_network(config, recipe.seed), recipe, torch.device("cpu"))
+
+
 def test_losses_do_not_depend_on_how_a_batch_is_cut():
-    state = training.State(CONFIG, RECIPE, torch.device("cpu"))
-    images, labels = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8), torch.arange(24) % 10
+    state = new_state()
+    images = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(24) % 10
 
     def cut(a, b):
-        return training.losses(
-            state.model, CONFIG, diffusion.Linear(), RECIPE, images[a:b], labels[a:b], 1000 + a
-        )[0]
+        return training.losses(state, images[a:b], labels[a:b], 1000 + a)[0]
 
     torch.testing.assert_close(torch.cat([cut(0, 5), cut(5, 24)]), cut(0, 24))
 
 
-def test_labels_are_dropped_at_the_recipes_rate(monkeypatch):
-    seen = []
+class Seen(torch.nn.Module):
+    """A network that keeps what it was given and predicts it, pooled."""
 
-    def model(x, tau, y):
-        seen.append(y)
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def time(self, schedule, t):
+        return schedule.tau(t)
+
+    def parameter_groups(self, weight_decay):
+        return [{"params": list(self.parameters())}]
+
+    def forward(self, x, tau, y):
+        self.x, self.tau, self.y = x, tau, y
         return x[:, :, ::2, ::2], x
 
-    recipe = dataclasses.replace(RECIPE, label_dropout=0.3)
-    training.losses(
-        model,
-        CONFIG,
-        diffusion.Linear(),
-        recipe,
-        torch.zeros(4000, 1, 8, 8, dtype=torch.uint8),
-        torch.zeros(4000, dtype=torch.long),
-        0,
-    )
-    assert set(seen[0].tolist()) == {0, 10} and float(
-        (seen[0] == 10).float().mean()
-    ) == pytest.approx(0.3, abs=0.03)
+
+def state_of(network, recipe=RECIPE):
+    return training.State(network, recipe, torch.device("cpu"))
+
+
+def test_labels_are_dropped_at_the_recipes_rate():
+    network = Seen(CONFIG)
+    state = state_of(network, dataclasses.replace(RECIPE, label_dropout=0.3))
+    images = torch.zeros(4000, 1, 8, 8, dtype=torch.uint8)
+    training.losses(state, images, torch.zeros(4000, dtype=torch.long), 0)
+    assert set(network.y.tolist()) == {0, 10}
+    assert float((network.y == 10).float().mean()) == pytest.approx(0.3, abs=0.03)
+
+
+def without_noise(state):
+    """The network is given α·x_0 alone, and α is 1."""
+    state.schedule.alpha = torch.ones_like
+    state.schedule.sigma = torch.zeros_like
+
+
+def test_pixels_are_scaled_to_minus_one_to_one():
+    network = Seen(CONFIG)
+    state = state_of(network)
+    without_noise(state)
+    images = torch.tensor([0, 51, 127, 255], dtype=torch.uint8)[:, None, None, None]
+    training.losses(state, images.expand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long), 0)
+    expected = torch.tensor([-1.0, -0.6, -1 / 255, 1.0])
+    torch.testing.assert_close(network.x[:, 0, 0, 0], expected)
 
 
 def test_latents_are_sampled_from_their_mean_and_deviation():
-    import vae
+    network = Seen(dataclasses.replace(CONFIG, space="latent", channels=4))
+    state = state_of(network)
+    without_noise(state)
+    mean = torch.full((2000, 4, 8, 8), 3.0)
+    logvar = torch.full((2000, 4, 8, 8), -1.0)
+    stored = torch.stack([mean, logvar], 1).half()
+    training.losses(state, stored, torch.zeros(2000, dtype=torch.long), 0)
+    z = network.x / vae.SCALE
+    assert float(z.mean()) == pytest.approx(3, abs=0.01)
+    assert float(z.std()) == pytest.approx(np.exp(-0.5), rel=0.01)
 
-    config = dataclasses.replace(CONFIG, space="latent", channels=4)
-    seen = {}
 
-    class Noise(diffusion.ScaledLinear):
-        def noised(self, x0, noise, t):
-            seen["z"] = x0
-            return x0
-
-    stored = torch.stack(
-        [torch.full((2000, 4, 8, 8), 3.0), torch.full((2000, 4, 8, 8), -1.0)], 1
-    ).half()
-    training.losses(
-        lambda x, tau, y: (x[:, :, ::2, ::2], x),
-        config,
-        Noise(),
-        RECIPE,
-        stored,
-        torch.zeros(2000, dtype=torch.long),
-        0,
+def test_the_loss_is_of_what_the_objective_asks_for():
+    """Against SiT's own path, target and loss, of the same data, noise and times."""
+    arrays = load_file(DATA / "sit_training.safetensors")
+    config = dataclasses.replace(
+        CONFIG, space="latent", channels=4, dims=(8,), layers=(1,), objective="velocity"
     )
-    z = seen["z"] / vae.SCALE
-    assert float(z.mean()) == pytest.approx(3, abs=0.01) and float(z.std()) == pytest.approx(
-        np.exp(-0.5), rel=0.01
+    state = new_state(config=config)
+    t = 1 - arrays["train_t"].double()
+    xt = state.schedule.noised(arrays["train_data"], arrays["train_noise"], t)
+    assert relative(xt, arrays["train_xt"]) < 1e-6
+    target = state.objective.target(arrays["train_data"], arrays["train_noise"])
+    assert relative(target, arrays["train_target"]) < 1e-6
+    x0, noise = state.objective.split(
+        target,
+        xt,
+        state.schedule.alpha(t).float()[:, None, None, None],
+        state.schedule.sigma(t).float()[:, None, None, None],
     )
+    assert relative(x0, arrays["train_data"]) < 1e-6
+    assert relative(noise, arrays["train_noise"]) < 1e-6
+
+
+def test_velocity_is_trained_on_the_straight_path(monkeypatch):
+    """x_t and loss that training makes of an image, from the noise and the time that it drew."""
+    config = dataclasses.replace(CONFIG, objective="velocity")
+    network = Seen(config)
+    state = state_of(network)
+    images = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
+    sums, branches = training.losses(state, images, torch.zeros(6, dtype=torch.long), 40)
+    noise = randomness.normal(RECIPE.seed, "noise", 40, 46, (1, 8, 8))
+    t = randomness.uniform(RECIPE.seed, "time", 40, 46).float()
+    x0 = images / 127.5 - 1
+    x = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * noise
+    torch.testing.assert_close(network.x, x)
+    torch.testing.assert_close(network.tau, 2 * t - 1)
+    fine = (x0 - noise - x).square().mean((1, 2, 3))
+    pooled = 2 * torch.nn.functional.avg_pool2d(x0 - noise, 2)
+    coarse = (pooled - x[:, :, ::2, ::2]).square().mean((1, 2, 3))
+    torch.testing.assert_close(branches, torch.stack([coarse, fine]))
+    torch.testing.assert_close(sums, coarse / 4 + fine)
 
 
 # one step
@@ -150,10 +206,10 @@ def test_a_step_is_adamw_with_warm_up_and_ema():
     recipe = dataclasses.replace(
         RECIPE, lr=0.1, warmup=4, ema=0.9, weight_decay=0.5, betas=(0.8, 0.95)
     )
-    state = training.State(CONFIG, recipe, torch.device("cpu"))
-    twin = training.State(CONFIG, recipe, torch.device("cpu"))
+    state = new_state(recipe)
+    twin = new_state(recipe)
     plain = torch.optim.AdamW(
-        twin.model.parameter_groups(0.5), lr=0.1, betas=(0.8, 0.95), fused=False, foreach=False
+        twin.network.parameter_groups(0.5), lr=0.1, betas=(0.8, 0.95), fused=False, foreach=False
     )
     ema = {name: p.detach().clone() for name, p in twin.parameters.items()}
     for step in range(6):
@@ -171,7 +227,7 @@ def test_a_step_is_adamw_with_warm_up_and_ema():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_a_gradient_that_is_not_finite_changes_nothing(value):
-    state = training.State(CONFIG, RECIPE, torch.device("cpu"))
+    state = new_state()
     for _ in range(2):
         gradients(state)
         state.update()
@@ -197,7 +253,7 @@ def test_gradients_are_clipped_to_their_norm():
     steps = {}
     for clip in (None, 1.0):
         recipe = dataclasses.replace(RECIPE, grad_clip=clip, warmup=0)
-        state = training.State(CONFIG, recipe, torch.device("cpu"))
+        state = new_state(recipe)
         gradients(state)
         norm, _ = state.update()
         steps[clip] = (
@@ -422,7 +478,7 @@ def test_a_run_folder_of_another_configuration_is_refused(trained, option, value
 
 def test_an_uneven_split_names_the_nearest_sizes():
     with pytest.raises(UserError, match="use 96 or 104"):
-        training.split(100, 8)
+        training.divide(100, 8)
 
 
 def test_a_run_in_use_names_its_owner(trained):
