@@ -10,7 +10,6 @@ from click.testing import CliRunner
 
 import dimr
 import parallel
-import sampling
 
 
 def run(*arguments):
@@ -114,6 +113,6 @@ def test_linear_layers_in_onednn_compute_the_same_and_leave_gradients_right():
     expected = passes()
     parallel.for_inference(model, "fp32")
     found = passes()
-    assert model.branches[0].blocks[0].mlp.w0.forward.func is sampling.onednn_linear
+    assert model.branches[0].blocks[0].mlp.w0.forward.func is parallel.onednn_linear
     for ours, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)

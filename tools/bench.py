@@ -18,6 +18,7 @@ import functools
 import gc
 import importlib
 import io
+import itertools
 import json
 import platform
 import statistics
@@ -41,13 +42,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
 import dataset
-import diffusion
 import dimr
 import fid
 import parallel
 import randomness
 import sampling
-import solver
 import training
 import vae
 from storage import VERSION, write_json, writing
@@ -306,7 +305,9 @@ class Release(nn.Module):
                 stage_configs=stages,
             )
         )
-        self.config, self.tuned = config, tuned
+        self.config = config
+        self.tuned = tuned
+        self.guided = False  # whether conditional and unconditional come as one batch
         if tuned:
             for block in (b for stage in self.net.stages for b in stage.blocks):
                 block.forward = block._forward
@@ -339,7 +340,17 @@ class Release(nn.Module):
         shown = contextlib.redirect_stderr(io.StringIO())
         with warnings.catch_warnings(), shown:
             warnings.simplefilter("ignore" if self.tuned else "default")
-            return tuple(self.net(x, log_snr=4 * tau.expand(len(x)), y=y))
+            if not self.guided:
+                return self.once(x, tau, y)
+            halves = zip(x.chunk(2), y.chunk(2), strict=True)
+            outputs = [self.once(part, tau, labels) for part, labels in halves]
+            return tuple(torch.cat(pair) for pair in zip(*outputs, strict=True))
+
+    def once(self, x, tau, y):
+        return tuple(self.net(x, log_snr=4 * tau.expand(len(x)), y=y))
+
+    def time(self, schedule, t):
+        return schedule.tau(t)
 
     def parameter_groups(self, weight_decay):
         return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
@@ -466,31 +477,23 @@ def train(bench):
 
 
 def steps(bench, model, recipe):
+    """A function that takes one training step."""
     config, device = model.config, bench.device
-    with mock.patch.object(dimr, "DiMR", lambda _: model):
-        state = training.State(config, recipe, device)
+    state = training.State(model, recipe, device)
+    state.network.train()
     if recipe.compile and not isinstance(model, Release):
-        model.compile()
-    model.train()
-    schedule, count = diffusion.SCHEDULES[config.space](), recipe.batch_size
-    generator, shape = torch.Generator().manual_seed(2), (config.channels, config.size, config.size)
+        state.network.compile()
+    count = recipe.batch_size
+    shape = (config.channels, config.size, config.size)
+    generator = torch.Generator().manual_seed(2)
     if config.space == "pixel":
-        images = torch.randint(256, (count, *shape), generator=generator, dtype=torch.uint8).to(
-            device
-        )
+        images = torch.randint(256, (count, *shape), generator=generator, dtype=torch.uint8)
     else:
-        images = torch.randn(count, 2, *shape, generator=generator).half().to(device)
-    labels = (torch.arange(count) % config.num_classes).to(device)
-
-    def function():
-        sums, _ = training.losses(
-            model, config, schedule, recipe, images, labels, state.step * count
-        )
-        loss = sums.sum() / count
-        loss.backward(1 + 0 * loss.detach())
-        state.update()
-
-    return function
+        images = torch.randn(count, 2, *shape, generator=generator).half()
+    labels = torch.arange(count) % config.num_classes
+    batches = itertools.repeat((images.to(device), labels.to(device)))
+    division = training.Division(count, count)
+    return lambda: training.train_step(state, batches, division)
 
 
 def sample(bench):
@@ -511,7 +514,7 @@ def sample(bench):
             candidates.append(
                 Candidate(
                     name,
-                    functools.partial(solved, bench, model, config, settings, batch, precision),
+                    functools.partial(solved, bench, model, settings, batch, precision),
                     settings.steps * (1 + config.null_class) * 2 * sum(config.macs) * batch,
                     model,
                 )
@@ -525,34 +528,13 @@ def sample(bench):
         )
 
 
-def solved(bench, model, config, settings, batch, precision):
-    classes, once = [i % config.num_classes for i in range(batch)], diffusion.denoiser
-
-    def twice(model, schedule, y, guidance):
-        conditional = once(model, schedule, y)
-        unconditional = once(model, schedule, torch.full_like(y, config.embeddings - 1))
-
-        def noise(x, t):
-            none = unconditional(x, t)
-            return none + guidance.at(schedule, t) * (conditional(x, t) - none)
-
-        return noise
-
-    denoiser = twice if isinstance(model, Release) and config.null_class else once
-
-    def function():
-        with mock.patch.object(solver, "denoiser", denoiser):
-            sampling.solve(
-                model,
-                diffusion.SCHEDULES[config.space](),
-                classes,
-                range(batch),
-                settings,
-                bench.device,
-                precision,
-            )
-
-    return function
+def solved(bench, model, settings, batch, precision):
+    """A function that draws a batch."""
+    classes = [i % model.config.num_classes for i in range(batch)]
+    if isinstance(model, Release):
+        model.guided = settings.cfg > 1
+    options = {"device": bench.device, "precision": precision}
+    return lambda: sampling.solve(model, classes, range(batch), settings, **options)
 
 
 def autoencoder(bench):
