@@ -370,8 +370,8 @@ class UViT(Peer):
 
     def network(self, image, time, y):
         x = self.patch_embed(image)
-        label = self.label_emb(y)[:, None].to(x.dtype)
-        clock = sinusoid(time, x.shape[-1])[:, None].to(x.dtype).expand_as(label)
+        label = self.label_emb(y)[:, None]
+        clock = sinusoid(time, x.shape[-1])[:, None].to(label.dtype).expand_as(label)
         x = torch.cat([label, clock, x], dim=1) + self.pos_embed  # (B, 2 + cells, D)
         skips = []
         for block in self.in_blocks:

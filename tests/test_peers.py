@@ -165,13 +165,23 @@ def test_wrong_shapes_are_refused(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_recomputed_blocks_give_the_same_gradients(name):
-    model, gradients = shaken(SMALL[name]), []
+def test_recomputed_blocks_keep_less_and_give_the_same_gradients(name):
+    model, gradients, kept = shaken(SMALL[name]), [], []
     inputs = random_inputs(model.config)
     for model.checkpoint_blocks in (False, True):
+        saved = []
         model.zero_grad()
-        model(*inputs)[-1].square().sum().backward()
+
+        def keep(tensor, saved=saved):
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(*inputs)[-1].square().sum()
+        kept.append(len(saved))
+        loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert kept[1] < kept[0] / 2
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
@@ -183,6 +193,23 @@ def test_autocast_changes_little(name):
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(*inputs)[-1]
     assert 0 < relative(rough, exact) < 0.03
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_network_may_be_bfloat16_itself(name):
+    model = shaken(SMALL[name])
+    x, time, y = random_inputs(model.config)
+    exact = model(x, time, y)[-1]
+    rough = model.bfloat16()(x.bfloat16(), time, y)[-1]
+    assert rough.dtype == torch.bfloat16
+    assert 0 < relative(rough, exact) < 0.05
+
+
+def test_dits_norms_are_exact_where_little_varies():
+    x = 1e-3 * torch.randn(2, 5, 32, dtype=torch.float64)
+    centred = x - x.mean(-1, keepdim=True)
+    expected = 3 * centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() + 1
+    assert relative(peers.modulated(x, torch.ones(32), 2 * torch.ones(32)), expected) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["uvit", "dit"])
@@ -326,6 +353,15 @@ def test_the_released_files_are_recognised(file):
 
 
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("size", [2, 8])
+def test_a_shape_is_read_off_the_tensors(name, size):
+    config = dataclasses.replace(SMALL[name], size=size)
+    tensors = build(config).state_dict()
+    told = dict(kind=config.kind, heads=2, null_class=True)
+    assert peers.from_state_dict(tensors, **told).config == config
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_a_state_dict_comes_back_bit_for_bit(name):
     before = shaken(SMALL[name])
     after = peers.from_config(before.config, before.state_dict())
@@ -375,8 +411,8 @@ def test_every_unknown_missing_and_misshapen_tensor_is_named():
     with pytest.raises(ValueError) as failure:
         peers.from_state_dict(tensors, kind="dit", heads=3)
     assert str(failure.value) == (
-        "3 of 52 tensors don't fit this dit: unknown blocks.0.extra; missing blocks.1.attn.qkv.bias; "
-        "blocks.2.mlp.fc1.bias is (5,), expected (192,)"
+        "3 of 52 tensors don't fit this dit: unknown blocks.0.extra; "
+        "missing blocks.1.attn.qkv.bias; blocks.2.mlp.fc1.bias is (5,), expected (192,)"
     )
 
 
