@@ -71,10 +71,8 @@ class PeerConfig:
         """The name of the noise schedule it was made for."""
         return READINGS[self.kind, self.space].schedule
 
-    def time(self, t, schedule=None):
-        """The time that the network is told at our t from 0 (data) to 1 (noise), float64.
-
-        It is a straight line in t whatever the schedule, which is taken for the callers' sake."""
+    def time(self, t):
+        """The time that the network is told at our t from 0 (data) to 1 (noise), float64."""
         reading = READINGS[self.kind, self.space]
         return reading.rate * torch.as_tensor(t, dtype=torch.float64) + reading.start
 
@@ -293,7 +291,7 @@ class FinalLayer(nn.Module):
 
 
 class Peer(nn.Module):
-    """What the networks share: `model(x, time, y)[-1]` is the prediction, as of `dimr.DiMR`."""
+    """What the networks share. They are called as `dimr.DiMR` is."""
 
     def __init__(self, config):
         super().__init__()
@@ -302,7 +300,7 @@ class Peer(nn.Module):
         self.checkpoint_blocks = False
 
     def forward(self, x, time, y):
-        """x (B, C, H, W) noisy images; time (B,) as `PeerConfig.time` gives it, or (1,) when all
+        """x (B, C, H, W) noisy images; time (B,) as `self.time` gives it, or (1,) when all
         share it; y (B,) class indices. Returns a tuple of one: the noise, or SiT's velocity (data −
         noise), (B, C, H, W).
 
@@ -326,6 +324,11 @@ class Peer(nn.Module):
                 f"y is {tuple(y.shape)} of {y.dtype}; expected ({x.shape[0]},) class indices"
             )
         return self.network(x, time, y)
+
+    def time(self, schedule, t):
+        """What `forward` takes as `time` at times t of a noise schedule. It is a straight line in t
+        (see READINGS), whatever the schedule."""
+        return self.config.time(t)
 
     def run(self, block, *inputs):
         if self.checkpoint_blocks and self.training:

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import diffusion
 import peers
+import solver
 
 COUNTS = {  # parameters; the Gflops that the paper prints, Tables 1, 5, 6, 7 (DiT-B's are DiT's)
     "uvit-m4": (130_940_292, 35),
@@ -502,6 +504,17 @@ def test_fixed_steps_along_sits_velocity_agree_with_the_release(sit, name, scale
             if name.startswith("heun"):
                 step = (first + output(x + h * first, 1 - (k + 1) * h)[:, :4]) / 2
             x = x + h * step
+    assert relative(x, arrays[name]) < 1e-5
+
+
+@pytest.mark.parametrize("name, scale", [("euler_10", 1), ("heun_10", 1), ("heun_cfg1.5_10", 1.5)])
+def test_our_solvers_drive_sit_as_its_own_do(sit, name, scale):
+    arrays, model = sit
+    schedule = diffusion.SCHEDULES[model.config.schedule]()
+    denoise = diffusion.denoiser(model, schedule, arrays["ode_y"], diffusion.Guidance(scale))
+    kind = name.split("_")[0]
+    steps = {"euler": 10, "heun": 20}[kind]
+    x = solver.sample(denoise, arrays["ode_x_T"], schedule, steps, kind, start=1.0, end=0.0)
     assert relative(x, arrays[name]) < 1e-5
 
 
