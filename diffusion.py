@@ -80,18 +80,13 @@ class Linear(VariancePreserving):
         return _float64(uniform)
 
 
-class ScaledLinear(VariancePreserving):
-    """Latent models: Stable Diffusion's 1000 discrete steps n, β_n = linspace(√0.00085, √0.012,
-    1000)².
-
-    log α = ½ log ᾱ_n at t = n/1000, linear in t between these knots and along the outermost segment
-    beyond them. τ = n/500 − 1 = 2t − 1. `betas` may be given, float64 (1000,)."""
+class Discrete(VariancePreserving):
+    """Steps n = 1, 2, … of given `betas`, float64 (N,), as in DDPM: log α = ½ log ᾱ_n at t = n/N,
+    linear in t between these knots and along the outermost segment beyond them. τ = 2t − 1."""
 
     t_end = 1e-3
 
-    def __init__(self, betas=None):
-        if betas is None:
-            betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    def __init__(self, betas):
         self.knots_t = torch.arange(1, len(betas) + 1, dtype=torch.float64) / len(betas)
         self.knots_log_alpha = torch.log1p(-_float64(betas)).cumsum(0) / 2
 
@@ -107,6 +102,20 @@ class ScaledLinear(VariancePreserving):
     def draw(self, uniform):
         n = len(self.knots_t)
         return ((_float64(uniform) * n).floor() + 1) / n
+
+
+class ScaledLinear(Discrete):
+    """Latent models: Stable Diffusion's 1000 steps, β_n = linspace(√0.00085, √0.012, 1000)²."""
+
+    def __init__(self):
+        super().__init__(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2)
+
+
+class LinearBetas(Discrete):
+    """DiT's 1000 steps, as DDPM has them: β_n from 1e-4 to 0.02."""
+
+    def __init__(self):
+        super().__init__(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
 
 
 def _interpolate(x, knots_x, knots_y):
@@ -141,7 +150,12 @@ class Straight(Schedule):
         return _float64(uniform)
 
 
-SCHEDULES = {"linear": Linear, "scaled_linear": ScaledLinear, "straight": Straight}
+SCHEDULES = {
+    "linear": Linear,
+    "scaled_linear": ScaledLinear,
+    "ddpm": LinearBetas,
+    "straight": Straight,
+}
 
 
 # --------------------------------------------------------------------------------------- objectives

@@ -67,7 +67,7 @@ class PeerConfig:
         return READINGS[self.kind, self.space].objective
 
     @property
-    def schedule(self):
+    def noise_schedule(self):
         """The name of the noise schedule it was made for."""
         return READINGS[self.kind, self.space].schedule
 

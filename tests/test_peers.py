@@ -283,7 +283,7 @@ def test_a_configuration_without_sense_is_refused(change, message):
 )
 def test_each_network_is_told_its_own_time(variant, objective, schedule, times):
     config = peers.VARIANTS[variant]
-    assert (config.objective, config.schedule) == (objective, schedule)
+    assert (config.objective, config.noise_schedule) == (objective, schedule)
     assert config.time(torch.tensor([0, 0.001, 1], dtype=torch.float64)).tolist() == pytest.approx(
         times
     )
@@ -510,7 +510,7 @@ def test_fixed_steps_along_sits_velocity_agree_with_the_release(sit, name, scale
 @pytest.mark.parametrize("name, scale", [("euler_10", 1), ("heun_10", 1), ("heun_cfg1.5_10", 1.5)])
 def test_our_solvers_drive_sit_as_its_own_do(sit, name, scale):
     arrays, model = sit
-    schedule = diffusion.SCHEDULES[model.config.schedule]()
+    schedule = diffusion.SCHEDULES[model.config.noise_schedule]()
     denoise = diffusion.denoiser(model, schedule, arrays["ode_y"], diffusion.Guidance(scale))
     kind = name.split("_")[0]
     steps = {"euler": 10, "heun": 20}[kind]

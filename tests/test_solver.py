@@ -63,7 +63,7 @@ def network(name):
 
 
 def test_the_latent_schedule_is_stable_diffusions():
-    given = diffusion.ScaledLinear(ARRAYS["betas"])
+    given = diffusion.Discrete(ARRAYS["betas"])
     assert torch.equal(given.knots_log_alpha, LATENT.knots_log_alpha)
     assert relative(LATENT.lam(ARRAYS["discrete_t"]), ARRAYS["discrete_lambda"]) < 1e-6
     assert (
