@@ -23,6 +23,7 @@ def losses(path):
     return torch.tensor([[line["loss"], *line["loss_branches"]] for line in lines])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run, data, steps",
     [("run", "pixels", 12), ("latent-run", "latents", 6)],
@@ -65,6 +66,7 @@ def test_its_pngs_are_read_with_class_and_settings(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_set_of_its_own_is_the_set_asked_for(tmp_path):
     for name in ("set.npz", "set.json"):
         shutil.copy(FROZEN / name, tmp_path)

@@ -261,6 +261,7 @@ def test_wrong_shapes_are_refused(x, tau, y, words):
         dimr.DiMR(SMALL)(torch.zeros(x), torch.zeros(tau), torch.zeros(y, dtype=torch.long))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", dimr.NORMS)
 def test_one_graph_without_breaks(norm):
     model = build(dataclasses.replace(SMALL, norm=norm))
@@ -271,6 +272,7 @@ def test_one_graph_without_breaks(norm):
             torch.testing.assert_close(ours, plain)
 
 
+@pytest.mark.slow
 def test_training_and_sampling_compile_one_graph_each():
     """Other values of the same shapes, and another learning rate or guided time, compile nothing
     anew."""

@@ -213,6 +213,7 @@ def test_a_second_interrupt_ends_at_once_without_damage(digits, tmp_path, dimr_p
     assert dimr_process("train", *options, "--steps", step).exitcode == 0
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_again(trained, tmp_path, dimr_process):
     shutil.copytree(trained, tmp_path / "small")
     process = dimr_process("train", "--out", tmp_path / "small", "--json")
@@ -286,6 +287,7 @@ def test_training_outlives_a_disk_that_is_full_for_a_while(digits, tmp_path, dim
 # damaged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, damage, words",
     [
@@ -317,6 +319,7 @@ def test_damage_of_any_kind_is_named_and_the_checkpoint_before_used(
     assert len(said) == 1 and str(path) in said[0] and words in said[0] and "\n" not in said[0]
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(
     trained, tmp_path, dimr_process
 ):
@@ -500,6 +503,7 @@ def test_memory_stays_flat(digits, tmp_path, dimr_process):
     assert process.exitcode == 0 and peaks[-1] - peaks[len(peaks) // 5] < 4e6
 
 
+@pytest.mark.slow
 def test_the_soak_survives_its_faults(tmp_path):
     minutes = os.environ.get(
         "DIMR_SOAK_MINUTES", "0.7"

@@ -61,6 +61,7 @@ def test_images_agree_within_one_level_across_batch_sizes(generator):
     assert len({image.tobytes() for image in images[0]}) == 12
 
 
+@pytest.mark.slow
 def test_asking_for_a_seed_alone_gives_the_image_back(trained, tmp_path):
     dimr_command(
         "sample",
@@ -140,6 +141,7 @@ def test_what_a_stochastic_solver_draws_depends_on_seed_and_update():
     assert len({values.numpy().tobytes() for values in drawn}) == 4
 
 
+@pytest.mark.slow
 def test_raw_and_averaged_weights_differ(trained, generator):
     raw = sampling.load(trained, ema=False, device="cpu")
     assert raw.hash != generator.hash and raw.source.endswith("weights.safetensors")
@@ -151,6 +153,7 @@ def test_decoded_values_are_rounded_and_clamped():
     assert space.to_uint8(x).flatten().tolist() == [0, 0, 128, 128, 255, 255]
 
 
+@pytest.mark.slow
 def test_a_compiled_network_draws_the_same_and_says_so(trained, generator, monkeypatch):
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager"))
@@ -171,6 +174,7 @@ def test_a_compiled_network_draws_the_same_and_says_so(trained, generator, monke
 # files
 
 
+@pytest.mark.slow
 def test_each_png_says_what_it_is_and_how_it_was_made(trained, generator, tmp_path):
     done = dimr_command(
         "sample",
@@ -225,6 +229,7 @@ def test_classes_go_by_name_where_the_weights_know_them(generator):
         sampling.class_index("shoe", named)
 
 
+@pytest.mark.slow
 def test_a_balanced_set_is_what_an_evaluator_reads(trained, generator, tmp_path):
     out = tmp_path / "set.npz"
     result = json.loads(
@@ -255,6 +260,7 @@ def test_a_balanced_set_is_what_an_evaluator_reads(trained, generator, tmp_path)
     )
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_and_write_the_same_set(trained, tmp_path):
     for processes in (None, 2):
         dimr_command(
@@ -276,6 +282,7 @@ def test_processes_share_the_work_and_write_the_same_set(trained, tmp_path):
     assert one == two
 
 
+@pytest.mark.slow
 def test_an_interrupted_set_goes_on_where_it_stopped(trained, tmp_path):
     command = [
         "sample",
@@ -315,6 +322,7 @@ def test_an_interrupted_set_goes_on_where_it_stopped(trained, tmp_path):
     assert np.array_equal(cut, whole)
 
 
+@pytest.mark.slow
 def test_a_set_drawn_otherwise_is_not_mixed_in(trained, tmp_path):
     out = tmp_path / "set.npz"
     base = [
@@ -337,6 +345,7 @@ def test_a_set_drawn_otherwise_is_not_mixed_in(trained, tmp_path):
     assert done.returncode == 1 and "drawn otherwise" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_newest_run_is_the_default(trained, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "small").symlink_to(trained)
@@ -347,6 +356,7 @@ def test_the_newest_run_is_the_default(trained, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_readmes_five_lines(trained, tmp_path):
     generator = sampling.load(trained)
     images = generator.images(classes=[3] * 4, seeds=range(4), cfg=1.5)
@@ -361,6 +371,7 @@ def test_the_readmes_five_lines(trained, tmp_path):
 # what can't be drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, status, words",
     [
@@ -412,6 +423,7 @@ def test_the_papers_preset_is_the_papers(generator):
     assert dataclasses.astuple(paper.resolved(generator.config))[-3:] == ("dpm-fast", "logsnr", 50)
 
 
+@pytest.mark.slow
 def test_weights_that_hold_nan_are_refused(trained, tmp_path):
     from storage import load_tensors, save_tensors
 

@@ -269,6 +269,7 @@ def test_gradients_are_clipped_to_their_norm():
 # the run
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_the_record_of_the_run(trained, digits):
     record = json.loads((trained / "config.json").read_text())
     assert (
@@ -309,6 +310,7 @@ def test_a_run_folder_is_the_record_of_the_run(trained, digits):
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bytes(trained, digits, tmp_path):
     out = tmp_path / "small"
     shutil.copytree(trained, out)
@@ -334,6 +336,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(trained, digits, tmp_path):
         assert same(weights(out, 12, name), weights(trained, 12, name))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(trained, tmp_path):
     out = tmp_path / "small"
     shutil.copytree(trained, out)
@@ -348,6 +351,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(trained
     assert same(weights(out, 12), weights(trained, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes, micro", [(1, 4), (2, 8), (2, 2)])
 def test_any_split_of_the_batch_gives_the_same_losses(trained, digits, tmp_path, processes, micro):
     dimr_command(
@@ -367,6 +371,7 @@ def test_any_split_of_the_batch_gives_the_same_losses(trained, digits, tmp_path,
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_seeds_differ(trained, digits, tmp_path):
     dimr_command(
         "train",
@@ -383,6 +388,7 @@ def test_seeds_differ(trained, digits, tmp_path):
     assert read(tmp_path / "small")[0] != read(trained)[0]
 
 
+@pytest.mark.slow
 def test_checkpoints_beyond_keep_are_deleted(digits, tmp_path):
     dimr_command(
         "train",
@@ -401,6 +407,7 @@ def test_checkpoints_beyond_keep_are_deleted(digits, tmp_path):
     assert [runfolder.step_of(c) for c in runfolder.checkpoints(tmp_path / "small")] == [4, 6]
 
 
+@pytest.mark.slow
 def test_max_time_saves_and_stops_with_a_status_of_its_own(digits, tmp_path):
     out = tmp_path / "small"
     done = dimr_command(
@@ -420,6 +427,7 @@ def test_max_time_saves_and_stops_with_a_status_of_its_own(digits, tmp_path):
     assert runfolder.step_of(runfolder.checkpoints(out)[-1]) == read(out)[-1][0] < 100000
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_what_fits_and_says_what_starts_fresh(trained, digits, tmp_path):
     three = tmp_path / "three"
     for name in "012":
@@ -457,6 +465,7 @@ def test_fine_tuning_takes_what_fits_and_says_what_starts_fresh(trained, digits,
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option, value, words",
     [
@@ -481,12 +490,14 @@ def test_an_uneven_split_names_the_nearest_sizes():
         training.divide(100, 8)
 
 
+@pytest.mark.slow
 def test_a_run_in_use_names_its_owner(trained):
     with storage.locked(trained):
         done = dimr_command("train", "--out", trained, check=False)
     assert done.returncode == 1 and "in use by process" in done.stderr
 
 
+@pytest.mark.slow
 def test_training_ends_after_a_run_of_bad_steps(digits, tmp_path):
     done = dimr_command(
         "train",
