@@ -117,6 +117,7 @@ def check_steps(run, last):
 # killed
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_as_the_undisturbed_one(digits, tmp_path, dimr_process):
     steps, rng = 26 * KILLS, random.Random(0)
     options = ["--data", digits, *NETWORK, "--steps", steps, "--save-every", "7"]
@@ -157,6 +158,7 @@ def test_a_run_killed_at_any_moment_ends_as_the_undisturbed_one(digits, tmp_path
 # stopped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name
 )
@@ -181,6 +183,7 @@ def test_a_stop_signal_saves_and_the_run_goes_on_from_there(digits, tmp_path, di
     assert outcome(out) == outcome(tmp_path / "calm")
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_at_once_without_damage(digits, tmp_path, dimr_process):
     out = tmp_path / "run"
     options = [
@@ -229,6 +232,7 @@ def test_a_finished_run_says_so_again(trained, tmp_path, dimr_process):
 # starved
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_and_costs_nothing_that_was_there(digits, tmp_path, dimr_process):
     options = ["--data", digits, *NETWORK, "--steps", "40", "--save-every", "8"]
     assert dimr_process("train", "--out", tmp_path / "calm", *options).exitcode == 0
@@ -249,6 +253,7 @@ def test_a_full_disk_is_reported_and_costs_nothing_that_was_there(digits, tmp_pa
     assert outcome(out) == outcome(tmp_path / "calm")
 
 
+@pytest.mark.slow
 def test_training_outlives_a_disk_that_is_full_for_a_while(digits, tmp_path, dimr_process):
     out = tmp_path / "run"
     process = dimr_process(
@@ -474,6 +479,7 @@ def test_a_step_never_waits_for_the_device():
 # a month
 
 
+@pytest.mark.slow
 def test_memory_stays_flat(digits, tmp_path, dimr_process):
     steps = int(os.environ.get("DIMR_MEMORY_STEPS", 1000))
     out = tmp_path / "run"

@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import dimr_command, relative
+from conftest import DATA, dimr_command, relative
 from PIL import Image
 
 import diffusion
@@ -25,8 +25,8 @@ from storage import UserError
 
 
 @pytest.fixture(scope="module")
-def generator(trained):
-    return sampling.load(trained, device="cpu")
+def generator():
+    return sampling.load(DATA / "v0.1.0" / "run", device="cpu")
 
 
 def pixels(path):
@@ -142,8 +142,8 @@ def test_what_a_stochastic_solver_draws_depends_on_seed_and_update():
 
 
 @pytest.mark.slow
-def test_raw_and_averaged_weights_differ(trained, generator):
-    raw = sampling.load(trained, ema=False, device="cpu")
+def test_raw_and_averaged_weights_differ(generator):
+    raw = sampling.load(DATA / "v0.1.0" / "run", ema=False, device="cpu")
     assert raw.hash != generator.hash and raw.source.endswith("weights.safetensors")
     assert not np.array_equal(raw.images([3], [0]), generator.images([3], [0]))
 
@@ -154,10 +154,10 @@ def test_decoded_values_are_rounded_and_clamped():
 
 
 @pytest.mark.slow
-def test_a_compiled_network_draws_the_same_and_says_so(trained, generator, monkeypatch):
+def test_a_compiled_network_draws_the_same_and_says_so(generator, monkeypatch):
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager"))
-    compiled = sampling.load(trained, device="cpu", compiled=True)
+    compiled = sampling.load(DATA / "v0.1.0" / "run", device="cpu", compiled=True)
     assert (
         compiled.model._compiled_call_impl is not None
         and generator.model._compiled_call_impl is None
@@ -175,7 +175,8 @@ def test_a_compiled_network_draws_the_same_and_says_so(trained, generator, monke
 
 
 @pytest.mark.slow
-def test_each_png_says_what_it_is_and_how_it_was_made(trained, generator, tmp_path):
+def test_each_png_says_what_it_is_and_how_it_was_made(trained, tmp_path):
+    generator = sampling.load(trained, device="cpu")
     done = dimr_command(
         "sample",
         "--weights",
@@ -230,7 +231,8 @@ def test_classes_go_by_name_where_the_weights_know_them(generator):
 
 
 @pytest.mark.slow
-def test_a_balanced_set_is_what_an_evaluator_reads(trained, generator, tmp_path):
+def test_a_balanced_set_is_what_an_evaluator_reads(trained, tmp_path):
+    generator = sampling.load(trained, device="cpu")
     out = tmp_path / "set.npz"
     result = json.loads(
         dimr_command(
