@@ -122,9 +122,9 @@ def _interpolate(x, knots_x, knots_y):
     """Piecewise linear through the knots (`knots_x` ascending), extended along the first and last
     segment."""
     i = torch.searchsorted(knots_x, x.contiguous()).clamp(1, len(knots_x) - 1)
-    x0, x1 = knots_x[i - 1], knots_x[i]
-    y0, y1 = knots_y[i - 1], knots_y[i]
-    return y0 + (x - x0) * (y1 - y0) / (x1 - x0)
+    rise = knots_y[i] - knots_y[i - 1]
+    run = knots_x[i] - knots_x[i - 1]
+    return knots_y[i - 1] + (x - knots_x[i - 1]) * rise / run
 
 
 class Straight(Schedule):
@@ -300,7 +300,8 @@ def denoiser(model, schedule, y, guidance=NO_GUIDANCE):
         return unconditional + scale * (conditional - unconditional)
 
     def denoise(x, t):
-        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
+        alpha = float(schedule.alpha(t))
+        sigma = float(schedule.sigma(t))
         return objective.split(predict(x, t), x, alpha, sigma)
 
     return denoise

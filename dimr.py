@@ -267,8 +267,10 @@ class TransformerBlock(nn.Module):
         super().__init__()
         dim = config.dims[r]
         norm = NORMS[config.norm].inner
-        self.norm1, self.attention = norm(dim), Attention(dim, config.heads)
-        self.norm2, self.mlp = norm(dim), MLPS[config.mlp](dim)
+        self.norm1 = norm(dim)
+        self.attention = Attention(dim, config.heads)
+        self.norm2 = norm(dim)
+        self.mlp = MLPS[config.mlp](dim)
 
     def forward(self, x, condition):
         x = self.norm1.residual(x, condition, self.attention)
@@ -286,7 +288,8 @@ class TransformerBlock(nn.Module):
     @staticmethod
     def macs(config, r):
         """Multiply-accumulates an image."""
-        dim, tokens = config.dims[r], config.tokens[r]
+        dim = config.dims[r]
+        tokens = config.tokens[r]
         a_token = 4 * dim * dim + 2 * tokens * dim + MLPS[config.mlp].macs(dim)
         return tokens * a_token + 2 * NORMS[config.norm].inner.macs(dim)
 
@@ -305,7 +308,8 @@ class ConvNeXtBlock(nn.Module):
         if norm.mixing:
             self.norm_before = norm.inner(dim)
         self.depthwise = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
-        self.norm, self.mlp = norm.inner(dim), MLPS[config.mlp](dim)
+        self.norm = norm.inner(dim)
+        self.mlp = MLPS[config.mlp](dim)
         self.mixing = norm.mixing
 
     def forward(self, x, condition):
@@ -325,7 +329,8 @@ class ConvNeXtBlock(nn.Module):
 
     @staticmethod
     def macs(config, r):
-        dim, tokens = config.dims[r], config.tokens[r]
+        dim = config.dims[r]
+        tokens = config.tokens[r]
         norm = NORMS[config.norm]
         count = tokens * (49 * dim + MLPS[config.mlp].macs(dim)) + norm.inner.macs(dim)
         if norm.mixing:
@@ -363,7 +368,9 @@ class Branch(nn.Module):
 
     def __init__(self, config, r):
         super().__init__()
-        dim, grid, blocks = config.dims[r], config.grids[r], config.blocks[r]
+        dim = config.dims[r]
+        grid = config.grids[r]
+        blocks = config.blocks[r]
         norm = NORMS[config.norm]
         patch = config.size // grid
         self.patchify = nn.Conv2d(config.channels, dim, patch, stride=patch)
@@ -503,7 +510,9 @@ class Config:
         return tuple(self._macs(r) for r in range(len(self.dims)))
 
     def _macs(self, r):
-        dim, grid, blocks = self.dims[r], self.grids[r], self.blocks[r]
+        dim = self.dims[r]
+        grid = self.grids[r]
+        blocks = self.blocks[r]
         cells = grid * grid
         patch = self.size // grid
         embedder = NORMS[self.norm].embedder
@@ -659,43 +668,42 @@ def _released_config(shapes, heads, space, null_class):
     """Read a configuration off the shapes of a released state dict, by vote where several tensors
     tell the same."""
 
-    def vote(pattern, axis, default=1):
-        found = [
-            shape[axis]
-            for name, shape in shapes.items()
-            if re.fullmatch(pattern, name) and len(shape) > axis
-        ]
-        return max(set(found), key=found.count, default=default)
+    def vote(pattern):  # on the length of the first axis
+        found = []
+        for name, shape in shapes.items():
+            if re.fullmatch(pattern, name) and shape:
+                found.append(shape[0])
+        return max(set(found), key=found.count, default=1)
 
-    stages = [int(m[1]) for name in shapes if (m := re.match(r"stages\.(\d+)\.", name))]
-    if not stages:
+    def largest(pattern):  # of the numbers that names hold, or None
+        found = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
+        return max(found, default=None)
+
+    last = largest(r"stages\.(\d+)\.")
+    if last is None:
         raise ValueError(
             "this is no released DiMR state dict: no tensor's name begins with 'stages.'"
         )
-    dims, layers = [], []
-    for r in range(max(stages) + 1):
-        indices = [
-            int(m[1]) for name in shapes if (m := re.match(rf"stages\.{r}\.blocks\.(\d+)\.", name))
-        ]
-        layers.append(max(indices, default=0) + 1)
-        dims.append(vote(rf"stages\.{r}\.(blocks\.\d+\.block2\.w2\.bias|input_layer\.1\.bias)", 0))
-    channels = vote(r"stages\.\d+\.(output_layer\.2\.bias)", 0)
-    size = round(
-        vote(rf"stages\.{max(stages)}\.input_layer\.3\.position_embeddings\.weight", 0) ** 0.5
-    )
-    space = space or ("latent" if channels == 4 else "pixel")
-    null_class = space == "latent" if null_class is None else null_class
-    embeddings = vote(r"stages\.0\.class_embeds\.weight", 0)
-    norm = "tdrms" if any(".norm.scale." in name for name in shapes) else "tdln"
+    dims = []
+    layers = []
+    for r in range(last + 1):
+        layers.append((largest(rf"stages\.{r}\.blocks\.(\d+)\.") or 0) + 1)
+        dims.append(vote(rf"stages\.{r}\.(blocks\.\d+\.block2\.w2\.bias|input_layer\.1\.bias)"))
+    channels = vote(r"stages\.\d+\.(output_layer\.2\.bias)")
+    cells = vote(rf"stages\.{last}\.input_layer\.3\.position_embeddings\.weight")
+    if space is None:
+        space = "latent" if channels == 4 else "pixel"
+    if null_class is None:
+        null_class = space == "latent"
     return Config(
-        size=size,
+        size=round(cells**0.5),
         channels=channels,
         layers=layers,
         dims=dims,
         heads=heads,
-        norm=norm,
+        norm="tdrms" if any(".norm.scale." in name for name in shapes) else "tdln",
         space=space,
-        num_classes=embeddings - null_class,
+        num_classes=vote(r"stages\.0\.class_embeds\.weight") - null_class,
         null_class=null_class,
     )
 
@@ -739,12 +747,21 @@ def from_released(state_dict, heads=16, space=None, null_class=None, config=None
     config = config or _released_config(shapes, heads, space, null_class)
     with torch.device("meta"):
         model = DiMR(config)
-    names, ours = _released_names(model), model.state_dict()
+    names = _released_names(model)
+    ours = model.state_dict()
     check_names({names[name]: tensor.shape for name, tensor in ours.items()}, state_dict)
     return from_config(config, {name: state_dict[names[name]] for name in ours})
 
 
 def to_released(model):
-    """The network's tensors under the authors' released names, the inverse of `from_released`."""
+    """The network's tensors under the authors' released names, the inverse of `from_released`.
+    Raises ValueError for a network that the release can't hold."""
+    config = model.config
+    theirs = config.norm in ("tdln", "tdrms") and config.mlp == "geglu" and not config.kinds
+    if not theirs or config.objective != "epsilon":
+        raise ValueError(
+            f"the release has no names for norm {config.norm}, mlp {config.mlp}, blocks "
+            f"{', '.join(config.branch_kinds)} and objective {config.objective} together"
+        )
     names = _released_names(model)
     return {names[name]: tensor for name, tensor in model.state_dict().items()}

@@ -55,7 +55,8 @@ class Order:
     time."""
 
     def __init__(self, n, seed):
-        self.n, self.seed = n, seed
+        self.n = n
+        self.seed = seed
         self.permutation = functools.lru_cache(2)(self._permutation)
 
     def _bits(self, stream, first, last):

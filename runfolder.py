@@ -12,6 +12,7 @@ checkpoints/step-0001000/         appears whole or not at all
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 from collections import OrderedDict
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 import dimr
+import downloads
 from storage import (
     UserError,
     load_tensors,
@@ -32,41 +34,39 @@ from storage import (
 )
 
 ROOT = Path("runs")
-FILES = {
-    "weights.safetensors",
-    "ema.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-}  # of a checkpoint, at least
+FILES = {"weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
+CHECKPOINT = re.compile(r"step-(\d{7,})")  # a checkpoint's folder; what is called otherwise is none
 
 
-def newest(root=ROOT):
+def newest(root: Path = ROOT) -> Path | None:
     """The run folder under `root` trained last that has a checkpoint, or None."""
     found = [path for path in Path(root).glob("*") if checkpoints(path)]
-    return max(found, key=lambda path: checkpoints(path)[-1].stat().st_mtime, default=None)
+
+    def trained(path):
+        return checkpoints(path)[-1].stat().st_mtime
+
+    return max(found, key=trained, default=None)
 
 
-def checkpoints(run):
-    """A run's checkpoint folders, oldest first."""
-    return sorted(
-        path
-        for path in (Path(run) / "checkpoints").glob("step-*")
-        if (path / "manifest.json").is_file()
-    )
+def checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoint folders, by step."""
+    found = []
+    for path in (Path(run) / "checkpoints").glob("step-*"):
+        if CHECKPOINT.fullmatch(path.name) and (path / "manifest.json").is_file():
+            found.append(path)
+    return sorted(found, key=step_of)
 
 
-def run_of(weights):
+def run_of(weights: Path) -> Path | None:
     """The run folder whose checkpoint the weights file belongs to, or None."""
     folder = Path(weights).resolve().parent.parent
-    return (
-        folder.parent
-        if folder.name == "checkpoints" and (folder.parent / "config.json").is_file()
-        else None
-    )
+    if folder.name == "checkpoints" and (folder.parent / "config.json").is_file():
+        return folder.parent
+    return None
 
 
-def step_of(checkpoint):
-    return int(checkpoint.name.removeprefix("step-"))
+def step_of(checkpoint: Path) -> int:
+    return int(CHECKPOINT.fullmatch(checkpoint.name)[1])
 
 
 def save_checkpoint(run, step, files, state, keep):
@@ -141,65 +141,73 @@ def newest_whole(run, say=lambda line: print(line, file=sys.stderr)):
 # ------------------------------------------------------------------------------------ weights files
 
 
-def metadata(config, **record):
-    """What a weights file says of itself: the network's configuration and any record that JSON can
+def metadata(config: dimr.Config, **record) -> dict[str, str]:
+    """What a weights file says of itself: the network's configuration and whatever else JSON can
     hold."""
-    return {
-        "config": json.dumps(dataclasses.asdict(config)),
-        **{k: json.dumps(v) for k, v in record.items()},
-    }
+    values = {"config": dataclasses.asdict(config), **record}
+    return {name: json.dumps(value) for name, value in values.items()}
 
 
-def read_weights(path, heads=16):
+def read_weights(path: Path, heads: int = 16) -> tuple[dimr.DiMR, dict]:
     """(network in eval mode, record) from a weights file: ours, or a state dict under the authors'
     released names, whose `heads` have to be told unless `write_weights` wrote it.
 
     Raises UserError when it is neither, doesn't fit, or holds values that are not finite."""
     tensors, about = load_tensors(path)
     try:
-        record = (
-            {k: json.loads(v) for k, v in about.items() if k != "format"}
-            if "config" in about
-            else {}
-        )
-        config = dimr.Config(**record.pop("config")) if "config" in record else None
+        record = _record(about)
+        config = dimr.Config(**record.pop("config")) if record else None
         if config and not any(name.startswith("stages.") for name in tensors):
             model = dimr.from_config(config, tensors)
         else:
             model = dimr.from_released(tensors, heads, config=config)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} does not fit: {error}") from None
-    # aminmax makes no copy, and either end is not finite where any value is not
-    bad = [
-        name
-        for name, tensor in model.state_dict().items()
-        if not all(end.isfinite() for end in tensor.aminmax())
-    ]
-    if bad:
-        raise UserError(
-            f"{path} holds values that are not finite, first in {bad[0]} ({len(bad)} "
-            "tensors); use another checkpoint"
-        )
+    check_finite(path, model)
     return model, record
 
 
-def write_weights(path, model, record):
+def _record(about):
+    """What a weights file's metadata say, {} for a file of another tool."""
+    if "config" not in about:
+        return {}
+    return {name: json.loads(value) for name, value in about.items() if name != "format"}
+
+
+def check_finite(path, model):
+    """Raise UserError where one of the network's values, which `path` holds, is not finite."""
+    bad = []
+    for name, tensor in model.state_dict().items():
+        low, high = tensor.aminmax()  # no copy, and either is not finite where any value is not
+        if not (low.isfinite() and high.isfinite()):
+            bad.append(name)
+    if bad:
+        raise UserError(
+            f"{path} holds values that are not finite, first in {bad[0]} ({len(bad)} tensors); use "
+            "another checkpoint"
+        )
+
+
+def write_weights(path: Path, model: dimr.DiMR, record: dict) -> None:
     """Write what `read_weights` reads: `.safetensors` under our names, `.pth` under the authors'
     released ones, so that their code loads it too. Both carry the configuration and `record`.
-    Raises UserError for another extension."""
-    path, about = Path(path), metadata(model.config, **record)
+    Raises UserError for another extension, and for a network that the release has no names for."""
+    path = Path(path)
+    about = metadata(model.config, **record)
     if path.suffix == ".safetensors":
         save_tensors(path, model.state_dict(), about)
     elif path.suffix == ".pth":
-        state = OrderedDict(dimr.to_released(model))
+        try:
+            state = OrderedDict(dimr.to_released(model))
+        except ValueError as error:
+            raise UserError(f"{error}; write {path.with_suffix('.safetensors')} instead") from None
         state.metadata = about
         with writing(path) as file:
             try:
                 torch.save(state, file)
             except RuntimeError as error:  # what the archive makes of a full disk
-                raise (
-                    error.__context__ if isinstance(error.__context__, OSError) else error
-                ) from None
+                cause = error.__context__
+                raise (cause if isinstance(cause, OSError) else error) from None
     else:
         raise UserError(
             f"{path} ends neither in .safetensors (our names) nor in .pth (the released "
@@ -207,16 +215,16 @@ def write_weights(path, model, record):
         )
 
 
-def find_weights(source=None, ema=True):
+def find_weights(source: str | Path | None = None, ema: bool = True) -> Path:
     """Path of the weights file for a run folder, a file, a name, or (None) the newest run, else the
-    released xl2r."""
+    released xl2r. Raises UserError."""
     if source is None:
         source = newest() or "xl2r"
     path = Path(source)
     if path.is_dir():
-        if (path / "manifest.json").is_file():  # a checkpoint folder
+        checkpoint = path
+        if (path / "manifest.json").is_file():
             verify(path)
-            checkpoint = path
         else:
             checkpoint = newest_whole(path)
         if checkpoint is None:
@@ -226,6 +234,4 @@ def find_weights(source=None, ema=True):
         return checkpoint / ("ema.safetensors" if ema else "weights.safetensors")
     if path.is_file():
         return path
-    import downloads
-
     return downloads.find(str(source))

@@ -504,3 +504,17 @@ def test_initial_values():
         and not gamma.w_minus_1.any()
         and not gamma.b.any()
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(norm="adaln"),
+        dict(mlp="mlp"),
+        dict(kinds=("transformer",) * 2),
+        dict(objective="velocity"),
+    ],
+)
+def test_what_the_release_has_no_names_for_is_not_written_in_them(change):
+    with pytest.raises(ValueError, match="the release has no names for"):
+        dimr.to_released(dimr.DiMR(dataclasses.replace(SMALL, **change)))

@@ -535,3 +535,28 @@ def test_the_soak_survives_its_faults(tmp_path):
     assert (
         count["rounds whose end was the undisturbed one, to the byte"] >= 1 and count["lives"] > 1
     )
+
+
+# names of checkpoints
+
+
+def test_only_whole_names_are_checkpoints(tmp_path):
+    """Copies that people make beside them are neither the newest checkpoint nor in the way."""
+    for step in (1, 2):
+        save(tmp_path, step, keep=0)
+    newest = tmp_path / "checkpoints" / "step-0000002"
+    for name in ("step-0000002-backup", "step-0000002.old", "step-3", "old step-0000009"):
+        shutil.copytree(newest, newest.with_name(name))
+    assert runfolder.newest_whole(tmp_path) == newest
+    save(tmp_path, 3, keep=1)
+    assert [c.name for c in runfolder.checkpoints(tmp_path)] == ["step-0000003"]
+    assert newest.with_name("step-0000002-backup").is_dir()
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (9_999_999, 10_000_000, 10_000_001):
+        save(tmp_path, step, keep=2)
+    assert [runfolder.step_of(c) for c in runfolder.checkpoints(tmp_path)] == [
+        10_000_000,
+        10_000_001,
+    ]
