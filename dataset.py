@@ -1,56 +1,35 @@
-"""Images and latents for training: folders of images, finished shards, and the order they are
-visited in.
+"""Images and latents for training: folders of images, finished shards, and reading ahead.
 
-`open_data` gives an `ImageFolder` or `Shards`, which look alike: `kind`, `size`, `channels`,
-`classes`, `labels`, `fingerprint`, `len` and `batch`. `Order` says which items a run visits,
-`loader` reads them ahead.
-
-A shard set is a folder of `shard-00000.safetensors`, … and `index.json`, which is written last.
-Each shard holds `labels` (n,) int64 and `data`: for pixels uint8 (n, H, W, C), for latents float16
-(n, 2, 2, C, h, w), whose second axis is the image and its horizontal flip, the third mean and
-log-variance in the VAE's own units."""
+`open_data` gives an `ImageFolder` or `Shards` (shards.py), which look alike: `kind`, `size`,
+`channels`, `classes`, `labels`, `fingerprint`, `len` and `batch`. `loader` reads their batches
+ahead, in the order that it is given (randomness.Order)."""
 
 import atexit
 import functools
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from storage import UserError, read_json, sha256
+import shards
+from shards import Shards, flipped
+from storage import UserError
 
-FORMAT = 1  # of the shard set
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 KNOWN = ", ".join(EXTENSIONS)
 FORMATS = ("JPEG", "PNG", "WEBP")  # told by content, not by extension
-GREY = {
-    "1",
-    "L",
-    "LA",
-    "La",
-    "I",
-    "I;16",
-    "I;16L",
-    "I;16B",
-    "I;16N",
-}  # Pillow's modes without colour
+GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}  # Pillow's, without colour
 PROBED = 64  # images whose headers tell size and channels of a folder
-DTYPES = {
-    "U8": np.uint8,
-    "F16": np.float16,
-    "I64": np.int64,
-}  # safetensors' names, as far as shards use them
-DATA_DTYPE = {"pixels": "U8", "latents": "F16"}
-HEADER = 512  # bytes before a shard's data
+MOST_WORKERS = 8  # reading processes, unless told otherwise
+STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # signals that ask to save and end
 
 
 class BadImage(UserError):
@@ -64,7 +43,7 @@ class BadImage(UserError):
         return f"{path}: {reason}"
 
 
-# One image
+# ------------------------------------------------------------------------------------- one image
 
 
 def center_crop(image, size):
@@ -252,42 +231,67 @@ class ImageFolder:
         An unreadable image raises BadImage; with a list `bad` its message is appended there, and
         the next readable item takes its place, or with `drop` none does: B is then smaller."""
         images = np.empty((len(indices), self.size, self.size, self.channels), np.uint8)
-        items, rows = [], []
-        for row, index in enumerate(indices):
-            for step in range(1 if drop else len(self)):
-                item = (int(index) + step) % len(self)
-                try:
-                    images[len(items)] = self.read(item)
-                except BadImage as error:
-                    if bad is None:
-                        raise
-                    bad.append(str(error))
-                else:
-                    items.append(item)
-                    rows.append(row)
-                    break
-            else:
-                if not drop:
-                    raise UserError(
-                        f"{self.root}: none of the {len(self):,} images can be read; the "
-                        f"last: {bad[-1]}"
-                    )
-        return _pixels(images[: len(items)], np.asarray(flips, bool)[rows]), torch.from_numpy(
-            self.labels[items]
+        items = []
+        kept = []
+        for index, flip in zip(indices, flips, strict=True):
+            found = self._readable(int(index), bad, drop)
+            if found is not None:
+                item, images[len(items)] = found
+                items.append(item)
+                kept.append(flip)
+        pixels = flipped(images[: len(items)], np.asarray(kept, bool))
+        return pixels, torch.from_numpy(self.labels[items])
+
+    def _readable(self, index, bad, drop):
+        """(item, image) of `index`, or of the first one after it that can be read; None where it
+        can't and is dropped."""
+        tries = 1 if drop else len(self)
+        for item in range(index, index + tries):
+            item %= len(self)
+            try:
+                return item, self.read(item)
+            except BadImage as error:
+                if bad is None:
+                    raise
+                bad.append(str(error))
+        if drop:
+            return None
+        raise UserError(
+            f"{self.root}: none of the {len(self):,} images can be read; the last: {bad[-1]}"
+        )
+
+
+def _check_kind(root, folders, images):
+    if folders and images:
+        raise UserError(
+            f"{root} mixes images ({images[0]}) and folders ({folders[0]}); expected one folder of "
+            "images per class, or images alone"
+        )
+    if not folders and not images:
+        raise UserError(
+            f"{root} holds no images ({KNOWN}); expected one folder of them per class, or images "
+            "alone"
         )
 
 
 def _list(folder):
     """Sorted names of the folders and of the images in `folder`, hidden ones left out."""
+    folders = []
+    images = []
     try:
         with os.scandir(folder) as entries:
-            entries = [entry for entry in entries if not entry.name.startswith(".")]
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+                    images.append(entry.name)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} is not a folder; expected images, one folder per class, or a shard set"
         ) from None
-    images = sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and e.is_file())
-    return sorted(e.name for e in entries if e.is_dir()), images
+    return sorted(folders), sorted(images)
 
 
 def _list_class(root, name):
@@ -301,167 +305,84 @@ def _list_class(root, name):
     return [os.path.join(name, image) for image in images]
 
 
-def _pixels(images, flips):
-    """uint8 array (B, H, W, C) → tensor (B, C, H, W), mirrored where `flips`. In NumPy: one thread
-    never waits."""
-    images[flips] = images[flips, :, ::-1]
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+# ------------------------------------------------------------------------------------- what it is
 
 
-# Shards
-
-
-class Shards:
-    """A finished shard set, memory-mapped. `index` is its parsed index.json; `size` of latents is
-    their grid's side (32 for images of 256). Raises UserError where a file is missing, damaged or
-    of another format."""
-
-    def __init__(self, root):
-        self.root = Path(root)
-        self.index = index = read_index(root)
-        self.kind, self.size, self.channels, self.classes = (
-            index[k] for k in ("kind", "size", "channels", "classes")
-        )
-        item, self.data, labels = item_shape(index), [], []
-        for shard in index["shards"]:
-            data, numbers = map_shard(self.root / shard["file"])
-            if data.dtype != DTYPES[DATA_DTYPE[self.kind]] or data.shape != (shard["count"], *item):
-                raise damaged(
-                    self.root / shard["file"],
-                    f"holds {data.dtype} {data.shape}, index.json says otherwise",
-                )
-            if ((numbers < 0) | (numbers >= len(self.classes))).any():
-                raise damaged(
-                    self.root / shard["file"], f"has labels beyond its {len(self.classes)} classes"
-                )
-            self.data.append(data)
-            labels.append(numbers)
-        self.labels = np.concatenate(labels)
-        self.starts = np.cumsum([0, *map(len, labels)])
-
-    def __reduce__(self):  # a worker process maps the files itself
-        return Shards, (self.root,)
-
-    def __len__(self):
-        return len(self.labels)
-
-    @functools.cached_property
-    def fingerprint(self):
-        """Hex SHA-256 of index.json, which holds every shard's."""
-        return sha256(self.root / "index.json")
-
-    def batch(self, indices, flips, bad=None, drop=False):
-        """Pixels uint8 (B, C, H, W), or latents float16 (B, 2, C, h, w): mean and log-variance of
-        the image, or of its flip where `flips` (B,) says so; and labels int64 (B,). No item is bad
-        here."""
-        indices, flips = np.asarray(indices), np.asarray(flips, bool)
-        item = self.data[0].shape[1 if self.kind == "pixels" else 2 :]
-        found = np.empty((len(indices), *item), self.data[0].dtype)
-        shards = np.searchsorted(self.starts, indices, "right") - 1
-        for shard in np.unique(shards):
-            rows = np.flatnonzero(shards == shard)
-            where = indices[rows] - self.starts[shard]
-            if self.kind == "latents":
-                where = where, flips[rows].astype(int)
-            found[rows] = self.data[shard][where]
-        labels = torch.from_numpy(self.labels[indices])
-        return (_pixels(found, flips) if self.kind == "pixels" else torch.from_numpy(found)), labels
-
-
-def read_index(root, name="index.json"):
-    """The parsed index.json of a finished shard set, or plan.json of an unfinished one. Raises
-    UserError where it is missing or of another format."""
-    path = Path(root) / name
-    if not path.is_file() and (path.parent / "plan.json").is_file():
-        raise UserError(
-            f"{root} is an unfinished encode; run the same dimr encode again, and it "
-            "goes on where it was"
-        )
-    index = read_json(path)
-    if (
-        not isinstance(index, dict)
-        or index.get("format") != FORMAT
-        or index.get("kind") not in DATA_DTYPE
-    ):
-        raise UserError(
-            f"{path} is not of shard format {FORMAT}; encode elsewhere, or use the dimr "
-            "that wrote it"
-        )
-    return index
-
-
-def item_shape(index):
-    """Shape of one item's data in the set with this index."""
-    size, channels = index["size"], index["channels"]
-    return (size, size, channels) if index["kind"] == "pixels" else (2, 2, channels, size, size)
-
-
-def shard_header(kind, shape):
-    """The HEADER bytes of a shard whose data has `shape` (n, …): safetensors' header, padded with
-    spaces."""
-    data = int(np.prod(shape)) * np.dtype(DTYPES[DATA_DTYPE[kind]]).itemsize
-    tensors = {
-        "__metadata__": {"format": f"dimr {kind} {FORMAT}"},
-        "data": {"dtype": DATA_DTYPE[kind], "shape": shape, "data_offsets": [0, data]},
-        "labels": {"dtype": "I64", "shape": shape[:1], "data_offsets": [data, data + 8 * shape[0]]},
-    }
-    text = json.dumps(tensors, separators=(",", ":")).encode()
-    return (HEADER - 8).to_bytes(8, "little") + text.ljust(HEADER - 8)
-
-
-def map_shard(path):
-    """Memory-mapped data (n, …) and labels (n,) of a shard, its header checked against the file's
-    size."""
-    try:
-        with open(path, "rb") as file:
-            length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
-            header = json.loads(file.read(length)) if length < 1 << 20 else {}
-        arrays, spans = {}, []
-        for name in ("data", "labels"):
-            dtype, shape, (first, last) = (
-                header[name][key] for key in ("dtype", "shape", "data_offsets")
-            )
-            if last - first != np.prod(shape, dtype=int) * np.dtype(DTYPES[dtype]).itemsize:
-                raise ValueError(f"the offsets of {name} do not fit its shape")
-            arrays[name] = DTYPES[dtype], tuple(shape), 8 + length + first
-            spans += [first, last]
-        if sorted(spans) != [0, *[min(spans[1], spans[3])] * 2, size - 8 - length]:
-            raise ValueError(f"its offsets do not fit its {size:,} bytes")
-    except FileNotFoundError:
-        raise damaged(path, "is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise damaged(path, f"is not a whole shard ({error})") from None
-    (dtype, shape, start), (label_dtype, label_shape, label_start) = (
-        arrays["data"],
-        arrays["labels"],
-    )
-    data = np.memmap(path, dtype, "r", start, shape) if 0 not in shape else np.empty(shape, dtype)
-    return data, np.fromfile(path, label_dtype, label_shape[0], offset=label_start)
-
-
-def damaged(path, reason):
-    return UserError(
-        f"{path} {reason}; run the dimr encode that wrote it again, which redoes damaged shards"
-    )
-
-
-def open_data(path, size=None, channels=None, exif=False, default_size=None):
+def open_data(
+    path: str | Path,
+    size: int | None = None,
+    channels: int | None = None,
+    *,
+    exif: bool = False,
+    default_size: int | None = None,
+) -> ImageFolder | Shards:
     """The shard set or image folder at `path`, the latter read at `size`. Raises UserError for
     anything else."""
-    path = Path(path)
-    if (path / "index.json").is_file() or (path / "plan.json").is_file():
-        shards = Shards(path)
-        sizes = {shards.size, shards.index["options"]["res"]}
-        if size not in {None, *sizes} or channels not in {None, shards.channels}:
-            held = f"{shards.kind} of size {shards.size} with {shards.channels} channels"
-            raise UserError(
-                f"{path} holds {held}, not size {size}, channels {channels}; encode those elsewhere"
-            )
-        return shards
-    return ImageFolder(path, size, channels, exif, default_size)
+    if not shards.is_set(path):
+        return ImageFolder(path, size, channels, exif=exif, default_size=default_size)
+    found = Shards(path)
+    sizes = (None, found.size, found.index["options"]["res"])
+    if size not in sizes or channels not in (None, found.channels):
+        raise UserError(
+            f"{path} holds {found.kind} of size {found.size} with {found.channels} channels, not "
+            f"size {size}, channels {channels}; encode those elsewhere"
+        )
+    return found
 
 
-# Order and reading ahead
+# ---------------------------------------------------------------------------------- reading ahead
+
+
+def loader(
+    data, steps: Iterable, workers: int | None = None, *, on_bad: str = "error", pin: bool = False
+) -> Iterator[tuple]:
+    """Yield (images, labels, bad) of `data.batch` for each (indices, flips) of the iterable
+    `steps`, in order, read ahead by `workers` processes (None: this machine's share of cores, at
+    most MOST_WORKERS; for shards 0).
+
+    `on_bad`: "error" raises an unreadable image's BadImage here; "skip" puts the next readable item
+    in its place and its message in the list `bad`, "drop" only the latter. A worker that dies is a
+    UserError. `pin`: page-locked memory, for copies to CUDA."""
+    if workers is None:
+        workers = _share_of_cores(data)
+    reader = torch.utils.data.DataLoader(
+        _Steps(data, on_bad),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_follow,
+        generator=torch.Generator(),  # its own: the global one stays untouched
+    )
+    batches = None
+    kill = None
+    try:
+        batches, kill = _start(reader)
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).splitlines()[0].rstrip(". ")
+        raise UserError(
+            f"{reason}; out of memory, perhaps: run again with fewer --workers"
+        ) from None
+    finally:
+        batches = None  # ends the workers now, though a traceback may hold this frame
+        atexit.unregister(kill)
+
+
+def _share_of_cores(data):
+    """How many processes read `data`, unless told otherwise."""
+    if isinstance(data, Shards):
+        return 0
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(MOST_WORKERS, max(1, cores // processes))
 
 
 class _Steps(torch.utils.data.Dataset):
@@ -469,22 +390,46 @@ class _Steps(torch.utils.data.Dataset):
     worker it would reach the user inside the worker's traceback."""
 
     def __init__(self, data, on_bad):
-        self.data, self.on_bad = data, on_bad
+        self.data = data
+        self.on_bad = on_bad
 
     def __getitem__(self, step):
+        indices, flips = step
         bad = []
         try:
-            return (
-                *self.data.batch(
-                    *step, None if self.on_bad == "error" else bad, self.on_bad == "drop"
-                ),
-                bad,
-            )
+            if self.on_bad == "error":
+                images, labels = self.data.batch(indices, flips)
+            else:
+                images, labels = self.data.batch(indices, flips, bad, self.on_bad == "drop")
         except UserError as error:
             return error
+        return images, labels, bad
 
 
-STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # signals that ask to save and end
+def _start(reader):
+    """The running iterator of a DataLoader, and what kills its workers at Python's end, which would
+    wait for ever for workers that ignore its SIGTERM."""
+    handler = None
+    if reader.num_workers and threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGCHLD)
+    others = set(multiprocessing.active_children())
+    # a worker that is not yet deaf to them would die of them
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        batches = iter(reader)
+        kill = functools.partial(_kill, set(multiprocessing.active_children()) - others)
+        atexit.register(kill)
+        if handler is not None:
+            # PyTorch's would raise for a dead worker wherever the main thread is, not only here
+            signal.signal(signal.SIGCHLD, handler)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    return batches, kill
+
+
+def _kill(processes):
+    for process in processes:
+        process.kill()
 
 
 def _follow(_):
@@ -499,68 +444,3 @@ def _follow(_):
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _kill(processes):
-    for process in processes:
-        process.kill()
-
-
-def loader(data, steps, workers=None, on_bad="error", pin=False):
-    """Yield (images, labels, bad) of `data.batch` for each (indices, flips) of the iterable
-    `steps`, in order, read ahead by `workers` processes (None: this machine's share of cores, at
-    most 8; for shards 0).
-
-    `on_bad`: "error" raises an unreadable image's BadImage here; "skip" puts the next readable item
-    in its place and its message in the list `bad`, "drop" only the latter. A worker that dies is a
-    UserError. `pin`: page-locked memory, for copies to CUDA."""
-    if workers is None:
-        share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = (
-            0
-            if isinstance(data, Shards)
-            else min(8, max(1, share // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        )
-    reader = torch.utils.data.DataLoader(
-        _Steps(data, on_bad),
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        pin_memory=pin,
-        # its own: the global one stays untouched
-        worker_init_fn=_follow,
-        generator=torch.Generator(),
-    )
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGCHLD) if main and workers else None
-    others, kill = set(multiprocessing.active_children()), None
-    held = signal.pthread_sigmask(
-        signal.SIG_BLOCK, STOPS
-    )  # a worker that is not yet deaf to them would die of them
-    try:
-        try:
-            batches = iter(reader)
-            kill = functools.partial(_kill, set(multiprocessing.active_children()) - others)
-            atexit.register(
-                kill
-            )  # or Python would wait for ever, at its end, for workers that ignore its SIGTERM
-            if (
-                handler is not None
-            ):  # PyTorch's would raise for a dead worker wherever the main thread is, not only here
-                signal.signal(signal.SIGCHLD, handler)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{reason.rstrip('. ')}; out of memory, perhaps: run again with fewer --workers"
-        ) from None
-    finally:
-        batches = None  # ends the workers now, though a traceback may hold this frame
-        atexit.unregister(kill)

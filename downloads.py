@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import http.client
 import os
-import shutil
 import socket
 import sys
 import time
@@ -22,16 +21,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from storage import UserError, sha256, sync_folder
+from storage import UserError, check_room, sha256, sync_folder
 
 BLOCK = 2**20  # bytes read at once
 HUB = "https://huggingface.co"
-PASSING = {
-    408,
-    416,
-    425,
-    429,
-}  # HTTP statuses that another try may cure, beside all of 500 and above
+PASSING = {408, 416, 425, 429}  # HTTP statuses that another try may cure, beside 500 and above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,53 +37,85 @@ class Asset:
     sha256: str | None = None  # hex, or its first digits
 
     @property
-    def file(self):
+    def file(self) -> str:
         return self.address.rpartition("/")[2]
 
     @property
-    def url(self):
+    def url(self) -> str:
         hub = os.environ.get("HF_ENDPOINT") or HUB
         if not hub.startswith(("http://", "https://")):
             raise UserError(f"HF_ENDPOINT is {hub!r}; expected a URL such as {HUB}")
         return self.address.format(hub=hub.rstrip("/"))
 
 
-_RELEASE = "{hub}/QHL067/DiMR/resolve/main/"
+_HUB_RELEASE = "{hub}/QHL067/DiMR/resolve/main/"
 _RESEARCH = "code Apache-2.0, weights 'for research purposes'; see huggingface.co/QHL067/DiMR"
+_PYTORCH_FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 _REFERENCES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/"
 _IMAGENET = "photographs of ImageNet, non-commercial research only; see image-net.org"
 
 ASSETS = {
-    "xl2r": Asset(_RELEASE + "DiMR-XL_2R_800epochs.pth", "DiMR-XL/2R for 256×256, 800 epochs, "
-                                                         "about 2.0 GB", _RESEARCH),
-    "g2r": Asset(_RELEASE + "DiMR-G_2R_800epochs.pth", "DiMR-G/2R for 256×256, 800 epochs, "
-                                                       "about 4.2 GB", _RESEARCH),
+    "xl2r": Asset(
+        address=_HUB_RELEASE + "DiMR-XL_2R_800epochs.pth",
+        what="DiMR-XL/2R for 256×256, 800 epochs, about 2.0 GB",
+        licence=_RESEARCH,
+    ),
+    "g2r": Asset(
+        address=_HUB_RELEASE + "DiMR-G_2R_800epochs.pth",
+        what="DiMR-G/2R for 256×256, 800 epochs, about 4.2 GB",
+        licence=_RESEARCH,
+    ),
     "sd-vae-ft-ema": Asset(
-        "{hub}/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.safetensors",
-        "the VAE of the latent models", "MIT; see huggingface.co/stabilityai/sd-vae-ft-ema",
-        334_643_276, "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46"),
+        address="{hub}/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.safetensors",
+        what="the VAE of the latent models",
+        licence="MIT; see huggingface.co/stabilityai/sd-vae-ft-ema",
+        size=334_643_276,
+        sha256="32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
+    ),
     "inception": Asset(
-        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        "the Inception network of 2015, "
-        "for FID", "Google's, ported by pytorch-fid (Apache-2.0); trained on ImageNet",
-        95_628_359, "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
+        address=_PYTORCH_FID + "pt_inception-2015-12-05-6726825d.pth",
+        what="the Inception network of 2015, for FID",
+        licence="Google's, ported by pytorch-fid (Apache-2.0); trained on ImageNet",
+        size=95_628_359,
+        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    ),
     "vit-b16": Asset(
-        "{hub}/timm/vit_base_patch16_224.augreg2_in21k_ft_in1k/resolve/main/model.safetensors",
-        "the ViT-B/16 classifier of dimr eval fidelity, "
-        "about 346 MB", "Apache-2.0; trained on ImageNet-21k and ImageNet-1k"),
+        address="{hub}/timm/vit_base_patch16_224.augreg2_in21k_ft_in1k/resolve/main/"
+        "model.safetensors",
+        what="the ViT-B/16 classifier of dimr eval fidelity, about 346 MB",
+        licence="Apache-2.0; trained on ImageNet-21k and ImageNet-1k",
+    ),
     "imagenet64": Asset(
-        _REFERENCES + "64/VIRTUAL_imagenet64_labeled.npz", "ADM's reference for FID at "
-                                                           "64×64", _IMAGENET),
+        address=_REFERENCES + "64/VIRTUAL_imagenet64_labeled.npz",
+        what="ADM's reference for FID at 64×64",
+        licence=_IMAGENET,
+    ),
     "imagenet256": Asset(
-        _REFERENCES + "256/VIRTUAL_imagenet256_labeled.npz", "ADM's reference for FID at "
-                                                             "256×256", _IMAGENET,
-        2_037_122_530, "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"),
-    "imagenet512": Asset(_REFERENCES + "512/VIRTUAL_imagenet512.npz", "ADM's reference for FID at "
-                                                                      "512×512", _IMAGENET),
-}  # fmt: skip
+        address=_REFERENCES + "256/VIRTUAL_imagenet256_labeled.npz",
+        what="ADM's reference for FID at 256×256",
+        licence=_IMAGENET,
+        size=2_037_122_530,
+        sha256="b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758",
+    ),
+    "imagenet512": Asset(
+        address=_REFERENCES + "512/VIRTUAL_imagenet512.npz",
+        what="ADM's reference for FID at 512×512",
+        licence=_IMAGENET,
+    ),
+}
 
 
-def cache():
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """When a download is given up."""
+
+    timeout: float = 30  # seconds without a byte
+    tries: int = 4  # attempts in a row that bring nothing new
+    wait: float = 1  # seconds to the next attempt, then twice as long each time
+    patience: float = 300  # seconds that another process may hold the download without moving
+
+
+def cache() -> Path:
     """The folder downloads are kept in: DIMR_HOME, else `dimr` in the platform's cache folder."""
     if home := os.environ.get("DIMR_HOME"):
         return Path(home).expanduser()
@@ -97,12 +123,12 @@ def cache():
     return Path(os.environ.get("XDG_CACHE_HOME") or default).expanduser() / "dimr"
 
 
-def place(name):
+def place(name: str) -> Path:
     """Where the file of this name is kept, fetched or not."""
     return cache() / name / ASSETS[name].file
 
 
-def listing():
+def listing() -> list[dict]:
     """The table as dicts: name, file, url, size, licence, what, and `cached` (path or None)."""
     return [
         {
@@ -118,7 +144,7 @@ def listing():
     ]
 
 
-def find(name_or_path):
+def find(name_or_path: str | Path) -> Path:
     """The path of a name in ASSETS, fetched first if it is not in the cache, or of a file or folder
     that exists.
 
@@ -134,30 +160,19 @@ def find(name_or_path):
     )
 
 
-def fetch(name, timeout=30, tries=4, wait=1, patience=300):
-    """The cached file of `name`, downloaded if need be; a cut download goes on where it stopped.
+USUAL = Limits()
 
-    `timeout`: seconds without a byte; `tries`: attempts in a row that bring nothing new, `wait`
-    seconds and then twice as long apart; `patience`: how long another process may hold the download
-    without moving. Raises UserError."""
-    asset, path = ASSETS[name], place(name)
+
+def fetch(name: str, limits: Limits = USUAL) -> Path:
+    """The cached file of `name`, downloaded if need be; a cut download goes on where it stopped.
+    Raises UserError."""
+    path = place(name)
     if not path.is_file():
-        by_hand = f"; or put {asset.file} from {asset.url} into {path.parent}"
-        if os.environ.get("DIMR_OFFLINE", "0") not in ("", "0"):
-            raise UserError(
-                f"{name} is not in the cache and DIMR_OFFLINE is set: unset it{by_hand}"
-            )
-        with _locked(path, patience):
-            if not path.is_file():  # another process may have fetched it meanwhile
-                try:
-                    _download(name, asset, path, timeout, tries, wait)
-                except Failed as error:
-                    raise UserError(
-                        f"{name} could not be fetched: {error}; try again later{by_hand}"
-                    ) from None
-    if asset.size and path.stat().st_size != asset.size:
+        _fetch(_Download(name, ASSETS[name], path, limits))
+    expected = ASSETS[name].size
+    if expected and path.stat().st_size != expected:
         raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes, expected {asset.size:,}; delete "
+            f"{path} has {path.stat().st_size:,} bytes, expected {expected:,}; delete "
             "it and try again"
         )
     return path
@@ -171,34 +186,72 @@ class Interrupted(Failed):
     """An attempt that failed; another may not."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Download:
+    """One file on its way to `path`. Beside it lie a lock, the part that is there, and a tag: what
+    the server called the file that it is a part of."""
+
+    name: str
+    asset: Asset
+    path: Path
+    limits: Limits
+
+    @property
+    def lock(self):
+        return self.path.with_name(f".{self.path.name}.lock")
+
+    @property
+    def part(self):
+        return self.path.with_name(f".{self.path.name}.part")
+
+    @property
+    def tag(self):
+        return self.path.with_name(f".{self.path.name}.tag")
+
+
+def _fetch(job):
+    """Bring the file, or say how else it may come."""
+    by_hand = f"or put {job.asset.file} from {job.asset.url} into {job.path.parent}"
+    if os.environ.get("DIMR_OFFLINE", "0") not in ("", "0"):
+        raise UserError(
+            f"{job.name} is not in the cache and DIMR_OFFLINE is set: unset it; {by_hand}"
+        )
+    with _locked(job):
+        if job.path.is_file():  # another process has fetched it meanwhile
+            return
+        try:
+            _download(job)
+        except Failed as error:
+            raise UserError(
+                f"{job.name} could not be fetched: {error}; try again later; {by_hand}"
+            ) from None
+
+
 def _say(line):
     tqdm.write(line, file=sys.stderr)
 
 
 @contextlib.contextmanager
-def _locked(path, patience):
-    """Hold the download of `path` for this process. The lock ends with its owner; a living one is
-    waited for as long as its download grows, and named if it does not for `patience` seconds."""
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "a+") as file:
-        seen, since = None, time.monotonic()
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                owner, size = file.read().strip() or "another process", _size(_part(path))
+def _locked(job):
+    """Hold a download for this process. The lock ends with its owner; a living one is waited for as
+    long as its download grows, and named if it does not for `patience` seconds."""
+    job.lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(job.lock, "a+") as file:
+        seen = None  # bytes that the owner had
+        since = time.monotonic()
+        while not _taken(file):
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            size = _size(job.part)
             if seen is None:
-                _say(f"waiting for {owner}, which is fetching {path}")
+                _say(f"waiting for {owner}, which is fetching {job.path}")
             if size != seen:
-                seen, since = size, time.monotonic()
-            if time.monotonic() - since > patience:
+                seen = size
+                since = time.monotonic()
+            if time.monotonic() - since > job.limits.patience:
                 raise UserError(
-                    f"{path} is being fetched by {owner}, which has not moved for {patience:g} s; "
-                    "end that process and try again"
+                    f"{job.path} is being fetched by {owner}, which has not moved for "
+                    f"{job.limits.patience:g} s; end that process and try again"
                 )
             time.sleep(0.1)
         file.truncate(0)
@@ -207,136 +260,160 @@ def _locked(path, patience):
         yield
 
 
-def _part(path):
-    return path.with_name(f".{path.name}.part")
+def _taken(file):
+    """Whether this process now has the lock on an open file."""
+    import fcntl
 
-
-def _tag(path):
-    """Beside a partial file: what the server called the file it is a part of."""
-    return path.with_name(f".{path.name}.tag")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _size(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def _download(name, asset, path, timeout, tries, wait):
-    """Bring `path` whole and verified, in as many attempts as still bring something new. Raises
-    Failed."""
-    part, failures, mixed = _part(path), 0, False
-    best = _size(part)
-    _say(f"fetching {name} from {asset.url} to {path}")
+def _download(job):
+    """Bring a file whole and verified, in as many attempts as still bring something new. Raises
+    Failed, or UserError where there is no room."""
+    _say(f"fetching {job.name} from {job.asset.url} to {job.path}")
     with tqdm(
-        desc=name, unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr
+        desc=job.name, unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr
     ) as bar:
-        while True:
-            try:
-                resumed, expected = _attempt(asset, path, timeout, bar)
-            except Interrupted as error:
-                failures, best = (0, _size(part)) if _size(part) > best else (failures + 1, best)
-                if failures >= tries:
-                    raise
-                _say(f"{name}: {error}; trying again")
-                time.sleep(wait * 2 ** max(failures - 1, 0))
-                continue
-            try:
-                proof = _verify(part, expected)
-                break
-            except Failed as error:
-                part.unlink()
-                _tag(path).unlink()
-                if mixed or not resumed:
-                    raise
-                mixed, best = (
-                    True,
-                    0,
-                )  # the pieces may be of different files: once more, from the start
-                _say(f"{name}: {error}; starting over")
-    with open(part, "rb+") as file:
+        resumed, expected = _bring(job, bar)
+        try:
+            proof = _verify(job, expected)
+        except Failed as error:
+            if not resumed:
+                raise
+            # the pieces may be of different files: once more, from the start
+            _say(f"{job.name}: {error}; starting over")
+            _, expected = _bring(job, bar)
+            proof = _verify(job, expected)
+    with open(job.part, "rb+") as file:
         os.fsync(file.fileno())
-    os.replace(part, path)
-    _tag(path).unlink(missing_ok=True)
-    sync_folder(path.parent)
-    _say(f"{name}: {path.stat().st_size:,} bytes, {proof}")
+    os.replace(job.part, job.path)
+    job.tag.unlink(missing_ok=True)
+    sync_folder(job.path.parent)
+    _say(f"{job.name}: {job.path.stat().st_size:,} bytes, {proof}")
 
 
-def _attempt(asset, path, timeout, bar):
+def _bring(job, bar):
+    """Attempt until the partial file is whole, as long as attempts bring something new. Returns and
+    raises as _attempt, whose last Interrupted ends it."""
+    failures = 0
+    best = _size(job.part)
+    while True:
+        try:
+            return _attempt(job, bar)
+        except Interrupted as error:
+            if _size(job.part) > best:
+                failures = 0
+                best = _size(job.part)
+            else:
+                failures += 1
+            if failures >= job.limits.tries:
+                raise
+            _say(f"{job.name}: {error}; trying again")
+            time.sleep(job.limits.wait * 2 ** max(failures - 1, 0))
+
+
+def _attempt(job, bar):
     """Append to the partial file what one request brings. Once it is whole, returns (whether an
     earlier attempt began it, the digits its SHA-256 must begin with or None). Raises Interrupted,
-    or Failed if trying again won't help."""
-    part, tag = _part(path), _tag(path)
-    start = (
-        max(0, _size(part) - 1) if tag.exists() else 0
-    )  # the last byte once more: no range is empty then
-    with _open(asset.url, start, timeout, part) as (response, linked):
-        first, total = _extent(response)
-        known = asset.size or int(linked.get("X-Linked-Size") or 0) or None
-        identity = (
-            linked.get("X-Linked-ETag")
-            or response.headers["ETag"]
-            or response.headers["Last-Modified"]
-            or ""
-        )
-        if known and total not in (None, known):
-            raise Interrupted(f"the server offers {total:,} bytes, expected {known:,}")
-        if first and (first != start or identity != tag.read_text()):
-            part.unlink()
-            raise Interrupted(
-                "the server's file has changed"
-                if first == start
-                else f"the server sent bytes from {first:,}, asked for {start:,}"
+    Failed if trying again won't help, or UserError where there is no room."""
+    start = 0
+    if job.tag.exists():
+        start = max(0, _size(job.part) - 1)  # the last byte once more: no range is empty then
+    with _open(job, start) as (response, linked):
+        first, offered = _extent(response)
+        known = job.asset.size or int(linked.get("X-Linked-Size") or 0) or None
+        if known and offered not in (None, known):
+            raise Interrupted(f"the server offers {offered:,} bytes, expected {known:,}")
+        total = offered or known
+        identity = _identity(response, linked)
+        if first:
+            _check_same_file(job, identity, start, first)
+        if total:
+            check_room(
+                job.path.parent,
+                total - first,
+                f"fetching {job.name}",
+                "free some space or set DIMR_HOME",
             )
-        total = total or known
-        room = shutil.disk_usage(path.parent).free
-        if total and total - first > room:
-            raise Failed(
-                f"it takes {total - first:,} bytes and {path.parent} has room for {room:,}; "
-                "free space or set DIMR_HOME"
-            )
-        bar.total, bar.n, bar.initial = total, first, first
-        with open(part, "rb+" if first else "wb") as file:
-            tag.write_text(identity)
+        bar.total = total
+        bar.n = first
+        bar.initial = first
+        with open(job.part, "rb+" if first else "wb") as file:
+            job.tag.write_text(identity)
             file.seek(first)
             while block := _read(response):
                 file.write(block)
                 bar.update(len(block))
-        size = _size(part)
-    if size != (total or size):
+    size = _size(job.part)
+    if total and size != total:
         raise Interrupted(f"the connection ended after {size:,} of {total:,} bytes")
-    etag = linked.get("X-Linked-ETag", "").strip('"')
-    expected = asset.sha256 or (etag if len(etag) == 64 else None)
-    if not (expected or total):
+    expected = job.asset.sha256 or _published_hash(linked)
+    if not expected and not total:
         raise Failed("the server gives neither length nor hash to verify it by")
     return first > 0, expected
 
 
+def _identity(response, linked):
+    """What the server calls this version of the file."""
+    headers = response.headers
+    return linked.get("X-Linked-ETag") or headers["ETag"] or headers["Last-Modified"] or ""
+
+
+def _check_same_file(job, identity, start, first):
+    """Raises Interrupted, with the partial file removed, if bytes from `first` on do not continue
+    it."""
+    if first == start and identity == job.tag.read_text():
+        return
+    job.part.unlink()
+    if first == start:
+        raise Interrupted("the server's file has changed")
+    raise Interrupted(f"the server sent bytes from {first:,}, asked for {start:,}")
+
+
+def _published_hash(linked):
+    """The hub's SHA-256 of the file, or None."""
+    etag = linked.get("X-Linked-ETag", "").strip('"')
+    return etag if len(etag) == 64 else None
+
+
 @contextlib.contextmanager
-def _open(url, start, timeout, part):
-    """The response to a request for the bytes of `url` from `start` on, and the hub's X-Linked
+def _open(job, start):
+    """The response to a request for the file's bytes from `start` on, and the hub's X-Linked
     headers, which come with its redirect. Raises as `_attempt` does."""
     linked = {}
 
     def note(headers):
-        linked.update(
-            {name: headers[name] for name in ("X-Linked-ETag", "X-Linked-Size") if headers[name]}
-        )
+        for name in ("X-Linked-ETag", "X-Linked-Size"):
+            if headers[name]:
+                linked[name] = headers[name]
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, request, file, code, message, headers, url):
             note(headers)
             return super().redirect_request(request, file, code, message, headers, url)
 
-    headers = {"User-Agent": "dimr"} | ({"Range": f"bytes={start}-"} if start else {})
+    headers = {"User-Agent": "dimr"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
     try:
-        request = urllib.request.Request(url, headers=headers)
-        response = urllib.request.build_opener(Redirects).open(request, timeout=timeout)
+        request = urllib.request.Request(job.asset.url, headers=headers)
+        opener = urllib.request.build_opener(Redirects)
+        response = opener.open(request, timeout=job.limits.timeout)
     except urllib.error.HTTPError as error:
-        passing = error.code in PASSING or error.code >= 500
         if error.code == 416:  # no such range: the part is of another, longer file
-            part.unlink()
-        raise (Interrupted if passing else Failed)(
-            f"the server answers {error.code} {error.reason}"
-        ) from None
+            job.part.unlink(missing_ok=True)
+        answer = f"the server answers {error.code} {error.reason}"
+        if error.code in PASSING or error.code >= 500:
+            raise Interrupted(answer) from None
+        raise Failed(answer) from None
     except (OSError, http.client.HTTPException) as error:
         raise Interrupted(f"no connection ({_reason(error)})") from None
     with response:
@@ -357,22 +434,28 @@ def _reason(error):
 
 def _extent(response):
     """(number of the body's first byte, length of the whole file or None)."""
-    if response.status == 206:
-        unit, _, span = (response.headers["Content-Range"] or "").partition(" ")
-        span, _, total = span.partition("/")
-        first = span.partition("-")[0]
-        if unit != "bytes" or not first.isdecimal():
-            raise Interrupted("the server sent a part without saying which")
-        return int(first), int(total) if total.isdecimal() else None
-    length = response.headers["Content-Length"] or ""
-    return 0, int(length) if length.isdecimal() else None
+    if response.status != 206:
+        return 0, _number(response.headers["Content-Length"] or "")
+    unit, _, span = (response.headers["Content-Range"] or "").partition(" ")
+    span, _, total = span.partition("/")
+    first = _number(span.partition("-")[0])
+    if unit != "bytes" or first is None:
+        raise Interrupted("the server sent a part without saying which")
+    return first, _number(total)
 
 
-def _verify(part, expected):
-    """How the partial file was proved to be the whole one. Raises Failed if it is another."""
-    digest = sha256(part)
+def _number(text):
+    return int(text) if text.isdecimal() else None
+
+
+def _verify(job, expected):
+    """How the partial file was proved to be the whole one. Raises Failed, with it removed, if it is
+    another."""
+    digest = sha256(job.part)
     if expected is None:
         return f"length as announced; no hash is published, its SHA-256 is {digest}"
     if not digest.startswith(expected.lower()):
+        job.part.unlink()
+        job.tag.unlink()
         raise Failed(f"its SHA-256 is {digest}, expected {expected}")
     return f"SHA-256 {digest} as expected"

@@ -1,6 +1,9 @@
 """Pictures to look at: grids of images and curves of a run, drawn with Pillow alone."""
 
+import dataclasses
 import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -8,81 +11,129 @@ from PIL import Image, ImageDraw, ImageFont
 from storage import writing
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d6a9f", "#c98b1b", "#3d3d3d")
+TILE = 64  # pixels that an image of a grid has at least
+FRAME = 2  # pixels of white around each
+CAPTION = 14  # pixels of height
 
 
-def to_image(array):
+def to_image(array: np.ndarray) -> Image.Image:
     """PIL image of a uint8 array (H, W, C) with 1 or 3 channels."""
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
-def grid(images, captions=None, columns=None, tile=None):
+def grid(
+    images: Iterable[np.ndarray],
+    captions: Sequence[str] | None = None,
+    columns: int | None = None,
+    tile: int | None = None,
+) -> Image.Image:
     """One PIL image of uint8 `images` (N, H, W, C), row by row, each enlarged by a whole factor to
-    about `tile` pixels (default: at least 64) with its caption underneath."""
+    about `tile` pixels (default: at least TILE) with its caption underneath."""
     images = list(images)
     height, width = images[0].shape[:2]
-    factor = max(1, round((tile or max(64, height)) / height))
+    factor = max(1, round((tile or max(TILE, height)) / height))
+    height *= factor
+    width *= factor
     columns = columns or math.ceil(len(images) ** 0.5)
-    font = ImageFont.load_default(11)
-    room = 14 if captions else 0
-    cell_w, cell_h = width * factor + 4, height * factor + 4 + room
-    sheet = Image.new("RGB", (columns * cell_w, math.ceil(len(images) / columns) * cell_h), "white")
+    rows = math.ceil(len(images) / columns)
+    cell_width = width + 2 * FRAME
+    cell_height = height + 2 * FRAME
+    if captions:
+        cell_height += CAPTION
+    sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)
     for i, image in enumerate(images):
-        x, y = i % columns * cell_w + 2, i // columns * cell_h + 2
-        sheet.paste(
-            to_image(image).resize((width * factor, height * factor), Image.Resampling.NEAREST),
-            (x, y),
-        )
+        x = i % columns * cell_width + FRAME
+        y = i // columns * cell_height + FRAME
+        sheet.paste(to_image(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
         if captions:
             text = captions[i]
-            while len(text) > 1 and draw.textlength(text, font) > cell_w - 2:
+            while len(text) > 1 and draw.textlength(text, font) > cell_width - FRAME:
                 text = text[:-2] + "…"
-            draw.text((x, y + height * factor), text, "black", font)
+            draw.text((x, y + height), text, "black", font)
     return sheet
 
 
-def curves(series, title, smooth=50):
+@dataclasses.dataclass(frozen=True)
+class _Chart:
+    """Where the points of a chart of `width` by `height` pixels lie: steps from 0 to `last`,
+    heights from 10^low to 10^high."""
+
+    last: float
+    low: float
+    high: float
+    width: int = 900
+    height: int = 480
+    left: int = 70
+    right: int = 190
+    top: int = 40
+    bottom: int = 40
+
+    def x(self, step):
+        return self.left + (self.width - self.left - self.right) * step / self.last
+
+    def y(self, value):
+        below = self.high - math.log10(value)
+        return self.top + (self.height - self.top - self.bottom) * below / (self.high - self.low)
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, smooth: int = 50
+) -> Image.Image:
     """A PIL line chart with logarithmic heights. `series`: name → (steps, values); a running mean
     over `smooth` values is drawn, and where it ends is written beside the name."""
-    width, height, left, top, bottom = 900, 480, 70, 40, 40
-    chart = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(chart), ImageFont.load_default(13)
-    draw.text((left, 12), title, "black", font)
     lines = {}
     for name, (steps, values) in series.items():
-        values = np.asarray(values, float)
-        keep = np.isfinite(values) & (values > 0)
-        if keep.any():
-            steps, values = np.asarray(steps)[keep], values[keep]
-            window = min(smooth, len(values))
-            mean = np.convolve(values, np.ones(window) / window, "valid")
-            lines[name] = steps[window - 1 :], mean
-    if lines:
-        last = max(max(steps[-1] for steps, _ in lines.values()), 1)
-        low = math.log10(min(v.min() for _, v in lines.values())) - 0.02
-        high = math.log10(max(v.max() for _, v in lines.values())) + 0.02
-
-        def at_x(step):
-            return left + (width - left - 190) * step / last
-
-        def at_y(value):
-            return top + (height - top - bottom) * (high - math.log10(value)) / (high - low)
-
-        for power in np.linspace(low, high, 6):
-            y = at_y(10**power)
-            draw.line((left, y, width - 190, y), "#dddddd")
-            draw.text((6, y - 8), f"{10**power:.4g}", "black", font)
-        for step in np.linspace(0, last, 5):
-            draw.text((at_x(step) - 10, height - bottom + 8), f"{step:,.0f}", "black", font)
-        for i, (name, (steps, values)) in enumerate(lines.items()):
-            points = [(at_x(s), at_y(v)) for s, v in zip(steps, values, strict=True)]
-            colour = COLOURS[i % len(COLOURS)]
-            draw.line(points if len(points) > 1 else points * 2, colour, 2)
-            draw.text((width - 182, top + 18 * i), f"{name} {values[-1]:.4g}", colour, font)
-    return chart
+        steps, values = _smoothed(steps, values, smooth)
+        if len(steps):
+            lines[name] = steps, values
+    picture = Image.new("RGB", (_Chart.width, _Chart.height), "white")
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(13)
+    draw.text((_Chart.left, 12), title, "black", font)
+    if not lines:
+        return picture
+    chart = _Chart(
+        last=max(1, *(steps[-1] for steps, _ in lines.values())),
+        low=math.log10(min(values.min() for _, values in lines.values())) - 0.02,
+        high=math.log10(max(values.max() for _, values in lines.values())) + 0.02,
+    )
+    _draw_axes(draw, font, chart)
+    for i, (name, (steps, values)) in enumerate(lines.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        points = [(chart.x(s), chart.y(v)) for s, v in zip(steps, values, strict=True)]
+        if len(points) == 1:
+            points = points * 2  # a line of one point is not drawn
+        draw.line(points, colour, 2)
+        place = (chart.width - chart.right + 8, chart.top + 18 * i)
+        draw.text(place, f"{name} {values[-1]:.4g}", colour, font)
+    return picture
 
 
-def save(picture, path, **options):
+def _smoothed(steps, values, window):
+    """Steps and running means of the values that have a logarithm."""
+    steps = np.asarray(steps)
+    values = np.asarray(values, float)
+    keep = np.isfinite(values) & (values > 0)
+    window = min(window, keep.sum())
+    if window == 0:
+        return steps[:0], values[:0]
+    means = np.convolve(values[keep], np.ones(window) / window, "valid")
+    return steps[keep][window - 1 :], means
+
+
+def _draw_axes(draw, font, chart):
+    for power in np.linspace(chart.low, chart.high, 6):
+        y = chart.y(10**power)
+        draw.line((chart.left, y, chart.width - chart.right, y), "#dddddd")
+        draw.text((6, y - 8), f"{10**power:.4g}", "black", font)
+    for step in np.linspace(0, chart.last, 5):
+        y = chart.height - chart.bottom + 8
+        draw.text((chart.x(step) - 10, y), f"{step:,.0f}", "black", font)
+
+
+def save(picture: Image.Image, path: str | Path, **options) -> None:
     """Write a PIL image as PNG, whole or not at all."""
     with writing(path) as file:
         picture.save(file, "PNG", **options)

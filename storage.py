@@ -7,10 +7,15 @@ import os
 import shutil
 import socket
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 VERSION = "0.1.0"
-DTYPES = {
+DTYPES = {  # safetensors' names
     "torch.float64": "F64",
     "torch.float32": "F32",
     "torch.float16": "F16",
@@ -21,7 +26,7 @@ DTYPES = {
     "torch.int8": "I8",
     "torch.uint8": "U8",
     "torch.bool": "BOOL",
-}  # safetensors' names
+}
 
 
 class UserError(Exception):
@@ -30,7 +35,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def writing(path, mode="wb"):
+def writing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path`; on leaving it is synced and renamed to `path`, or
     removed if anything was raised. The parent folder is made if need be."""
     path = Path(path)
@@ -48,7 +53,7 @@ def writing(path, mode="wb"):
     sync_folder(path.parent)
 
 
-def sync_folder(path):
+def sync_folder(path: str | Path) -> None:
     """Make a rename inside folder `path` durable."""
     if os.name == "nt":  # Windows has no handle for a folder to sync
         return
@@ -59,19 +64,24 @@ def sync_folder(path):
         os.close(handle)
 
 
-def sweep(folder):
+def sweep(folder: str | Path) -> None:
     """Remove what a killed process left half-written in `folder` (`writing`'s temporary files)."""
     for path in Path(folder).glob(".*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value) -> None:
+    """Write `value` as JSON, whole or not at all."""
     with writing(path, "w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
 
 
-def read_json(path):
+def read_json(path: str | Path):
+    """The value in a JSON file. Raises UserError where it is missing or no JSON."""
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -80,7 +90,7 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from None
 
 
-def sha256(path):
+def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes. Raises UserError if it can't be read."""
     try:
         with open(path, "rb") as file:
@@ -91,70 +101,92 @@ def sha256(path):
         ) from None
 
 
-def load_tensors(path):
+def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
     """Tensors and metadata of a `.safetensors` file, or of a PyTorch file read with weights only.
 
     Returns (dict of name → CPU tensor, dict of str → str); a PyTorch file may carry metadata as an
     attribute of that name on its OrderedDict. Raises UserError for anything else."""
-    import torch  # here, so that the command line answers --help at once
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not a file; expected weights (.safetensors, .pth, .pt, .ckpt)")
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                names = file.keys()  # noqa: SIM118 (no dict)
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path} is not a whole safetensors file that can be read ({error}); fetch it again"
-            ) from None
+        return _load_safetensors(path)
+    return _state_dict(path, _load_pickle(path))
+
+
+def _load_safetensors(path):
+    from safetensors import SafetensorError, safe_open
+
     try:
-        value = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except (
-        Exception
-    ) as error:  # whatever an untrusted file makes the parser raise, the file is at fault
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        with safe_open(path, "pt") as file:
+            names = file.keys()  # noqa: SIM118 (no dict)
+            tensors = {name: file.get_tensor(name) for name in names}
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} can't be read as plain weights ({reason}); nothing in it was run"
+            f"{path} is not a whole safetensors file that can be read ({error}); fetch it again"
         ) from None
+
+
+def _load_pickle(path):
+    """What a PyTorch file holds, with nothing in it run and, where it can be, mapped."""
+    import torch  # here, so that the command line answers --help at once
+
+    mapped = zipfile.is_zipfile(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    # whatever an untrusted file makes the parser raise, the file is at fault
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{path} can't be read as plain weights ({lines[0]}); nothing in it was run"
+        ) from None
+
+
+def _state_dict(path, value):
+    """Tensors and metadata of what a PyTorch file holds."""
+    import torch
+
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]  # Lightning and CompVis wrap theirs
-    tensors = (
-        {k: v for k, v in value.items() if isinstance(v, torch.Tensor)}
-        if isinstance(value, dict)
-        else {}
-    )
+    tensors = {}
+    if isinstance(value, dict):
+        tensors = {name: item for name, item in value.items() if isinstance(item, torch.Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no state dict: expected names mapped to tensors")
-    about = getattr(value, "metadata", None)
-    return tensors, {k: v for k, v in about.items() if isinstance(v, str)} if isinstance(
-        about, dict
-    ) else {}
+    metadata = getattr(value, "metadata", None)
+    if not isinstance(metadata, dict):
+        return tensors, {}
+    return tensors, {name: text for name, text in metadata.items() if isinstance(text, str)}
 
 
-def save_tensors(path, tensors, metadata=None):
+def save_tensors(
+    path: str | Path,
+    tensors: dict[str, "torch.Tensor"],
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Write name → tensor as safetensors, whole or not at all. `metadata` maps str to str. The same
     content gives the same bytes, and no copy of it is made: the library's own writer shuffles
     metadata and holds the file in memory."""
     import torch
 
-    tensors = dict(
-        sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    )  # so that all are aligned
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    def place(item):  # the widest first, so that all are aligned
+        name, tensor = item
+        return -tensor.element_size(), name
+
+    tensors = dict(sorted(tensors.items(), key=place))
+    header = {}
+    if metadata:
+        header["__metadata__"] = metadata
+    end = 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
+        first = end
+        end += tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": DTYPES[str(tensor.dtype)],
             "shape": list(tensor.shape),
-            "data_offsets": [end, end + size],
+            "data_offsets": [first, end],
         }
-        end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with writing(path) as file:
@@ -164,7 +196,7 @@ def save_tensors(path, tensors, metadata=None):
 
 
 @contextlib.contextmanager
-def locked(run):
+def locked(run: str | Path) -> Iterator[None]:
     """Hold a run folder for this process. A second one gets a UserError naming the owner; the lock
     ends with its owner, whose reading processes don't inherit it."""
     import fcntl
@@ -175,9 +207,9 @@ def locked(run):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
+            owner = file.read().strip() or "another process"
             raise UserError(
-                f"{run} is in use by {file.read().strip() or 'another process'}; wait "
-                "for it or choose another --out"
+                f"{run} is in use by {owner}; wait for it or choose another --out"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -191,7 +223,12 @@ def locked(run):
 # ------------------------------------------------------------------------------------------ room
 
 
-def check_room(folder, need, what, advice="free some space or give another --out"):
+def check_room(
+    folder: str | Path,
+    need: int,
+    what: str,
+    advice: str = "free some space or give another --out",
+) -> int:
     """Free bytes on the disk of `folder`, which exists. Raises UserError if `need` bytes, which
     `what` takes, are more."""
     free = shutil.disk_usage(folder).free
@@ -203,7 +240,7 @@ def check_room(folder, need, what, advice="free some space or give another --out
     return free
 
 
-def size_text(count):
+def size_text(count: int) -> str:
     """A number of bytes for people."""
     if count < 10_000_000:
         return f"{count:,} bytes"
