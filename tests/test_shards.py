@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import DATA
 from safetensors.numpy import load_file, save_file
 
 import dataset
@@ -257,9 +258,19 @@ def test_an_unfinished_or_foreign_set_is_refused(pixels):
     (root / "index.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         dataset.open_data(root)
-    (root / "index.json").rename(root / "plan.json")
+    (root / "index.json").unlink()
+    with pytest.raises(UserError, match="index.json does not exist"):
+        shards.read_index(root)
+    (root / "plan.json").write_text("{}")
     with pytest.raises(UserError, match="unfinished.*again"):
         dataset.open_data(root)
+
+
+def test_a_finished_set_may_have_its_plan_left(pixels):
+    """By a process killed between the two."""
+    root, _ = pixels
+    (root / "plan.json").write_bytes((root / "index.json").read_bytes())
+    assert len(dataset.open_data(root)) == 7
 
 
 # writing
@@ -306,8 +317,39 @@ def test_a_set_written_by_hand_is_a_data_set(tmp_path):
     assert index == {**PLAN, "items": 4, "counts": [1, 1, 2], "skipped": [], "shards": rows}
     data = dataset.open_data(tmp_path)
     assert data.labels.tolist() == [0, 2, 2, 1]
-    (_, labels) = data.batch([3, 2], [False, False])
+    images, labels = data.batch([3, 2], [False, False])
+    expected = [next(batches([1]))[0][0], list(batches([0, 2], [2]))[1][0][0]]
+    assert (images.permute(0, 2, 3, 1).numpy() == np.stack(expected)).all()
     assert labels.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["pixels", "latents"])
+def test_what_version_0_1_0_wrote_is_written_again_byte_for_byte(tmp_path, kind):
+    frozen = DATA / "v0.1.0" / kind
+    index = read_json(frozen / "index.json")
+    plan = dict(index)
+    for key in ("items", "counts", "skipped", "shards"):
+        del plan[key]
+    rows = []
+    for number, row in enumerate(index["shards"]):
+        data, labels = shards.map_shard(frozen / row["file"])
+        half = len(data) // 2
+        halves = [(data[:half], labels[:half]), (data[half:], labels[half:])]
+        path = shards.shard_path(tmp_path, number)
+        rows.append(shards.write_shard(path, plan, halves))
+        assert path.read_bytes() == (frozen / row["file"]).read_bytes()
+    shards.write_index(tmp_path, plan, rows)
+    assert (tmp_path / "index.json").read_bytes() == (frozen / "index.json").read_bytes()
+
+
+def test_a_set_may_be_one_shard_of_one_grey_image(tmp_path):
+    plan = {**PLAN, "channels": 1}
+    image = noise(5, 5, 1)[None]
+    row = shards.write_shard(shards.shard_path(tmp_path, 0), plan, [(image, [2])])
+    shards.write_index(tmp_path, plan, [row])
+    found, labels = dataset.open_data(tmp_path).batch([0], [False])
+    assert (found.numpy()[0, 0] == image[0, ..., 0]).all()
+    assert labels.tolist() == [2]
 
 
 def test_latents_are_as_large_as_was_said(tmp_path):
@@ -351,9 +393,13 @@ def test_rows_come_from_the_index_and_from_unfinished_shards(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"file": "x"}'])
-def test_a_damaged_row_is_no_row(tmp_path, text):
-    (tmp_path / "shard-00000.json").write_text(text)
-    assert shards.read_rows(tmp_path) == {}
+def test_a_damaged_row_is_no_row_and_leaves_the_others(tmp_path, text):
+    row = {"file": "x", "count": 1, "sha256": "", "skipped": []}
+    for number in (0, 2):
+        shards.write_row(tmp_path, number, row)
+    for number in (1, 3):
+        (tmp_path / f"shard-0000{number}.json").write_text(text)
+    assert shards.read_rows(tmp_path) == {0: row, 2: row}
 
 
 def test_a_shard_is_whole_if_it_has_its_hash(tmp_path):
