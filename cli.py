@@ -771,7 +771,7 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
         )
     try:
         result = encoding.encode(
-            data, out, res, pixels, channels=channels and int(channels), **options
+            data, out, res, pixels=pixels, channels=channels and int(channels), **options
         )
     finally:
         parallel.stop()

@@ -26,6 +26,7 @@ import imagesets
 import parallel
 import runfolder
 import sampling
+import shards
 from storage import VERSION, UserError, read_json, sha256
 
 # whose features are kept for precision, recall and KID, as in ADM's references
@@ -166,7 +167,7 @@ def fitting_reference(run, num_classes, classes, size):
     if record.get("kind") == "pixels" and Path(record["path"]).exists():
         return record["path"], size, record["exif"]
     if record.get("kind") == "latents" and (Path(record["path"]) / "index.json").is_file():
-        index = dataset.read_index(record["path"])
+        index = shards.read_index(record["path"])
         for folder in filter(
             None, (os.environ.get("DIMR_DATA"), "data/imagenet/train", "data/imagenet")
         ):

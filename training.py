@@ -610,7 +610,7 @@ def read_ahead(data, state, division, source, skipped):
             yield indices, flips & recipe.flip
 
     pin = state.device.type == "cuda"
-    batches = dataset.loader(data, reads(), source.workers, source.on_bad, pin=pin)
+    batches = dataset.loader(data, reads(), source.workers, on_bad=source.on_bad, pin=pin)
     for images, labels, bad in batches:
         skipped.update(bad)
         yield (

@@ -32,6 +32,7 @@ import fid
 import imagenet_names
 import imagesets
 import sampling
+import shards
 import storage
 
 PLAIN = ["--features", "plain_features:pooled", "--device", "cpu"]
@@ -610,7 +611,7 @@ def test_adms_reference_fits_imagenets_classes_alone(classes, size, expected):
 def test_latents_are_compared_with_the_images_they_were_made_from(digits, monkeypatch):
     """Found by their fingerprint in the places where encode looks for images."""
     index = {
-        "format": dataset.FORMAT,
+        "format": shards.FORMAT,
         "kind": "latents",
         "source": {"fingerprint": dataset.ImageFolder(digits, 8, 3).fingerprint},
         "options": {"exif": True},

@@ -47,9 +47,10 @@ import fid
 import parallel
 import randomness
 import sampling
+import shards
 import training
 import vae
-from storage import VERSION, write_json, writing
+from storage import VERSION
 
 # The digits network of the targets.
 DIGITS = dimr.Config(
@@ -714,24 +715,19 @@ def readers(bench):
 
 
 def write_shards(root, kind, data):
-    """A shard set of one shard, as `encode` writes them."""
-    root.mkdir()
-    with writing(root / "0.safetensors", "wb") as file:
-        file.write(dataset.shard_header(kind, data.shape))
-        file.write(data)
-        file.write(np.zeros(len(data), np.int64))
-    write_json(
-        root / "index.json",
-        {
-            "format": dataset.FORMAT,
-            "kind": kind,
-            "size": data.shape[-1] if kind == "latents" else data.shape[1],
-            "channels": 4 if kind == "latents" else 3,
-            "classes": ["one"],
-            "options": {"res": 256 if kind == "latents" else 64},
-            "shards": [{"file": "0.safetensors", "count": len(data), "sha256": ""}],
-        },
+    """A set of one shard."""
+    plan = {
+        "format": shards.FORMAT,
+        "kind": kind,
+        "size": data.shape[-1] if kind == "latents" else data.shape[1],
+        "channels": 4 if kind == "latents" else 3,
+        "classes": ["one"],
+        "options": {"res": 256 if kind == "latents" else 64},
+    }
+    row = shards.write_shard(
+        shards.shard_path(root, 0), plan, [(data, np.zeros(len(data), np.int64))]
     )
+    shards.write_index(root, plan, [row])
 
 
 PARTS = {
