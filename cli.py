@@ -646,10 +646,10 @@ def sample(
             [known[i % len(known)] for i in range(len(seeds))],
             seeds,
             sampling.Settings(**settings),
-            out,
-            batch_size,
-            npz or balanced,
-            balanced,
+            out=out,
+            batch_size=batch_size,
+            npz=npz or balanced,
+            balanced=balanced,
         )
     finally:
         parallel.stop()
@@ -1027,8 +1027,7 @@ def metric_command(name, what):
                     classes,
                     range(count),
                     settings,
-                    None,
-                    batch_size,
+                    batch_size=batch_size,
                     npz=True,
                     balanced=True,
                 )["npz"]

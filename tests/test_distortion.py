@@ -156,7 +156,7 @@ def test_classes_come_from_samples_names_and_from_folders(small, trained):
         [i % 10 for i in range(12)],
         range(12),
         sampling.Settings(steps=2),
-        "drawn",
+        out="drawn",
         quiet=True,
     )
     assert (

@@ -358,11 +358,11 @@ def test_statistics_made_once_serve_as_reference(oracle, inception_file):
 @pytest.fixture
 def standard(monkeypatch, inception_file):
     """The random weights stand for the published ones."""
-    published = evaluation.weights.ASSETS["inception"]
+    published = evaluation.downloads.ASSETS["inception"]
     monkeypatch.setitem(
-        evaluation.weights.ASSETS,
+        evaluation.downloads.ASSETS,
         "inception",
-        evaluation.weights.Asset(published.address, "", "", sha256=storage.sha256(inception_file)),
+        evaluation.downloads.Asset(published.address, "", "", sha256=storage.sha256(inception_file)),
     )
 
 
@@ -557,7 +557,7 @@ def test_nothing_to_compare_with_is_said_before_anything_is_measured():
 
 def test_a_handful_of_one_class_is_refused_with_what_makes_a_fair_set(trained):
     generator = sampling.load(trained, device="cpu")
-    sampling.sample(generator, [3] * 5, range(5), sampling.Settings(steps=3), "threes", quiet=True)
+    sampling.sample(generator, [3] * 5, range(5), sampling.Settings(steps=3), out="threes", quiet=True)
     message = run("fid", "threes", "--ref", "threes", *PLAIN, status=1).stderr
     assert (
         "5 images of class 3 alone" in message
