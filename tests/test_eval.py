@@ -34,6 +34,7 @@ import imagesets
 import sampling
 import storage
 
+ALL = evaluation.keys("all")
 PLAIN = ["--features", "plain_features:pooled", "--device", "cpu"]
 
 
@@ -291,11 +292,11 @@ def test_each_command_reports_the_metrics_asked_for(oracle, inception_file):
     sets, _, _ = oracle
     for name in ("samples", "reference"):
         save_npz(f"{name}.npz", sets[name][:6])
-    for metrics, keys in evaluation.METRICS.items():
+    for metrics in evaluation.METRICS:
         found = measured(
             metrics, "samples.npz", "--ref", "reference.npz", "--inception", inception_file
         )
-        assert [key for key in evaluation.METRICS["all"] if key in found] == keys
+        assert [key for key in ALL if key in found] == evaluation.keys(metrics)
 
 
 def test_what_was_measured_once_is_not_measured_again(oracle, inception_file, monkeypatch):
@@ -344,9 +345,7 @@ def test_statistics_made_once_serve_as_reference(oracle, inception_file):
     from_statistics, from_images = (
         measured(*arguments, ref) for ref in ("reference.safetensors", "reference")
     )
-    assert [from_statistics[key] for key in evaluation.METRICS["all"]] == [
-        from_images[key] for key in evaluation.METRICS["all"]
-    ]
+    assert [from_statistics[key] for key in ALL] == [from_images[key] for key in ALL]
     assert (
         "was made with Inception"
         in run("fid", "samples.npz", "--ref", "reference.safetensors", *PLAIN, status=1).stderr
@@ -362,7 +361,9 @@ def standard(monkeypatch, inception_file):
     monkeypatch.setitem(
         evaluation.downloads.ASSETS,
         "inception",
-        evaluation.downloads.Asset(published.address, "", "", sha256=storage.sha256(inception_file)),
+        evaluation.downloads.Asset(
+            published.address, "", "", sha256=storage.sha256(inception_file)
+        ),
     )
 
 
@@ -514,7 +515,11 @@ def test_another_extractor_names_itself_in_the_label():
     "metrics, features, message",
     [
         ("fid", "plain_features:not_a_number", "NaN or infinity"),
-        ("fid", "plain_features:of_another_shape", "expected a tensor (8, D)"),
+        (
+            "fid",
+            "plain_features:of_another_shape",
+            "expected a tensor or an array of numbers (8, D)",
+        ),
         ("fid", "plain_features:missing", "expected module:function"),
         ("fid", "missing_module:pooled", "expected module:function"),
         ("fid", "plain_features", "expected module:function"),
@@ -557,7 +562,9 @@ def test_nothing_to_compare_with_is_said_before_anything_is_measured():
 
 def test_a_handful_of_one_class_is_refused_with_what_makes_a_fair_set(trained):
     generator = sampling.load(trained, device="cpu")
-    sampling.sample(generator, [3] * 5, range(5), sampling.Settings(steps=3), out="threes", quiet=True)
+    sampling.sample(
+        generator, [3] * 5, range(5), sampling.Settings(steps=3), out="threes", quiet=True
+    )
     message = run("fid", "threes", "--ref", "threes", *PLAIN, status=1).stderr
     assert (
         "5 images of class 3 alone" in message
@@ -601,10 +608,12 @@ IMAGENET = [wnid for wnid, _ in imagenet_names.CLASSES]
 )
 def test_adms_reference_fits_imagenets_classes_alone(classes, size, expected):
     if expected:
-        assert evaluation.fitting_reference(None, 1000, classes, size) == (expected, None, False)
+        assert evaluation.fitting_reference(None, 1000, classes, size=size) == evaluation.Reference(
+            expected
+        )
     else:
         with pytest.raises(storage.UserError, match="give --ref"):
-            evaluation.fitting_reference(None, 1000, classes, size)
+            evaluation.fitting_reference(None, 1000, classes, size=size)
 
 
 def test_latents_are_compared_with_the_images_they_were_made_from(digits, monkeypatch):
@@ -620,11 +629,13 @@ def test_latents_are_compared_with_the_images_they_were_made_from(digits, monkey
         "run/config.json", {"data": {"kind": "latents", "path": str(Path("latents").resolve())}}
     )
     monkeypatch.setenv("DIMR_DATA", str(digits))
-    assert evaluation.fitting_reference("run", 10, [], 8) == (str(digits), 8, True)
+    assert evaluation.fitting_reference("run", 10, [], size=8) == evaluation.Reference(
+        str(digits), 8, exif=True
+    )
     save_folder("other", photographs(3, 8))
     monkeypatch.setenv("DIMR_DATA", "other")
     with pytest.raises(storage.UserError, match="give --ref"):
-        evaluation.fitting_reference("run", 10, [], 8)
+        evaluation.fitting_reference("run", 10, [], size=8)
 
 
 # Processes
@@ -655,7 +666,7 @@ def test_files_spread_over_processes_give_one_number(inception_file, oracle):
         torchrun=2,
     )
     together = json.loads(done.stdout)
-    for key in evaluation.METRICS["all"]:
+    for key in ALL:
         assert together[key] == pytest.approx(alone[key], rel=1e-9)
 
 
@@ -698,9 +709,7 @@ def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(
     resumed = json.loads(
         dimr_command("eval", *arguments, env={"DIMR_HOME": cut}, torchrun=2, cwd=Path.cwd()).stdout
     )
-    assert [resumed[key] for key in evaluation.METRICS["all"]] == [
-        whole[key] for key in evaluation.METRICS["all"]
-    ]
+    assert [resumed[key] for key in ALL] == [whole[key] for key in ALL]
     assert not list(Path(cut).rglob("*.partial"))
     # what had been noted was used, not made again: a changed note shows
     tensors, _ = storage.load_tensors(notes("changed")[0])
