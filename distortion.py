@@ -76,7 +76,7 @@ def mark(
     marked ones. Returns a dict with their `share` and a row per class. Raises UserError where the
     intended classes are not known."""
     check_classes(images, classifier.classes)
-    marking = Marking(images, classifier.classes, Path(out), threshold)
+    marking = Marking(images, classifier, Path(out), threshold)
     size = batch_size or BATCH_SIZE[classifier.device.type]
     firsts = range(0, len(images), size)
     stretches = [np.arange(first, min(first + size, len(images))) for first in firsts]
@@ -87,7 +87,7 @@ def mark(
         for stretch, (pixels, *_) in zip(stretches, batches, strict=True):
             marking.add(stretch, pixels, classifier(pixels))
             bar.update(len(stretch))
-    return {**marking.finish(), "classifier_sha256": classifier.sha256}
+    return marking.finish()
 
 
 def check_classes(images, known: int):
@@ -109,10 +109,10 @@ def check_classes(images, known: int):
 class Marking:
     """Probabilities of the intended classes, and files that show the low ones."""
 
-    def __init__(self, images, known, out, threshold):
+    def __init__(self, images, classifier, out, threshold):
         self.images = images
         self.labels = images.labels
-        self.known = known  # number of classes
+        self.classifier = classifier
         self.out = out
         self.threshold = threshold
         self.probabilities = np.empty(len(images))
@@ -136,10 +136,10 @@ class Marking:
         self.waiting.clear()
 
     def _name(self, i):
-        return name_of(self.labels[i], self.known)
+        return name_of(self.labels[i], self.classifier.classes)
 
     def finish(self):
-        """Write the last sheet and marked.csv; returns what `mark` does but for the classifier."""
+        """Write the last sheet and marked.csv; returns what `mark` does."""
         if self.waiting:
             self._write_sheet()
         low = self.probabilities < self.threshold
@@ -150,6 +150,7 @@ class Marking:
             "images": len(self.images),
             "threshold": self.threshold,
             "source": str(self.images.path),
+            "classifier_sha256": self.classifier.sha256,
             "out": str(self.out),
             "sheets": self.sheets,
             "classes": self._by_class(low),
@@ -169,7 +170,7 @@ class Marking:
         return [
             {
                 "class": int(c),
-                "name": name_of(c, self.known),
+                "name": name_of(c, self.classifier.classes),
                 "images": int(counts[c]),
                 "marked": int(marked[c]),
                 "share": float(marked[c] / counts[c]),

@@ -315,7 +315,8 @@ def test_an_interrupted_set_goes_on_where_it_stopped(trained, tmp_path):
     victim.wait()
     before = sorted(work.glob("batch-*.done"))
     assert 5 <= len(before) < 100 and not (tmp_path / "cut.npz").exists()
-    kept = 2 * int(before[0].stem.removeprefix("batch-"))  # a finished image, marked to see that it is not drawn again
+    # a finished image is marked, to see that it is not drawn again
+    kept = 2 * int(before[0].stem.removeprefix("batch-"))
     np.load(tmp_path / "cut.npz.partial" / "images.npy", mmap_mode="r+")[kept] ^= 255
     dimr_command(*command, tmp_path / "cut.npz")
     dimr_command(*command, tmp_path / "whole.npz")
