@@ -23,6 +23,7 @@ import imagesets
 import parallel
 import runfolder
 import sampling
+import space
 from extraction import Extractor, Generation, Measured
 from storage import VERSION, UserError, read_json, sha256
 
@@ -489,8 +490,7 @@ def watch(
     of = Reference(ref)
     if ref is None:
         if parallel.is_main():  # which alone knows that the run folder is written
-            size = config.size * (1 if config.space == "pixel" else 8)
-            of = fitting_reference(run, config.num_classes, classes, size=size)
+            of = fitting_reference(run, config.num_classes, classes, size=space.side(config))
         of = parallel.broadcast(of)
     against = reference(of, extractor)
     unguided = sampling.Settings(cfg=1.0)
