@@ -646,10 +646,10 @@ def sample(
             [known[i % len(known)] for i in range(len(seeds))],
             seeds,
             sampling.Settings(**settings),
-            out,
-            batch_size,
-            npz or balanced,
-            balanced,
+            out=out,
+            batch_size=batch_size,
+            npz=npz or balanced,
+            balanced=balanced,
         )
     finally:
         parallel.stop()
@@ -1001,6 +1001,7 @@ def metric_command(name, what):
         **settings,
     ):
         import evaluation
+        import extraction
         import imagesets
         import parallel
         import sampling
@@ -1027,14 +1028,16 @@ def metric_command(name, what):
                     classes,
                     range(count),
                     settings,
-                    None,
-                    batch_size,
+                    batch_size=batch_size,
                     npz=True,
                     balanced=True,
                 )["npz"]
-            images = imagesets.open_set(samples, res) if samples else None
+            if samples:
+                images = imagesets.open_set(samples, res)
+            else:
+                images = extraction.Generation(generator, count, settings, batch_size)
             result = evaluation.evaluate(
-                name, images, extractor, ref, res, batch_size, generator, count, settings
+                name, images, extractor, ref=ref, res=res, batch_size=batch_size
             )
         finally:
             parallel.stop()
@@ -1086,7 +1089,10 @@ def eval_stats(folder, out, inception, features, res, batch_size, device, as_jso
     try:
         extractor = extractor_of(inception, features, device)
         found = extraction.measure(
-            imagesets.open_set(folder, res), extractor, evaluation.REFERENCE_IMAGES, batch_size
+            imagesets.open_set(folder, res),
+            extractor,
+            evaluation.REFERENCE_IMAGES,
+            batch_size=batch_size,
         )
         if found:
             found.save(out)
@@ -1140,9 +1146,9 @@ def eval_fidelity(samples, classifier, threshold, out, res, batch_size, device, 
     import parallel
 
     images = imagesets.open_set(samples, res)
-    network, digest = distortion.load(classifier, parallel.pick_device(device))
+    judge = distortion.load(classifier, parallel.pick_device(device))
     out = out or samples.with_name(f"{samples.stem}-marked")
-    result = distortion.mark(images, network, digest, out, threshold, batch_size)
+    result = distortion.mark(images, judge, out, threshold=threshold, batch_size=batch_size)
     report(result, as_json, distortion.table(result))
 
 

@@ -63,7 +63,7 @@ def run(out, seed=0, quiet=False):
         classes,
         list(range(SAMPLES)),
         sampling.Settings(),
-        out / "samples.npz",
+        out=out / "samples.npz",
         batch_size=100,
         npz=True,
         balanced=True,

@@ -1,15 +1,12 @@
 """Evaluation as ADM's suite does it (paper, Sec. 5.1): images, or a network that draws them,
-against a reference.
-
-Features come from one pass over the images and are cached by content: what was measured once is not
-measured again. The images may be spread over processes by torchrun, and a generation that was
-interrupted goes on where it stopped."""
+against a reference."""
 
 import contextlib
+import dataclasses
 import functools
-import itertools
 import json
 import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,27 +24,151 @@ import parallel
 import runfolder
 import sampling
 import shards
+import space
+from extraction import Extractor, Generation, Measured
 from storage import VERSION, UserError, read_json, sha256
 
 # whose features are kept for precision, recall and KID, as in ADM's references
 REFERENCE_IMAGES = 10_000
 COUNT = 50_000  # images that a published FID is made of
 
+
+# ------------------------------------------------------------------------------------------ metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """What `dimr eval NAME` measures; a row of METRICS is all there is to it.
+
+    `needs` names what `compute(samples, reference)` reads of the two `Measured`: "reference" (if it
+    is to have one at all), "features" (pool features image by image), "spatial" and "logits" (what
+    Inception alone gives). `values` are the names for people of the numbers it returns, by their
+    keys in the result."""
+
+    help: str  # a literal, for the command line reads it without importing this module
+    values: dict[str, str] = dataclasses.field(default_factory=dict)
+    needs: Sequence[str] = ()
+    compute: Callable[[Measured, Measured | None], Iterable[float]] | None = None
+    digits: int = 4
+    counted: bool = False  # whether its name tells the number of images, as FID-50K
+
+
+def frechet(samples: Measured, reference: Measured) -> tuple[float]:
+    """FID."""
+    distance = fid.frechet_distance(
+        samples.mean, samples.covariance, reference.mean, reference.covariance
+    )
+    return (distance,)
+
+
+def spatial_frechet(samples: Measured, reference: Measured) -> tuple[float]:
+    """sFID."""
+    distance = fid.frechet_distance(
+        samples.spatial_mean,
+        samples.spatial_covariance,
+        reference.spatial_mean,
+        reference.spatial_covariance,
+    )
+    return (distance,)
+
+
+def inception_score(samples: Measured, reference: Measured | None) -> tuple[float]:
+    """The score is taken while the features are."""
+    return (samples.score,)
+
+
+def nearness(samples: Measured, reference: Measured) -> Iterable[float]:
+    """Precision, recall, density, coverage."""
+    fake, real = _near_to_hand(samples, reference)
+    bar = functools.partial(tqdm, desc="neighbours", leave=False, disable=None)
+    return fid.manifold_metrics(real, fake, progress=bar).values()
+
+
+def kernel(samples: Measured, reference: Measured) -> tuple[float, float]:
+    """KID and its standard deviation over subsets."""
+    return fid.kernel_distance(*_near_to_hand(samples, reference))
+
+
+def _near_to_hand(*sets):
+    """The features of each, on a GPU if there is one."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = parallel.pick_device()
+    return [one.features.to(device) for one in sets]
+
+
 METRICS = {
-    "fid": ["fid"],
-    "sfid": ["sfid"],
-    "is": ["inception_score"],
-    "pr": ["precision", "recall", "density", "coverage"],
-    "kid": ["kid", "kid_deviation"],
+    "fid": Metric(
+        "Fréchet Inception distance.",
+        {"fid": "FID"},
+        needs=["reference"],
+        compute=frechet,
+        counted=True,
+    ),
+    "sfid": Metric(
+        "Fréchet distance of spatial features, sensitive to structure.",
+        {"sfid": "sFID"},
+        needs=["reference", "spatial"],
+        compute=spatial_frechet,
+        counted=True,
+    ),
+    "is": Metric(
+        "Inception Score: mean over splits of 5,000 in the order given (a folder's is permuted by "
+        "a fixed seed). Needs no reference.",
+        {"inception_score": "Inception Score"},
+        needs=["logits"],
+        compute=inception_score,
+    ),
+    "pr": Metric(
+        "Precision and recall (3 neighbours), density and coverage (5).",
+        {
+            "precision": "precision",
+            "recall": "recall",
+            "density": "density",
+            "coverage": "coverage",
+        },
+        needs=["reference", "features"],
+        compute=nearness,
+    ),
+    "kid": Metric(
+        "Kernel Inception distance, mean over 100 subsets of 1,000.",
+        {"kid": "KID", "kid_deviation": "KID (sd)"},
+        needs=["reference", "features"],
+        compute=kernel,
+        digits=5,
+    ),
+    "all": Metric("All metrics from one pass over the images."),
 }
-METRICS["all"] = [key for keys in METRICS.values() for key in keys]
-NAMES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "inception_score": "Inception Score",
-    "kid": "KID",
-    "kid_deviation": "KID (sd)",
-}
+
+
+def rows(metrics: str) -> list[Metric]:
+    """What METRICS[metrics] comes to: itself, or for "all" every other row."""
+    if metrics == "all":
+        return [METRICS[name] for name in METRICS if name != "all"]
+    return [METRICS[metrics]]
+
+
+def keys(metrics: str) -> list[str]:
+    """Of the result of `compare`."""
+    return [key for row in rows(metrics) for key in row.values]
+
+
+def needed(metrics: str) -> set[str]:
+    """What METRICS[metrics] needs (see Metric)."""
+    return {need for row in rows(metrics) for need in row.needs}
+
+
+def needing(*what: str) -> list[str]:
+    """The names in METRICS of those that need any of these."""
+    return [name for name in METRICS if needed(name) & set(what)]
+
+
+def in_words(names: Sequence[str], word: str = "and") -> str:
+    """a; a and b; a, b and c."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} {word} {names[-1]}"
+
 
 # Published results by variant: (what, {metric: value}). Tables 5 to 7 of the paper, and the
 # release's page for g2r.
@@ -89,103 +210,123 @@ PAPER = {
 # --------------------------------------------------------------------------------------- references
 
 
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What to compare with: ADM's `.npz` (by name or path), a file that `dimr eval stats` wrote, or
+    images, of which those of a folder are cropped to `res` and turned as EXIF says if `exif`."""
+
+    source: str | Path
+    res: int | None = None
+    exif: bool = False
+
+
 def reference(
-    source, res=None, exif=False, *, extractor, with_features=False, batch_size=None, quiet=False
-):
-    """The `Measured` that `source` stands for on rank 0, else None: ADM's `.npz` (by name or path),
-    a file that `dimr eval stats` wrote, or images. `with_features`: whether pool features are
-    needed too. Raises UserError."""
-    path = downloads.find(str(source))
+    of: Reference,
+    extractor: Extractor,
+    *,
+    with_features: bool = False,
+    batch_size: int | None = None,
+    quiet: bool = False,
+) -> Measured | None:
+    """The `Measured` that a Reference stands for on rank 0, else None. `with_features`: whether
+    pool features are needed too. Raises UserError."""
+
+    def measured(images):
+        return extraction.measure(
+            images, extractor, REFERENCE_IMAGES, batch_size=batch_size, quiet=quiet
+        )
+
+    path = downloads.find(str(of.source))
     if path.suffix == ".safetensors":
-        found = extraction.Measured.load(path)
+        found = Measured.load(path)
         if found.identity != extractor.identity:
             raise UserError(
-                f"{source} was made with {found.extractor}, not with {extractor.name}; "
-                "make it anew with "
-                "dimr eval stats"
+                f"{of.source} was made with {found.extractor}, not with {extractor.name}; "
+                "make it anew with dimr eval stats"
             )
         return found if parallel.is_main() else None
     names = imagesets.names(path) if path.suffix == ".npz" else set()
-    if {"mu", "sigma"} <= names:
-        return _adm(path, names, extractor, with_features, batch_size, quiet)
-    return extraction.measure(
-        imagesets.open_set(path, res, exif), extractor, REFERENCE_IMAGES, batch_size, quiet
-    )
-
-
-def _adm(path, names, extractor, with_features, batch_size, quiet):
-    """A reference under ADM's names: mu and sigma, perhaps mu_s and sigma_s, perhaps images."""
+    if not {"mu", "sigma"} <= names:
+        return measured(imagesets.open_set(path, of.res, of.exif))
     if not extractor.standard:
         raise UserError(
             f"{path} holds statistics of the {extraction.STANDARD}, not of {extractor.name}; give "
             "images as --ref"
         )
-    images = imagesets.Npz(path) if "arr_0" in names else None
-    measured = (
-        extraction.measure(images, extractor, REFERENCE_IMAGES, batch_size, quiet)
-        if images and with_features
-        else None
-    )
-    if not parallel.is_main():
-        return None
-    moments = ["mu", "sigma", *(["mu_s", "sigma_s"] if {"mu_s", "sigma_s"} <= names else [])]
+    found = _adm(path, names, extractor) if parallel.is_main() else None
+    if "arr_0" in names and with_features:
+        images = measured(imagesets.Npz(path))
+        if found:
+            found.features = images.features
+    return found
+
+
+def _adm(path, names, extractor):
+    """What a reference holds under ADM's names: mu and sigma, perhaps mu_s and sigma_s; the size of
+    its images, if it has any."""
+    moments = {"mean": "mu", "covariance": "sigma"}
+    if {"mu_s", "sigma_s"} <= names:
+        moments |= {"spatial_mean": "mu_s", "spatial_covariance": "sigma_s"}
+    tensors = {}
     with extraction.foreseen():
-        moments = [
-            torch.from_numpy(imagesets.read_array(path, name).astype(np.float64))
-            for name in moments
-        ]
-    return extraction.Measured(
-        str(path),
-        sha256(path),
-        images and images.size,
-        None,
-        extractor.name,
-        extractor.identity,
-        *moments,
-        features=measured and measured.features,
+        for field, name in moments.items():
+            array = imagesets.read_array(path, name).astype(np.float64)
+            tensors[field] = torch.from_numpy(array)
+    return Measured(
+        source=str(path),
+        sha256=sha256(path),
+        size=imagesets.Npz(path).size if "arr_0" in names else None,
+        count=None,
+        extractor=extractor.name,
+        identity=extractor.identity,
+        **tensors,
     )
 
 
-def class_names(path):
+def class_names(path: str | Path) -> list[str]:
     """The names that a weights file of ours carries, else []."""
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("classes", "[]"))
+        about = file.metadata() or {}
+        return json.loads(about.get("classes", "[]"))
     return []
 
 
-def fitting_reference(run, num_classes, classes, size):
-    """(REF, res, exif) for images of `size` pixels from a network of run folder `run` (or None):
-    ADM's name if it knows ImageNet's 1000 classes, by number alone or by identifier, else the
-    images that the run was trained on. Raises UserError."""
-    of_imagenet = num_classes == 1000 and list(classes) in (
-        [],
-        [wnid for wnid, _ in imagenet_names.CLASSES],
-    )
+def fitting_reference(
+    run: str | Path | None, num_classes: int, classes: Sequence[str], *, size: int
+) -> Reference:
+    """For images of `size` pixels from a network of run folder `run` (or None): ADM's name if it
+    knows ImageNet's 1000 classes, by number alone or by identifier, else the images that the run
+    was trained on. Raises UserError."""
+    identifiers = [wnid for wnid, _ in imagenet_names.CLASSES]
+    of_imagenet = num_classes == 1000 and list(classes) in ([], identifiers)
     if of_imagenet and f"imagenet{size}" in downloads.ASSETS:
-        return f"imagenet{size}", None, False
+        return Reference(f"imagenet{size}")
     record = read_json(Path(run) / "config.json").get("data", {}) if run else {}
     if record.get("kind") == "pixels" and Path(record["path"]).exists():
-        return record["path"], size, record["exif"]
+        return Reference(record["path"], size, record["exif"])
     if record.get("kind") == "latents" and (Path(record["path"]) / "index.json").is_file():
         index = shards.read_index(record["path"])
-        for folder in filter(
-            None, (os.environ.get("DIMR_DATA"), "data/imagenet/train", "data/imagenet")
-        ):
-            if Path(folder).is_dir():
-                images = dataset.ImageFolder(folder, size, 3)
-                if images.fingerprint == index["source"]["fingerprint"]:
-                    return folder, size, index["options"]["exif"]
+        for folder in (os.environ.get("DIMR_DATA"), "data/imagenet/train", "data/imagenet"):
+            if folder and _is_source(folder, index, size):
+                return Reference(folder, size, index["options"]["exif"])
     raise UserError(
-        "nothing says what to compare with; give --ref: the training images (with "
-        "--res), a file that dimr "
-        "eval stats wrote from them, ADM's .npz, or imagenet64, imagenet256, imagenet512"
+        "nothing says what to compare with; give --ref: the training images (with --res), a file "
+        "that dimr eval stats wrote from them, ADM's .npz, or imagenet64, imagenet256, imagenet512"
     )
+
+
+def _is_source(folder, index, size):
+    """Whether the latents of this index were encoded from the images in `folder`."""
+    if not Path(folder).is_dir():
+        return False
+    images = dataset.ImageFolder(folder, size, 3)
+    return images.fingerprint == index["source"]["fingerprint"]
 
 
 # --------------------------------------------------------------------------------------- the report
 
 
-def newest_balanced(root=sampling.ROOT):
+def newest_balanced(root: str | Path = sampling.ROOT) -> Path | None:
     """The `.npz` under `root` that `sample --balanced` wrote last, or None."""
     found = [
         path for path in Path(root).rglob("*.npz") if imagesets.read_sidecar(path).get("balanced")
@@ -193,70 +334,67 @@ def newest_balanced(root=sampling.ROOT):
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def check_extractor(metrics: str, extractor: Extractor):
+    """Raise UserError if the extractor does not give what the metrics need."""
+    lacking = needing("spatial", "logits")
+    if extractor.cached or metrics not in lacking:
+        return
+    served = [name for name in METRICS if name not in lacking]
+    raise UserError(
+        f"{extractor.name} are no Inception's: {in_words(lacking)} need its spatial features and "
+        f"logits; leave out --features, or ask for {in_words(served, 'or')}"
+    )
+
+
 def check_fair(images):
     """Raise UserError if the images show but one of the classes that their network knows: no fair
     set."""
-    known, weights_file = images.about.get("num_classes", 1), images.about.get("source")
+    known = images.about.get("num_classes", 1)
     if known > 1 and images.labels is not None and len(np.unique(images.labels)) == 1:
-        found = f"{len(images):,} images of class {images.labels[0]} alone"
         raise UserError(
-            f"{images.path} holds {found}, and the reference has {known:,} classes; make "
-            "a fair set: "
-            f"dimr sample --balanced -n {COUNT} --weights {weights_file}"
+            f"{images.path} holds {len(images):,} images of class {images.labels[0]} alone, and "
+            f"the reference has {known:,} classes; make a fair set: "
+            f"dimr sample --balanced -n {COUNT} --weights {images.about.get('source')}"
         )
 
 
-def check_held(keys, reference):
+def check_held(metrics: str, against: Measured):
     """Raise UserError if the reference lacks what one of the metrics needs."""
-    if "sfid" in keys and reference.spatial_mean is None:
+    if metrics in needing("spatial") and against.spatial_mean is None:
         raise UserError(
-            f"{reference.source} holds no mu_s and sigma_s, which sfid needs; give ADM's "
-            ".npz or images"
+            f"{against.source} holds no mu_s and sigma_s, which {in_words(needing('spatial'))} "
+            "need; give ADM's .npz or images"
         )
-    if keys & {"kid", "precision"} and reference.features is None:
+    if metrics in needing("features") and against.features is None:
+        wanting = needing("features")
+        enough = [name for name in needing("reference") if name not in wanting]
         raise UserError(
-            f"{reference.source} holds statistics alone, enough for fid and sfid; "
-            "precision, recall and "
-            "kid need ADM's .npz, a file that dimr eval stats wrote, or images as --ref"
+            f"{against.source} holds statistics alone, enough for {in_words(enough)}; "
+            f"{in_words(wanting)} need ADM's .npz with images, a file that dimr eval stats wrote, "
+            "or images as --ref"
         )
 
 
-def compare(metrics, samples, against):
-    """{key: value} of METRICS[metrics] for `samples` against the reference `against`, two
-    `Measured`. The latter is None where only the Inception Score is asked for."""
-    keys, result = METRICS[metrics], {}
+def compare(metrics: str, samples: Measured, against: Measured | None) -> dict[str, float]:
+    """{key: value} of METRICS[metrics] for `samples` against the reference `against`, which is None
+    where none is needed. Raises UserError."""
+    result = {}
     with extraction.foreseen():
-        if "fid" in keys:
-            result["fid"] = fid.frechet_distance(
-                samples.mean, samples.covariance, against.mean, against.covariance
-            )
-        if "sfid" in keys:
-            spatial = ((one.spatial_mean, one.spatial_covariance) for one in (samples, against))
-            result["sfid"] = fid.frechet_distance(*itertools.chain(*spatial))
-        if "inception_score" in keys:
-            result["inception_score"] = samples.score
-        if "kid" in keys or "precision" in keys:
-            device = parallel.pick_device() if torch.cuda.is_available() else torch.device("cpu")
-            real, fake = against.features.to(device), samples.features.to(device)
-            if "precision" in keys:
-                bar = functools.partial(tqdm, desc="neighbours", leave=False, disable=None)
-                result |= fid.manifold_metrics(real, fake, progress=bar)
-            if "kid" in keys:
-                result["kid"], result["kid_deviation"] = fid.kernel_distance(fake, real)
-    return {key: result[key] for key in keys}
+        for row in rows(metrics):
+            values = row.compute(samples, against)
+            result |= zip(row.values, values, strict=True)
+    return result
 
 
-def remarks(metrics, samples, against):
+def remarks(metrics: str, samples: Measured, against: Measured | None) -> list[str]:
     """What a reader of the numbers should know, a line each."""
-    keys, lines = METRICS[metrics], []
+    lines = []
     if "OTHER" in samples.extractor:
         lines.append(f"{samples.extractor}: these numbers compare with nothing published")
-    for what, one in (("samples", samples), ("reference images", against)):
-        if one and one.count and one.count < len(one.mean) and keys != ["inception_score"]:
-            lines.append(
-                f"{one.count:,} {what} are fewer than the {len(one.mean):,} features: "
-                "distances are biased upwards"
-            )
+    if "reference" in needed(metrics):
+        lines += _few("samples", samples)
+        if against:
+            lines += _few("reference images", against)
     if samples.count != COUNT:
         lines.append(f"published numbers are of {COUNT:,} samples, these of {samples.count:,}")
     if against and against.size and samples.size and against.size != samples.size:
@@ -264,62 +402,52 @@ def remarks(metrics, samples, against):
             f"samples are {samples.size}×{samples.size}, reference images "
             f"{against.size}×{against.size}"
         )
-    if "inception_score" in keys and (samples.sortedness or 0) > 0.3:
+    if "inception_score" in keys(metrics) and (samples.sortedness or 0) > 0.3:
         lines.append(
             "the samples seem to be sorted by class: splits of 5,000 then hold few "
-            "classes each, and this "
-            "Inception Score compares with none; shuffle them"
+            "classes each, and this Inception Score compares with none; shuffle them"
         )
     return lines
 
 
+def _few(what, one):
+    if one.count and one.count < len(one.mean):
+        yield (
+            f"{one.count:,} {what} are fewer than the {len(one.mean):,} features: "
+            "distances are biased upwards"
+        )
+
+
 def evaluate(
-    metrics,
+    metrics: str,
     samples,
-    extractor,
-    ref=None,
-    res=None,
-    batch_size=None,
-    generator=None,
-    count=COUNT,
-    settings=None,
-    quiet=False,
-):
-    """Measure the image set `samples` (imagesets), or what `generator` draws, as METRICS[metrics]
-    says, against `ref` (None: the one that fits). Returns a dict for programs on rank 0, else None.
-    Raises UserError."""
-    keys = set(METRICS[metrics])
-    if not extractor.cached and keys & {"sfid", "inception_score"}:
-        raise UserError(
-            f"{extractor.name} are no Inception's: sfid, is and all need its spatial "
-            "features and logits; "
-            "leave out --features, or ask for fid, pr or kid"
-        )
-    if samples:
+    extractor: Extractor,
+    *,
+    ref: str | Path | None = None,
+    res: int | None = None,
+    batch_size: int | None = None,
+    quiet: bool = False,
+) -> dict | None:
+    """Measure `samples`, an image set (imagesets) or a Generation, as METRICS[metrics] says against
+    `ref`, whose images are cropped to `res` (None: against what fits). Returns a dict for programs
+    on rank 0, else None. Raises UserError."""
+    drawn = isinstance(samples, Generation)
+    check_extractor(metrics, extractor)
+    if not drawn:
         check_fair(samples)
-        source, known, size = (
-            samples.about.get("source"),
-            samples.about.get("num_classes"),
-            samples.size,
-        )
-    else:
-        source, known, size = generator.source, generator.config.num_classes, generator.pixels
-    exif, against = False, None
-    if metrics != "is":
-        if ref is None:
-            run, classes = (runfolder.run_of(source), class_names(source)) if source else (None, [])
-            ref, res, exif = fitting_reference(run, known, classes, size)
-        with_features = bool(keys & {"kid", "precision"})
-        against = reference(
-            ref, res, exif, extractor=extractor, with_features=with_features, quiet=quiet
-        )
+    against = None
+    needs = needed(metrics)
+    if "reference" in needs:
+        of = Reference(ref, res) if ref else _fitting(samples)
+        with_features = "features" in needs
+        against = reference(of, extractor, with_features=with_features, quiet=quiet)
         if against:
-            check_held(keys, against)
-    if samples:
-        found = extraction.measure(samples, extractor, None, batch_size, quiet)
+            check_held(metrics, against)
+    if drawn:
+        found = extraction.generate(samples, extractor, quiet=quiet)
     else:
-        found = extraction.generate(generator, count, settings, extractor, batch_size, quiet=quiet)
-    if not parallel.is_main():
+        found = extraction.measure(samples, extractor, batch_size=batch_size, quiet=quiet)
+    if not found:
         return None
     return {
         **compare(metrics, found, against),
@@ -333,70 +461,92 @@ def evaluate(
     }
 
 
-def watch(run, config, classes, extractor, count, ref=None):
+def _fitting(samples):
+    """The Reference that fits an image set or a Generation."""
+    if isinstance(samples, Generation):
+        source = samples.generator.source
+        known = samples.generator.config.num_classes
+        size = samples.generator.pixels
+    else:
+        source = samples.about.get("source")
+        known = samples.about.get("num_classes")
+        size = samples.size
+    if not source:
+        return fitting_reference(None, known, [], size=size)
+    return fitting_reference(runfolder.run_of(source), known, class_names(source), size=size)
+
+
+def watch(
+    run: str | Path,
+    config,
+    classes: Sequence[str],
+    *,
+    extractor: Extractor,
+    count: int,
+    ref: str | Path | None = None,
+) -> Callable[[sampling.Generator], dict]:
     """A function from a sampling.Generator to the FID of `count` unguided images, for a training
     run in folder `run` that keeps an eye on it: {"fid": …, "fid_images": count} on rank 0, {} on
     the others. Raises UserError."""
-    res, exif = None, False
-    if ref is None:  # rank 0 alone knows that the run folder is written
-        size = config.size * (1 if config.space == "pixel" else 8)
-        fitting = (
-            fitting_reference(run, config.num_classes, classes, size)
-            if parallel.is_main()
-            else None
-        )
-        ref, res, exif = parallel.broadcast(fitting)
-    against = reference(ref, res, exif, extractor=extractor)
+    of = Reference(ref)
+    if ref is None:
+        if parallel.is_main():  # which alone knows that the run folder is written
+            of = fitting_reference(run, config.num_classes, classes, size=space.side(config))
+        of = parallel.broadcast(of)
+    against = reference(of, extractor)
+    unguided = sampling.Settings(cfg=1.0)
 
     def measure_fid(generator):
-        found = extraction.generate(
-            generator, count, sampling.Settings(cfg=1.0), extractor, resumable=False, quiet=True
-        )
-        return (
-            {"fid": round(compare("fid", found, against)["fid"], 4), "fid_images": count}
-            if found
-            else {}
-        )
+        generation = Generation(generator, count, unguided)
+        found = extraction.generate(generation, extractor, resumable=False, quiet=True)
+        if not found:
+            return {}
+        return {"fid": round(compare("fid", found, against)["fid"], 4), "fid_images": count}
 
     return measure_fid
 
 
-def describe(one):
+def describe(one: Measured | None) -> dict | None:
     """Where a `Measured` came from, for programs."""
-    return one and {
-        "source": one.source,
-        "count": one.count,
-        "size": one.size,
-        "sha256": one.sha256,
-    }
+    if one is None:
+        return None
+    return {"source": one.source, "count": one.count, "size": one.size, "sha256": one.sha256}
 
 
-def label(samples):
+def label(samples: Measured) -> str:
     """What FID and sFID are marked with: 50K, 10K, or the very number of images, and the extractor
     if it is another."""
     count = f"{samples.count // 1000}K" if samples.count % 1000 == 0 else f"{samples.count}"
-    return count if samples.extractor == extraction.STANDARD else f"{count}, {samples.extractor}"
+    if samples.extractor == extraction.STANDARD:
+        return count
+    return f"{count}, {samples.extractor}"
 
 
-def table(result, variant=None):
+def table(result: dict, variant: str | None = None) -> str:
     """The result for people, beside the paper's numbers for `variant`."""
     lines = []
-    names = {key: NAMES.get(key, key) for key in METRICS["all"] if key in result}
-    names |= {key: f"{names[key]}-{result['label']}" for key in ("fid", "sfid") if key in result}
-    for key, name in names.items():
+    shown = [
+        (row, key, name) for row in rows("all") for key, name in row.values.items() if key in result
+    ]
+    names = {key: _full_name(row, name, result["label"]) for row, key, name in shown}
+    width = max(map(len, names.values()))
+    for row, key, _ in shown:
+        line = f"{names[key]:{width}} {result[key]:12.{row.digits}f}"
         published = [
             f"{values[key]:.2f} ({what})"
             for what, values in PAPER.get(variant, [])
             if key in values
         ]
-        lines.append(
-            f"{name:{max(map(len, names.values()))}} "
-            f"{result[key]:12.{5 if key.startswith('kid') else 4}f}"
-            + (f"   paper, {variant}: {', '.join(published)}" if published else "")
-        )
+        if published:
+            line += f"   paper, {variant}: {', '.join(published)}"
+        lines.append(line)
     for what in ("samples", "reference"):
         if one := result[what]:
-            lines.append(
-                f"{what}: {one['source']}" + (f", {one['count']:,} images" if one["count"] else "")
-            )
-    return "\n".join([*lines, *(f"note: {line}" for line in result["remarks"])])
+            count = f", {one['count']:,} images" if one["count"] else ""
+            lines.append(f"{what}: {one['source']}{count}")
+    lines += [f"note: {line}" for line in result["remarks"]]
+    return "\n".join(lines)
+
+
+def _full_name(row, name, label):
+    return f"{name}-{label}" if row.counted else name

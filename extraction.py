@@ -14,6 +14,8 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,72 +52,86 @@ def foreseen():
 # --------------------------------------------------------------------------------------- extractors
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Extractor:
     """Images uint8 (N, H, W, 3) on `device` → (pool (N, D), spatial (N, 2023) or None, logits (N,
     1008) or None)."""
 
-    function: object
+    function: Callable
     device: torch.device
     name: str
     identity: str  # of its features
     cached: bool  # whether the identity says all there is to know of them
 
     @property
-    def standard(self):
+    def standard(self) -> bool:
         return self.name == STANDARD
 
     @torch.inference_mode()
     def __call__(self, images):
-        with torch.backends.cudnn.flags(
-            enabled=True, allow_tf32=False
-        ):  # its rounding shows in a small FID
+        # TF32's rounding shows in a small FID
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.function(images.to(self.device, non_blocking=True))
 
 
-def inception(source="inception", device="cpu"):
+def inception(source: str | Path = "inception", device: str | torch.device = "cpu") -> Extractor:
     """The Inception network of 2015 from a name or pytorch-fid's weights file. Raises UserError."""
     path = downloads.find(source)
-    digest, device = sha256(path), torch.device(device)
-    name = (
-        STANDARD
-        if digest == downloads.ASSETS["inception"].sha256
-        else f"Inception with OTHER weights ({digest[:8]})"
-    )
+    device = torch.device(device)
+    digest = sha256(path)
+    name = STANDARD
+    if digest != downloads.ASSETS["inception"].sha256:
+        name = f"Inception with OTHER weights ({digest[:8]})"
     with foreseen():
         network = fid.load(path, device)
-    return Extractor(network, device, name, f"inception {digest}", True)
+    return Extractor(network, device, name, identity=f"inception {digest}", cached=True)
 
 
-def custom(spec, device="cpu"):
-    """An extractor from `module:function`, which maps uint8 images (N, H, W, 3) to features (N,
-    D)."""
+def custom(spec: str, device: str | torch.device = "cpu") -> Extractor:
+    """An extractor from `module:function`, which maps uint8 images (N, H, W, 3) on the device to
+    features (N, D), a tensor or a NumPy array. Raises UserError."""
+    function = _users_function(spec)
+
+    def extract(images):
+        return _as_features(function(images), len(images), spec), None, None
+
+    return Extractor(
+        extract,
+        torch.device(device),
+        name=f"features of {spec}",
+        identity=f"custom {spec}",
+        cached=False,
+    )
+
+
+def _users_function(spec):
+    """What `module:function` names."""
     module, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.insert(
-            0, os.getcwd()
-        )  # where a user's own module lies; the console script's path leaves it out
+        # where a user's own module lies; the console script's path leaves it out
+        sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"--features {spec}: {error}; expected module:function, importable from here"
         ) from None
 
-    def extract(images):
-        features = function(images)
-        if (
-            not isinstance(features, torch.Tensor)
-            or features.ndim != 2
-            or len(features) != len(images)
-        ):
-            got, count = getattr(features, "shape", type(features).__name__), len(images)
-            raise UserError(
-                f"--features {spec} gave {got} for {count} images; expected a tensor ({count}, D)"
-            )
-        return features.float(), None, None
 
-    return Extractor(extract, torch.device(device), f"features of {spec}", f"custom {spec}", False)
+def _as_features(found, count, spec):
+    """What a user's function gave for `count` images, as a tensor (count, D) float32."""
+    features = found
+    if isinstance(found, np.ndarray) and found.dtype.kind in "fiu":
+        features = torch.from_numpy(found.astype(np.float32))
+    if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != count:
+        got = type(found).__name__
+        if hasattr(found, "shape"):
+            got += f" {tuple(found.shape)} of {found.dtype}"
+        raise UserError(
+            f"--features {spec} gave {got} for {count} images; expected a tensor or an array of "
+            f"numbers ({count}, D)"
+        )
+    return features.float()
 
 
 # --------------------------------------------------------------------------- what is known of a set
@@ -138,25 +154,26 @@ class Measured:
     spatial_covariance: torch.Tensor | None = None
     features: torch.Tensor | None = None  # pool features (M, D) of the images kept, in order
     score: float | None = None  # the Inception Score
-    sortedness: float | None = (
-        None  # how much likelier than any two images neighbours are of one class: from 0 to 1
-    )
+    # how much likelier than any two images neighbours are of one class: from 0 to 1
+    sortedness: float | None = None
 
-    def save(self, path):
-        fields = vars(self)
-        tensors = {k: v for k, v in fields.items() if isinstance(v, torch.Tensor)}
-        save_tensors(
-            path, tensors, {k: json.dumps(v) for k, v in fields.items() if k not in tensors}
-        )
+    def save(self, path: str | Path):
+        tensors = {}
+        about = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value
+            else:
+                about[name] = json.dumps(value)
+        save_tensors(path, tensors, about)
 
     @staticmethod
-    def load(path):
+    def load(path: str | Path) -> "Measured":
         """Raises UserError for a file that holds something else."""
         tensors, about = load_tensors(path)
+        about.pop("format", None)
         try:
-            return Measured(
-                **tensors, **{k: json.loads(v) for k, v in about.items() if k != "format"}
-            )
+            return Measured(**tensors, **{name: json.loads(text) for name, text in about.items()})
         except (TypeError, ValueError):
             raise UserError(
                 f"{path} holds no statistics; expected a file that dimr eval stats wrote"
@@ -170,33 +187,37 @@ class Collector:
     whether a seed permutes the images over the Inception Score's splits, because their order means
     nothing."""
 
-    def __init__(self, count, device, keep=None, mixed=False):
+    def __init__(
+        self, count: int, device: torch.device, keep: int | None = None, mixed: bool = False
+    ):
         order = randomness.Order(count, ORDER_SEED).permutation(0)
-        self.count, self.kept = count, np.isin(np.arange(count), order[:keep])
+        self.count = count
+        self.kept = np.isin(np.arange(count), order[:keep])
         self.position = np.argsort(order) if mixed else np.arange(count)
         self.device = device if device.type == "cuda" else torch.device("cpu")  # MPS has no float64
-        self.statistics, self.score, self.features, self.predicted = (
-            {},
-            fid.InceptionScore(),
-            {},
-            {},
-        )
+        self.statistics = {}  # "" or "spatial_" → fid.Statistics
+        self.score = fid.InceptionScore()
+        self.features = {}  # number of a batch's first image → pool features of those kept
+        self.predicted = {}  # the same → classes (B,)
 
-    def add(self, numbers, pool, spatial, logits):
+    def add(self, numbers: np.ndarray, pool, spatial, logits):
         """Take in the features of images `numbers`, which are consecutive."""
         first = int(numbers[0])
-        for name, rows in (("", pool), ("spatial_", spatial)):
-            if rows is not None:
-                if name not in self.statistics:
-                    self.statistics[name] = fid.Statistics(rows.shape[1], self.device)
-                with foreseen():
-                    self.statistics[name].add(rows)
+        self._add_moments("", pool)
+        if spatial is not None:
+            self._add_moments("spatial_", spatial)
         if logits is not None:
             self.score.add(logits, self.position[numbers])
             self.predicted[first] = logits.argmax(1).cpu()
         self.features[first] = pool[torch.from_numpy(self.kept[numbers])].cpu()
 
-    def merge(self, other):
+    def _add_moments(self, name, rows):
+        if name not in self.statistics:
+            self.statistics[name] = fid.Statistics(rows.shape[1], self.device)
+        with foreseen():
+            self.statistics[name].add(rows)
+
+    def merge(self, other: "Collector"):
         """Take in what another process collected, if anything; this one has."""
         for name, theirs in other.statistics.items():
             self.statistics[name].merge(theirs)
@@ -204,29 +225,30 @@ class Collector:
         self.features |= other.features
         self.predicted |= other.predicted
 
-    def to_cpu(self):
+    def to_cpu(self) -> "Collector":
         for statistics in self.statistics.values():
             statistics.to("cpu")
         return self
 
-    def measured(self, **about):
+    def measured(self, **about) -> Measured:
+        """What all images come to; `about`: the other fields of `Measured`."""
+        moments = {}
         with foreseen():
-            moments = {
-                name + part: getattr(statistics, part).cpu()
-                for name, statistics in self.statistics.items()
-                for part in ("mean", "covariance")
-            }
-        features, predicted = (
-            torch.cat([v for _, v in sorted(parts.items())]) if parts else None
-            for parts in (self.features, self.predicted)
-        )
+            for name, statistics in self.statistics.items():
+                moments[f"{name}mean"] = statistics.mean.cpu()
+                moments[f"{name}covariance"] = statistics.covariance.cpu()
         scored = {}
-        if predicted is not None:
-            scored = {
-                "score": self.score.value,
-                "sortedness": _sortedness(predicted[np.argsort(self.position)]),
-            }
-        return Measured(count=self.count, features=features, **moments, **scored, **about)
+        if self.predicted:
+            in_order = _joined(self.predicted)[np.argsort(self.position)]
+            scored = {"score": self.score.value, "sortedness": _sortedness(in_order)}
+        return Measured(
+            count=self.count, features=_joined(self.features), **moments, **scored, **about
+        )
+
+
+def _joined(parts):
+    """Tensors by the number of their first image, as one."""
+    return torch.cat([parts[first] for first in sorted(parts)])
 
 
 def _sortedness(classes):
@@ -234,25 +256,22 @@ def _sortedness(classes):
     images."""
     share = torch.bincount(classes).double() / len(classes)
     by_chance = float((share**2).sum())
-    neighbours = (
-        float((classes[1:] == classes[:-1]).double().mean()) if len(classes) > 1 else by_chance
-    )
-    return (neighbours - by_chance) / (1 - by_chance) if by_chance < 1 else 0.0
+    if by_chance == 1:
+        return 0.0
+    neighbours = float((classes[1:] == classes[:-1]).double().mean())
+    return (neighbours - by_chance) / (1 - by_chance)
 
 
-def _collect(collector, items, quiet, what, **about):
+def _collect(collector, items, bar, about):
     """Feed this process's `items` (numbers, features), join with the others'; `Measured` on rank 0,
-    else None."""
-    with tqdm(
-        total=collector.count,
-        desc=what,
-        unit="img",
-        disable=quiet or not parallel.is_main() or None,
-    ) as bar:
+    else None. `bar` counts batches as if every process had one of that size."""
+    with bar:
         for numbers, features in items:
             collector.add(numbers, *features)
             bar.update(min(len(numbers) * parallel.world_size(), bar.total - bar.n))
-    found = parallel.collect(collector if parallel.world_size() == 1 else collector.to_cpu())
+    if parallel.world_size() > 1:
+        collector.to_cpu()
+    found = parallel.collect(collector)
     if not found:
         return None
     for other in found[1:]:
@@ -260,169 +279,243 @@ def _collect(collector, items, quiet, what, **about):
     return collector.measured(**about)
 
 
+def _bar(total, what, quiet):
+    silent = quiet or not parallel.is_main()
+    return tqdm(total=total, desc=what, unit="img", disable=True if silent else None)
+
+
+# ---------------------------------------------------------------------------------------- the cache
+
+
 def _place(key):
     """Where in the cache the `Measured` of this key (a list that JSON can hold) belongs."""
-    return (
-        downloads.cache()
-        / "features"
-        / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
-    )
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    return downloads.cache() / "features" / f"{digest[:32]}.safetensors"
 
 
-def _cached(path, compute, source):
-    """The `Measured` at `path` on rank 0, else None, computed and written there if it is not (path
-    None: not written). A damaged file is replaced, and one that can't be written costs no
-    result."""
+def _find(path, source):
+    """Whether the cache holds a whole `Measured` at `path`; and that, as of `source`, on rank 0,
+    else None."""
     found = None
-    if path and path.is_file() and parallel.is_main():
-        with contextlib.suppress(UserError):
+    if path.is_file() and parallel.is_main():
+        with contextlib.suppress(UserError):  # a damaged one is replaced
             found = dataclasses.replace(Measured.load(path), source=source)
-    if parallel.broadcast(found is not None):
-        return found
-    found = compute()
-    if found and path:
-        try:
-            found.save(path)
-        except OSError as error:
-            tqdm.write(
-                f"WARNING: {path} NOT written ({error.strerror}); the next call measures again",
-                file=sys.stderr,
-            )
-    return found
+    return parallel.broadcast(found is not None), found
 
 
-def measure(images, extractor, keep=None, batch_size=None, quiet=False):
-    """`Measured` of an image set on rank 0, else None: each process extracts its share. Cached by
-    content."""
+def _keep(found, path):
+    """Write what was `found`, if anything, to the cache. What can't be written costs no result."""
+    if not found:
+        return
+    try:
+        found.save(path)
+    except OSError as error:
+        tqdm.write(
+            f"WARNING: {path} NOT written ({error.strerror}); the next call measures again",
+            file=sys.stderr,
+        )
+
+
+# --------------------------------------------------------------------------------- images on a disk
+
+
+def measure(
+    images,
+    extractor: Extractor,
+    keep: int | None = None,
+    *,
+    batch_size: int | None = None,
+    quiet: bool = False,
+) -> Measured | None:
+    """`Measured` of an image set (imagesets) on rank 0, else None: each process extracts its share.
+    The features of `keep` images are kept (None: all). Cached by content. Raises UserError."""
     digest = parallel.broadcast(images.digest if parallel.is_main() else None)
-    path = (
-        _place(["images", FORMAT, digest, images.size, keep, extractor.identity])
-        if extractor.cached
-        else None
-    )
     size = batch_size or BATCH_SIZE[extractor.device.type]
-
-    def compute():
-        firsts = np.array_split(np.arange(0, len(images), size), parallel.world_size())[
-            parallel.rank()
-        ]
-        stretches = [np.arange(first, min(first + size, len(images))) for first in firsts]
-        batches = dataset.loader(
-            images,
-            ((stretch, None) for stretch in stretches),
-            imagesets.workers(images, size),
-            pin=extractor.device.type == "cuda",
-        )
-        items = (
-            (stretch, extractor(batch[0]))
-            for stretch, batch in zip(stretches, batches, strict=True)
-        )
-        return _collect(
-            Collector(len(images), extractor.device, keep, not images.ordered),
-            items,
-            quiet,
-            "features",
-            source=str(images.path),
-            sha256=digest,
-            size=images.size,
-            extractor=extractor.name,
-            identity=extractor.identity,
-        )
-
-    return _cached(path, compute, str(images.path))
-
-
-def generate(generator, count, settings, extractor, batch_size=None, resumable=True, quiet=False):
-    """`Measured` of `count` images that a sampling.Generator draws on rank 0, else None.
-
-    Image i has class i mod K and seed i. None is written. `resumable` notes each batch's features
-    in the cache folder until all are there, so an interrupted call goes on, on any number of
-    processes, and ends with the same numbers to the last bit."""
-    settings = settings.resolved(generator.config)
-    batch_size = min(count, batch_size or sampling.BATCH_SIZE[generator.device.type])
-    classes, total = (
-        [i % generator.config.num_classes for i in range(count)],
-        math.ceil(count / batch_size),
-    )
-    plan = {
-        k: v
-        for k, v in sampling.describe(generator, settings).items()
-        if k not in ("source", "torch")
-    }
-    key = json.dumps([count, batch_size, plan])
     about = {
-        "source": f"{generator.source}, cfg {settings.cfg:g}, {settings.solver}, "
-        f"{settings.steps} NFE",
-        "sha256": hashlib.sha256(key.encode()).hexdigest(),
-        "size": generator.pixels,
+        "source": str(images.path),
+        "sha256": digest,
+        "size": images.size,
         "extractor": extractor.name,
         "identity": extractor.identity,
     }
-    collector = Collector(count, extractor.device)
 
-    def features(numbers, progress=None):
-        for indices, images in generator.batches(
-            classes, range(count), settings, batch_size, numbers, progress
-        ):
-            yield np.asarray(indices), extractor(torch.from_numpy(images).expand(-1, -1, -1, 3))
-
-    if not (resumable and extractor.cached):
-        mine = range(parallel.rank(), total, parallel.world_size())
-        return _collect(collector, features(mine), quiet, "generating", **about)
-
-    path = _place(["generated", FORMAT, key, extractor.identity])
-    work = path.with_suffix(".partial")
-
-    def note(k):
-        return work / f"{k:06d}.safetensors"
-
-    def compute():
-        with contextlib.ExitStack() as stack:
-            if parallel.is_main():
-                stack.enter_context(storage.locked(work))
-                _check_space(work, count)
-            parallel.barrier()
-            missing = [k for k in range(total) if not note(k).is_file()]
-            parallel.barrier()  # everyone has seen what is there
-            mine = missing[parallel.rank() :: parallel.world_size()]
-            bar = stack.enter_context(
-                tqdm(
-                    total=min(len(mine) * batch_size, count),
-                    desc="generating",
-                    unit="img",
-                    disable=quiet or not parallel.is_main() or None,
-                    bar_format=sampling.BAR,
-                )
-            )
-            for k, (_, found) in zip(mine, features(mine, bar), strict=True):
-                save_tensors(note(k), dict(zip(FEATURES, found, strict=True)))
-            parallel.barrier()
-            if not parallel.is_main():
-                return None
-            for k in tqdm(
-                range(total), desc="statistics", unit="batch", disable=quiet or None, leave=False
-            ):
-                if not note(k).is_file():
-                    raise UserError(
-                        f"{note(k)} is missing: all processes must share the cache; set "
-                        "DIMR_HOME to a "
-                        "folder that they can reach"
-                    )
-                found, _ = load_tensors(note(k))
-                numbers = np.arange(k * batch_size, min((k + 1) * batch_size, count))
-                collector.add(numbers, *(found[name].to(extractor.device) for name in FEATURES))
-            return collector.measured(**about)
-
-    measured = _cached(path, compute, about["source"])
-    if parallel.is_main():
-        shutil.rmtree(work, ignore_errors=True)
-    return measured
+    path = _place(["images", FORMAT, digest, images.size, keep, extractor.identity])
+    if extractor.cached:
+        there, found = _find(path, about["source"])
+        if there:
+            return found
+    collector = Collector(len(images), extractor.device, keep, mixed=not images.ordered)
+    bar = _bar(len(images), "features", quiet)
+    found = _collect(collector, _features_of(images, extractor, size), bar, about)
+    if extractor.cached:
+        _keep(found, path)
+    return found
 
 
-def _check_space(folder, count):
-    need, free = count * BYTES, shutil.disk_usage(folder).free
-    if need > free:
-        raise UserError(
-            f"the features of {count:,} images take {need / 1e9:.1f} GB and {folder} has room for "
-            f"{free / 1e9:.1f}; free space or set DIMR_HOME"
+def _features_of(images, extractor, size):
+    """Yield (numbers, features) of this process's share of the images, which is one stretch."""
+    starts = np.arange(0, len(images), size)
+    mine = np.array_split(starts, parallel.world_size())[parallel.rank()]
+    stretches = [np.arange(first, min(first + size, len(images))) for first in mine]
+    batches = dataset.loader(
+        images,
+        ((stretch, None) for stretch in stretches),
+        imagesets.workers(images, size),
+        pin=extractor.device.type == "cuda",
+    )
+    for stretch, batch in zip(stretches, batches, strict=True):
+        yield stretch, extractor(batch[0])
+
+
+# ------------------------------------------------------------------------ images that are generated
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Images that a network is to draw for measuring: image i has class i mod K and seed i. None is
+    written."""
+
+    generator: sampling.Generator
+    count: int
+    settings: sampling.Settings = sampling.Settings()
+    batch_size: int | None = None  # of drawing; None: by device
+
+    def resolved(self) -> "Generation":
+        """With every default filled in. Raises UserError for settings that can't work."""
+        size = self.batch_size or sampling.BATCH_SIZE[self.generator.device.type]
+        return dataclasses.replace(
+            self,
+            settings=self.settings.resolved(self.generator.config),
+            batch_size=min(self.count, size),
         )
+
+    @property
+    def batches(self) -> int:
+        return math.ceil(self.count / self.batch_size)
+
+    def numbers(self, k: int) -> np.ndarray:
+        """Of the images in batch k."""
+        return np.arange(k * self.batch_size, min((k + 1) * self.batch_size, self.count))
+
+    @property
+    def key(self) -> str:
+        """What says which images they are."""
+        plan = sampling.describe(self.generator, self.settings)
+        del plan["source"], plan["torch"]
+        return json.dumps([self.count, self.batch_size, plan])
+
+    @property
+    def source(self) -> str:
+        """Where they come from, for people."""
+        how = self.settings
+        return f"{self.generator.source}, cfg {how.cfg:g}, {how.solver}, {how.steps} NFE"
+
+    def features(self, extractor: Extractor, chosen: Iterable[int], progress=None) -> Iterator:
+        """Yield (numbers, features) for each of the `chosen` batches."""
+        known = self.generator.config.num_classes
+        classes = [i % known for i in range(self.count)]
+        seeds = range(self.count)
+        drawn = self.generator.batches(
+            classes, seeds, self.settings, self.batch_size, chosen, progress
+        )
+        for numbers, images in drawn:
+            colour = torch.from_numpy(images).expand(-1, -1, -1, 3)
+            yield np.asarray(numbers), extractor(colour)
+
+
+def generate(
+    generation: Generation, extractor: Extractor, *, resumable: bool = True, quiet: bool = False
+) -> Measured | None:
+    """`Measured` of images that are drawn for it, on rank 0, else None. Raises UserError.
+
+    `resumable` notes each batch's features in the cache folder until all are there, so an
+    interrupted call goes on, on any number of processes, and ends with the same numbers to the last
+    bit."""
+    generation = generation.resolved()
+    about = {
+        "source": generation.source,
+        "sha256": hashlib.sha256(generation.key.encode()).hexdigest(),
+        "size": generation.generator.pixels,
+        "extractor": extractor.name,
+        "identity": extractor.identity,
+    }
+    collector = Collector(generation.count, extractor.device)
+    if not (resumable and extractor.cached):
+        _, mine = parallel.divide(generation.batches, set)
+        bar = _bar(generation.count, "generating", quiet)
+        return _collect(collector, generation.features(extractor, mine), bar, about)
+
+    path = _place(["generated", FORMAT, generation.key, extractor.identity])
+    notes = Notes(path.with_suffix(".partial"), generation)
+    there, found = _find(path, about["source"])
+    if there:
+        notes.discard()
+        return found
+    with contextlib.ExitStack() as stack:
+        if parallel.is_main():
+            stack.enter_context(storage.locked(notes.folder))
+            notes.check_room()
+        _note_features(notes, generation, extractor, quiet)
+        if parallel.is_main():
+            for numbers, features in notes.read(extractor.device, quiet):
+                collector.add(numbers, *features)
+            found = collector.measured(**about)
+            _keep(found, path)
+            notes.discard()
+    return found
+
+
+def _note_features(notes, generation, extractor, quiet):
+    """Draw what is not noted yet, on all processes."""
+    _, mine = parallel.divide(generation.batches, notes.done)
+    total = min(len(mine) * generation.batch_size, generation.count)
+    with sampling.sampling_bar(total, quiet, "generating") as bar:
+        for numbers, features in generation.features(extractor, mine, bar):
+            notes.add(numbers, features)
+    parallel.barrier()
+
+
+class Notes:
+    """The features of each batch of a `Generation`, a file each, in a folder of the cache."""
+
+    def __init__(self, folder: Path, generation: Generation):
+        self.folder = folder
+        self.generation = generation
+
+    def path(self, k: int) -> Path:
+        return self.folder / f"{k:06d}.safetensors"
+
+    def done(self) -> set[int]:
+        """The batches noted."""
+        return {k for k in range(self.generation.batches) if self.path(k).is_file()}
+
+    def check_room(self):
+        """Raise UserError if what is missing does not fit."""
+        noted = len(self.done()) * self.generation.batch_size
+        count = max(self.generation.count - noted, 0)
+        storage.check_room(
+            self.folder,
+            count * BYTES,
+            f"keeping the features of {count:,} images",
+            "free some space or set DIMR_HOME",
+        )
+
+    def add(self, numbers: np.ndarray, features: Iterable[torch.Tensor]):
+        k = int(numbers[0]) // self.generation.batch_size
+        save_tensors(self.path(k), dict(zip(FEATURES, features, strict=True)))
+
+    def read(self, device: torch.device, quiet: bool) -> Iterator:
+        """Yield (numbers, features) of all batches. Raises UserError if one is not there."""
+        batches = range(self.generation.batches)
+        for k in tqdm(batches, "statistics", unit="batch", disable=quiet or None, leave=False):
+            if not self.path(k).is_file():
+                raise UserError(
+                    f"{self.path(k)} is missing: all processes must share the cache; set "
+                    "DIMR_HOME to a folder that they can reach"
+                )
+            found, _ = load_tensors(self.path(k))
+            yield self.generation.numbers(k), [found[name].to(device) for name in FEATURES]
+
+    def discard(self):
+        if parallel.is_main():
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -11,6 +11,7 @@ FID: Heusel et al., arXiv:1706.08500; sFID: Nash et al., arXiv:2103.03841; Incep
 et al., arXiv:1606.03498; KID: Bińkowski et al., arXiv:1801.01401; precision and recall:
 Kynkäänniemi et al., arXiv:1904.06991; density and coverage: Naeem et al., arXiv:2002.09797."""
 
+from collections.abc import Callable
 from zipfile import is_zipfile
 
 import numpy as np
@@ -123,9 +124,12 @@ class Mixed(nn.Module):
         self.leaves = [name for name in [*self.reads, "pool"] if name not in self.reads.values()]
         widths = {"x": channels, "pool": channels}
         for name, source, width, kernel in rows:
-            halves = pool == "down" and name in self.leaves
-            padding = 0 if halves else tuple(side // 2 for side in kernel)
-            self.add_module(name, Conv(widths[source], width, kernel, 2 if halves else 1, padding))
+            stride = 1
+            padding = tuple(side // 2 for side in kernel)
+            if pool == "down" and name in self.leaves:
+                stride = 2
+                padding = 0
+            self.add_module(name, Conv(widths[source], width, kernel, stride, padding))
             widths[name] = width
         self.width = sum(widths[name] for name in self.leaves)
 
@@ -175,7 +179,7 @@ class Inception(nn.Module):
         return pool, spatial, self.fc(pool)
 
 
-def resize(images, side):
+def resize(images: torch.Tensor, side: int) -> torch.Tensor:
     """TensorFlow 1's bilinear resize of images (N, H, W, C) to float32 (N, C, side, side), channels
     last in memory.
 
@@ -184,47 +188,29 @@ def resize(images, side):
         size = images.shape[axis]
         at = torch.arange(side, dtype=torch.float32, device=images.device) * (size / side)
         low = at.long()
-        first, second = (
-            images.index_select(axis, i).float() for i in (low, (low + 1).clamp(max=size - 1))
-        )
+        high = (low + 1).clamp(max=size - 1)
+        first = images.index_select(axis, low).float()
+        second = images.index_select(axis, high).float()
         images = first + (second - first) * (at - low).view(-1, *[1] * (3 - axis))
     return images.permute(0, 3, 1, 2)
 
 
-def from_state_dict(state_dict):
+def from_state_dict(state_dict: dict[str, torch.Tensor]) -> Inception:
     """The Inception network of a state dict under pytorch-fid's names, batch norms folded into
     convolutions.
 
     Raises ValueError naming tensors that are missing, unknown or of another shape."""
     inception = Inception()
+    found = {k: v for k, v in state_dict.items() if not k.endswith(".num_batches_tracked")}
     convolutions = {
         name: module for name, module in inception.named_modules() if isinstance(module, Conv)
     }
-    shapes = {"fc.weight": (LOGITS, POOL), "fc.bias": (LOGITS,)}
-    for name, module in convolutions.items():
-        shapes[f"{name}.conv.weight"] = tuple(module.weight.shape)
-        shapes |= {f"{name}.{part}": (module.out_channels,) for part in NORM}
-    found = {k: v for k, v in state_dict.items() if not k.endswith(".num_batches_tracked")}
-    wrong = {
-        "missing": sorted(shapes.keys() - found.keys()),
-        "unknown": sorted(found.keys() - shapes.keys()),
-        "of another shape": [
-            k for k in shapes if k in found and tuple(found[k].shape) != shapes[k]
-        ],
-        "not finite": [k for k, v in found.items() if not v.isfinite().all()],
-    }
-    if any(wrong.values()):
-        faults = "; ".join(
-            f"{len(names)} {fault}: {', '.join(names[:3])}"
-            for fault, names in wrong.items()
-            if names
-        )
-        raise ValueError(f"not the Inception weights of pytorch-fid ({faults})")
+    _check_tensors(found, convolutions)
     with torch.no_grad():
         for name, module in convolutions.items():
-            weight, gain, bias, mean, variance = (
+            weight, gain, bias, mean, variance = [
                 found[f"{name}.{part}"].double() for part in ("conv.weight", *NORM)
-            )
+            ]
             gain = gain / (variance + EPS).sqrt()
             module.weight.copy_(weight * gain.view(-1, 1, 1, 1))
             module.bias.copy_(bias - mean * gain)
@@ -232,21 +218,40 @@ def from_state_dict(state_dict):
     return inception.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def load(path, device="cpu"):
+def _check_tensors(found, convolutions):
+    """Raise ValueError unless these are the tensors that the network takes, and finite."""
+    shapes = {"fc.weight": (LOGITS, POOL), "fc.bias": (LOGITS,)}
+    for name, module in convolutions.items():
+        shapes[f"{name}.conv.weight"] = tuple(module.weight.shape)
+        for part in NORM:
+            shapes[f"{name}.{part}"] = (module.out_channels,)
+    wrong = {
+        "missing": sorted(shapes.keys() - found.keys()),
+        "unknown": sorted(found.keys() - shapes.keys()),
+        "of another shape": [
+            name for name in shapes if name in found and tuple(found[name].shape) != shapes[name]
+        ],
+        "not finite": [name for name in found if not found[name].isfinite().all()],
+    }
+    faults = [
+        f"{len(names)} {fault}: {', '.join(names[:3])}" for fault, names in wrong.items() if names
+    ]
+    if faults:
+        raise ValueError(f"not the Inception weights of pytorch-fid ({'; '.join(faults)})")
+
+
+def load(path, device: str | torch.device = "cpu") -> Inception:
     """The Inception network in pytorch-fid's weights file; nothing in it is run. Raises ValueError
     for another file."""
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except OSError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever an untrusted file makes the parser raise, the file is at fault
+    except Exception as error:  # whatever an untrusted file makes the parser raise is its fault
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} can't be read as plain weights ({reason})") from None
-    if not isinstance(state_dict, dict) or not all(
-        isinstance(v, torch.Tensor) for v in state_dict.values()
-    ):
+    is_dict = isinstance(state_dict, dict)
+    if not is_dict or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
         raise ValueError(f"{path} holds no state dict: expected names mapped to tensors")
     try:
         return from_state_dict(state_dict).to(device)
@@ -266,28 +271,29 @@ class Statistics:
 
     BLOCK = 1024
 
-    def __init__(self, dim, device="cpu"):
-        self._count, self._pending = 0, []
+    def __init__(self, dim: int, device: str | torch.device = "cpu"):
+        self._count = 0  # rows folded
+        self._pending = []  # rows that are not
         self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     @property
-    def count(self):
+    def count(self) -> int:
         return self._count + sum(map(len, self._pending))
 
     @property
-    def mean(self):
+    def mean(self) -> torch.Tensor:
         self._flush(1)
         return self._mean
 
     @property
-    def covariance(self):
+    def covariance(self) -> torch.Tensor:
         if self.count < 2:
             raise ValueError(f"{self.count} images have no covariance; expected at least 2")
         self._flush(1)
         return self._scatter / (self._count - 1)
 
-    def add(self, features):
+    def add(self, features: torch.Tensor):
         """Take in rows (N, D). Raises ValueError where one is not finite."""
         if not features.isfinite().all():
             raise ValueError(
@@ -296,14 +302,16 @@ class Statistics:
         self._pending.append(features.to(self._mean.device, copy=True))
         self._flush(self.BLOCK)
 
-    def merge(self, other):
+    def merge(self, other: "Statistics"):
+        """Take in the rows of another, which keeps them."""
         self._flush(1)
         other._flush(1)
         self._join(other._count, other._mean.to(self._mean), other._scatter.to(self._mean))
 
-    def to(self, device):
+    def to(self, device: str | torch.device):
         self._flush(1)
-        self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
+        self._mean = self._mean.to(device)
+        self._scatter = self._scatter.to(device)
 
     def _flush(self, least):
         """Fold pending rows, BLOCK at a time, while there are at least `least` of them."""
@@ -317,45 +325,44 @@ class Statistics:
 
     def _join(self, count, mean, scatter):
         """Combine with the moments of other rows (Chan, Golub, LeVeque 1983)."""
+        if count == 0:
+            return
         total = self._count + count
-        if count:
-            step = mean - self._mean
-            self._scatter += scatter
-            self._scatter.addr_(step, step, alpha=self._count * count / total)
-            self._mean += step * (count / total)
-            self._count = total
+        step = mean - self._mean
+        self._scatter += scatter
+        self._scatter.addr_(step, step, alpha=self._count * count / total)
+        self._mean += step * (count / total)
+        self._count = total
 
 
-def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
+def frechet_distance(mean_1, covariance_1, mean_2, covariance_2) -> float:
     """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of arrays or tensors (D,), (D, D), as a float.
 
     With Σ₁ = A Aᵀ, Σ₁ Σ₂ has the eigenvalues of the symmetric Aᵀ Σ₂ A besides zeros. A is
     Cholesky's factor with pivoting and has as many columns as Σ₁ has rank, so fewer images than
     features cost no accuracy, and less time. Raises ValueError."""
-    (mean_1, covariance_1), (mean_2, covariance_2) = (
-        _moments(mean_1, covariance_1),
-        _moments(mean_2, covariance_2),
-    )
+    mean_1, covariance_1 = _moments(mean_1, covariance_1)
+    mean_2, covariance_2 = _moments(mean_2, covariance_2)
     if mean_1.shape != mean_2.shape:
         counts = f"{len(mean_1)} and of {len(mean_2)}"
         raise ValueError(
             f"statistics of {counts} features can't be compared; use one extractor for both"
         )
-    factor, other = _cholesky(covariance_1), covariance_2
-    if (second := _cholesky(covariance_2)).shape[1] < factor.shape[1]:
-        factor, other = second, covariance_1
-    eigenvalues = np.linalg.eigvalsh(factor.T @ other @ factor)
-    root = np.sqrt(eigenvalues.clip(min=0)).sum()
-    distance = (
-        ((mean_1 - mean_2) ** 2).sum() + covariance_1.trace() + covariance_2.trace() - 2 * root
-    )
+    factor_1 = _cholesky(covariance_1)
+    factor_2 = _cholesky(covariance_2)
+    if factor_2.shape[1] < factor_1.shape[1]:  # the smaller product
+        product = factor_2.T @ covariance_1 @ factor_2
+    else:
+        product = factor_1.T @ covariance_2 @ factor_1
+    root = np.sqrt(np.linalg.eigvalsh(product).clip(min=0)).sum()
+    between = ((mean_1 - mean_2) ** 2).sum()
+    distance = between + covariance_1.trace() + covariance_2.trace() - 2 * root
     return max(float(distance), 0.0)
 
 
 def _moments(mean, covariance):
-    mean, covariance = (
-        np.asarray(torch.as_tensor(a).cpu(), np.float64) for a in (mean, covariance)
-    )
+    mean = np.asarray(torch.as_tensor(mean).cpu(), np.float64)
+    covariance = np.asarray(torch.as_tensor(covariance).cpu(), np.float64)
     if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
         raise ValueError(
             f"statistics of shape {mean.shape} and {covariance.shape}; expected (D,) and (D, D)"
@@ -384,10 +391,11 @@ class InceptionScore:
     number of processes (`merge`) give one score. A split that is sorted by class can't score above
     its number of classes."""
 
-    def __init__(self, split=5000):
-        self.split, self.splits = split, {}  # split → (images, sum of p (C,), sum of p log p)
+    def __init__(self, split: int = 5000):
+        self.split = split
+        self.splits = {}  # split → (images, sum of p (C,), sum of p log p)
 
-    def add(self, logits, numbers):
+    def add(self, logits: torch.Tensor, numbers):
         """Take in logits (N, C) of the images `numbers` (N,)."""
         log_p = logits.cpu().double().log_softmax(1)
         p = log_p.exp()
@@ -395,21 +403,20 @@ class InceptionScore:
         owners = torch.as_tensor(numbers) // self.split
         for k in owners.unique().tolist():
             mine = owners == k
-            self._join(k, int(mine.sum()), p[mine].sum(0), float(entropy[mine].sum()))
+            self._join(k, (int(mine.sum()), p[mine].sum(0), float(entropy[mine].sum())))
 
-    def merge(self, other):
+    def merge(self, other: "InceptionScore"):
+        """Take in the images of another."""
         for k, sums in other.splits.items():
-            self._join(k, *sums)
+            self._join(k, sums)
 
-    def _join(self, k, *sums):
-        self.splits[k] = (
-            tuple(a + b for a, b in zip(self.splits[k], sums, strict=True))
-            if k in self.splits
-            else sums
-        )
+    def _join(self, k, sums):
+        if k in self.splits:
+            sums = tuple(a + b for a, b in zip(self.splits[k], sums, strict=True))
+        self.splits[k] = sums
 
     @property
-    def value(self):
+    def value(self) -> float:
         scores = []
         for count, p, entropy in self.splits.values():
             q = p / count
@@ -420,31 +427,50 @@ class InceptionScore:
 # -------------------------------------------------------- KID, precision, recall, density, coverage
 
 
-def kernel_distance(features_1, features_2, subsets=100, size=1000, seed=2020):
+def kernel_distance(
+    features_1: torch.Tensor,
+    features_2: torch.Tensor,
+    *,
+    subsets: int = 100,
+    size: int = 1000,
+    seed: int = 2020,
+) -> tuple[float, float]:
     """KID: mean and standard deviation over random subsets of the unbiased squared MMD with kernel
     (x·y / D + 1)³.
 
     The subsets are those that torch-fidelity draws from the same seed. Sets smaller than `size` are
-    taken whole."""
-    size, draw = min(size, len(features_1), len(features_2)), np.random.RandomState(seed)
+    taken whole. Raises ValueError for sets of one image."""
+    size = min(size, len(features_1), len(features_2))
     if size < 2:
         raise ValueError("KID needs at least 2 images on either side")
+    draw = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
-        x, y = (
-            f[torch.from_numpy(draw.choice(len(f), size, replace=False))]
-            for f in (features_1, features_2)
-        )
-        same = sum(k.sum() - k.diagonal().sum() for k in (_kernel(x, x), _kernel(y, y)))
+        x = features_1[torch.from_numpy(draw.choice(len(features_1), size, replace=False))]
+        y = features_2[torch.from_numpy(draw.choice(len(features_2), size, replace=False))]
+        same = _sum_of_others(_kernel(x, x)) + _sum_of_others(_kernel(y, y))
         values.append(float(same / (size * (size - 1)) - 2 * _kernel(x, y).mean()))
     return float(np.mean(values)), float(np.std(values))
+
+
+def _sum_of_others(kernel):
+    """Of all pairs of two images."""
+    return kernel.sum() - kernel.diagonal().sum()
 
 
 def _kernel(x, y):
     return (x @ y.T).double().div_(x.shape[1]).add_(1).pow_(3)
 
 
-def manifold_metrics(real, fake, k=3, k_density=5, chunk=2048, progress=iter):
+def manifold_metrics(
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    *,
+    k: int = 3,
+    k_density: int = 5,
+    chunk: int = 2048,
+    progress: Callable = iter,
+) -> dict[str, float]:
     """Precision, recall, density and coverage of `fake` against `real` features (N, D), (M, D), as
     a dict.
 
@@ -458,21 +484,18 @@ def manifold_metrics(real, fake, k=3, k_density=5, chunk=2048, progress=iter):
         raise ValueError(
             f"precision and recall need more than {most} images on either side, not {counts}"
         )
-    real_nearest, fake_nearest = (
-        _nearest(real, most, chunk, progress),
-        _nearest(fake, k, chunk, progress),
-    )
-    real_radius, wide_radius, fake_radius = (
-        n[:, i - 1] for n, i in ((real_nearest, k), (real_nearest, k_density), (fake_nearest, k))
-    )
-    precise, recalled, covered = (
-        points.new_zeros(len(points), dtype=torch.bool) for points in (fake, real, real)
-    )
-    balls = 0
-    for i, j in progress(
-        [(i, j) for i in range(0, len(real), chunk) for j in range(0, len(fake), chunk)]
-    ):
-        rows, columns = slice(i, i + chunk), slice(j, j + chunk)
+    nearest = _nearest(real, most, chunk, progress)
+    real_radius = nearest[:, k - 1]
+    wide_radius = nearest[:, k_density - 1]
+    fake_radius = _nearest(fake, k, chunk, progress)[:, k - 1]
+    precise = fake.new_zeros(len(fake), dtype=torch.bool)
+    recalled = real.new_zeros(len(real), dtype=torch.bool)
+    covered = real.new_zeros(len(real), dtype=torch.bool)
+    balls = 0  # wide ones that fakes lie in, counted for each
+    blocks = [(i, j) for i in range(0, len(real), chunk) for j in range(0, len(fake), chunk)]
+    for i, j in progress(blocks):
+        rows = slice(i, i + chunk)
+        columns = slice(j, j + chunk)
         distances = _squared_distances(real[rows], fake[columns])
         within = distances <= wide_radius[rows, None]
         balls += within.sum()
@@ -497,8 +520,10 @@ def _nearest(points, k, chunk, progress):
         nearest[rows] = found.topk(k, largest=False).values
 
     starts = range(0, len(points), chunk)
-    for i, j in progress([(i, j) for i in starts for j in starts if i <= j]):
-        rows, columns = slice(i, i + chunk), slice(j, j + chunk)
+    blocks = [(i, j) for i in starts for j in starts if i <= j]
+    for i, j in progress(blocks):
+        rows = slice(i, i + chunk)
+        columns = slice(j, j + chunk)
         distances = _squared_distances(points[rows], points[columns])
         if i == j:
             distances.fill_diagonal_(torch.inf)

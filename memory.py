@@ -1,7 +1,6 @@
 """How much memory training takes on a GPU, computed on any machine: forward and backward pass run
 on tensors without values, and what they would hold at once is counted."""
 
-import contextlib
 import weakref
 
 import torch
@@ -15,7 +14,12 @@ import dimr
 STATE = 20  # bytes a parameter, fp32: weights, gradients, AdamW's two moments, EMA
 
 
-def training_memory(config, micro_batch, checkpoint_blocks=False, precision="bf16"):
+def training_memory(
+    config: dimr.Config,
+    micro_batch: int,
+    checkpoint_blocks: bool = False,
+    precision: str = "bf16",
+) -> tuple[int, int]:
     """(bytes of the state, most bytes of activations at once) of training with `micro_batch` images
     per GPU and pass.
 
@@ -32,17 +36,13 @@ def training_memory(config, micro_batch, checkpoint_blocks=False, precision="bf1
     return STATE * sum(p.numel() for p in model.parameters()), peak
 
 
-def activations(model, config, batch, precision):
+def activations(model: dimr.DiMR, config: dimr.Config, batch: int, precision: str) -> int:
     """Most bytes that a forward and a backward pass hold at once besides weights and gradients."""
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with Live() as live:
         images = torch.zeros(batch, config.channels, config.size, config.size)
-        with (
-            torch.autocast("cpu", torch.bfloat16)
-            if precision == "bf16"
-            else contextlib.nullcontext()
-        ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             predictions = model(images, torch.zeros(batch), torch.zeros(batch, dtype=torch.long))
         sums, _ = diffusion.multi_scale_loss(predictions, images)
         del predictions
@@ -56,21 +56,24 @@ class Live(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
+        self.now = 0
+        self.peak = 0
+        self.known = set()  # storages that are alive
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         for tensor in tree_leaves(result):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and tensor.untyped_storage()._cdata not in self.known
-            ):
-                storage = tensor.untyped_storage()
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+            if isinstance(tensor, torch.Tensor):
+                self.meet(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
         return result
+
+    def meet(self, storage):
+        key = storage._cdata
+        if key not in self.known:
+            self.known.add(key)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.free, key, storage.nbytes())
 
     def free(self, key, size):
         self.known.discard(key)

@@ -538,7 +538,14 @@ def watch_fid(out, plan, extractor, watch):
     """A function from a Generator to what is noted of it in metrics.jsonl. Raises UserError."""
     import evaluation
 
-    return evaluation.watch(out, plan.config, plan.data.classes, extractor, watch.images, watch.ref)
+    return evaluation.watch(
+        out,
+        plan.config,
+        plan.data.classes,
+        extractor=extractor,
+        count=watch.images,
+        ref=watch.ref,
+    )
 
 
 def begin(out, plan, device, say) -> State:

@@ -20,20 +20,22 @@ CROP = 0.9  # share of the resized image's side that the network sees
 class Attention(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = (
-            self.qkv(x).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
-        )  # (B, heads, tokens, HEAD) each
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        # (B, heads, tokens, HEAD) each
+        q, k, v = self.qkv(x).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
+        self.norm1 = nn.LayerNorm(dim, 1e-6)
         self.attn = Attention(dim)
+        self.norm2 = nn.LayerNorm(dim, 1e-6)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
 
     def forward(self, x):
@@ -51,7 +53,8 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (side // patch) ** 2, dim))
         self.blocks = nn.Sequential(*[Block(dim, hidden) for _ in range(depth)])
-        self.norm, self.head = nn.LayerNorm(dim, 1e-6), nn.Linear(dim, classes)
+        self.norm = nn.LayerNorm(dim, 1e-6)
+        self.head = nn.Linear(dim, classes)
 
     def forward(self, x):
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
@@ -59,13 +62,14 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
-def from_state_dict(tensors):
+def from_state_dict(tensors: dict[str, torch.Tensor]) -> ViT:
     """The classifier, in eval mode, whose tensors have timm's names; its shape is read off them.
     Raises ValueError."""
     try:
         dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
         side = math.isqrt(tensors["pos_embed"].shape[1] - 1) * patch
-        hidden, classes = len(tensors["blocks.0.mlp.fc1.weight"]), len(tensors["head.weight"])
+        hidden = len(tensors["blocks.0.mlp.fc1.weight"])
+        classes = len(tensors["head.weight"])
     except (KeyError, ValueError):
         names = "patch_embed.proj, blocks.0.mlp.fc1, head …"
         raise ValueError(f"not a Vision Transformer under timm's names ({names})") from None
@@ -90,7 +94,7 @@ def _check_names(network, tensors):
         raise ValueError(f"{len(faults)} of {len(shapes)} tensors don't fit: " + "; ".join(faults))
 
 
-def prepare(images, side):
+def prepare(images: torch.Tensor, side: int) -> torch.Tensor:
     """Square images uint8 (N, H, W, 3) on the CPU as the classifier takes them: (N, 3, side, side)
     in [-1, 1].
 

@@ -1,6 +1,7 @@
 """`dimr eval` from files to numbers: image sets, references, caching, generation, processes, and
 what is refused."""
 
+import dataclasses
 import io
 import json
 import os
@@ -35,6 +36,9 @@ import sampling
 import shards
 import storage
 
+ALL = evaluation.keys("all")
+# of 20 images, those whose features are kept if 5 are
+KEPT = [5, 14, 15, 16, 17]
 PLAIN = ["--features", "plain_features:pooled", "--device", "cpu"]
 
 
@@ -69,7 +73,8 @@ def measured(*arguments):
 
 
 def save_npz(path, images, compressed=False, **others):
-    (np.savez_compressed if compressed else np.savez)(path, arr_0=np.asarray(images), **others)
+    save = np.savez_compressed if compressed else np.savez
+    save(path, arr_0=np.asarray(images), **others)
     return Path(path)
 
 
@@ -92,6 +97,7 @@ def test_an_npz_is_read_in_any_order(compressed):
         assert torch.equal(found.batch(np.arange(first, last))[0], images[first:last])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["np.savez", "np.savez_compressed"])
 def test_reading_an_npz_takes_flat_memory(save):
     """A hundred megabytes of images, sixteen at a time."""
@@ -105,12 +111,8 @@ def test_reading_an_npz_takes_flat_memory(save):
         for first in range(16, 600, 16):
             images.batch(np.arange(first, min(first + 16, 600)))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
-    grown = int(
-        subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
-        ).stdout
-    )
-    assert grown < 30_000  # kilobytes
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 30_000  # kilobytes
 
 
 def damaged_in_the_middle(path):
@@ -234,16 +236,17 @@ def oracle():
         "samples": photographs(9, 32, seed=3),
         "reference": photographs(8, 32, seed=4) // 2 + 40,
     }
-    network, kept = extractor(), []
+    network = extractor()
+    kept = []
     hook = network.Mixed_6d.branch1x1.register_forward_hook(
         lambda module, args, output: kept.append(output[:, :7])
     )
     with torch.no_grad():
         features = {name: network(images.permute(0, 3, 1, 2)) for name, images in sets.items()}
     hook.remove()
-    spatial = {
-        name: s.permute(0, 2, 3, 1).reshape(len(s), -1) for name, s in zip(sets, kept, strict=True)
-    }
+    spatial = {}
+    for name, channels_first in zip(sets, kept, strict=True):
+        spatial[name] = channels_first.permute(0, 2, 3, 1).flatten(1)
     return sets, features, spatial
 
 
@@ -259,7 +262,8 @@ def test_all_metrics_are_torch_fidelitys_on_its_own_features(oracle, inception_f
     found = measured(
         "all", "samples.npz", "--ref", "reference", "--inception", inception_file, "--batch-size", 5
     )
-    fake, real = features["samples"][0], features["reference"][0]
+    fake = features["samples"][0]
+    real = features["reference"][0]
     nearness = prc_features_to_metric(
         fake, real, prc_neighborhood=3, prc_batch_size=10, save_cpu_ram=True, verbose=False
     )
@@ -267,36 +271,34 @@ def test_all_metrics_are_torch_fidelitys_on_its_own_features(oracle, inception_f
         fake, real, kid_subsets=100, kid_subset_size=8, rng_seed=2020, verbose=False
     )
     assert found["fid"] == pytest.approx(distance(fake, real), rel=1e-4)
-    assert found["sfid"] == pytest.approx(
-        distance(spatial["samples"], spatial["reference"]), rel=1e-4
-    )
-    expected = isc_features_to_metric(features["samples"][1], splits=1, shuffle=False)[
-        "inception_score_mean"
-    ]
-    assert found["inception_score"] == pytest.approx(expected, rel=1e-4)
-    assert (found["precision"], found["recall"]) == pytest.approx(
-        (nearness["precision"], nearness["recall"]), abs=1e-6
-    )
+    spatial_distance = distance(spatial["samples"], spatial["reference"])
+    assert found["sfid"] == pytest.approx(spatial_distance, rel=1e-4)
+    score = isc_features_to_metric(features["samples"][1], splits=1, shuffle=False)
+    assert found["inception_score"] == pytest.approx(score["inception_score_mean"], rel=1e-4)
+    assert found["precision"] == pytest.approx(nearness["precision"], abs=1e-6)
+    assert found["recall"] == pytest.approx(nearness["recall"], abs=1e-6)
     assert found["kid"] == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-2)
-    assert (
-        found["samples"] | {"count": 9, "size": 32, "sha256": storage.sha256("samples.npz")}
-        == found["samples"]
-    )
-    assert found["reference"]["count"] == 8 and found["version"] == storage.VERSION
-    assert "OTHER weights" in found["features"] and any(
-        "compare with nothing published" in line for line in found["remarks"]
-    )
+    assert found["samples"] == {
+        "source": "samples.npz",
+        "count": 9,
+        "size": 32,
+        "sha256": storage.sha256("samples.npz"),
+    }
+    assert found["reference"]["count"] == 8
+    assert found["version"] == storage.VERSION
+    assert "OTHER weights" in found["features"]
+    assert "compare with nothing published" in "\n".join(found["remarks"])
 
 
 def test_each_command_reports_the_metrics_asked_for(oracle, inception_file):
     sets, _, _ = oracle
     for name in ("samples", "reference"):
         save_npz(f"{name}.npz", sets[name][:6])
-    for metrics, keys in evaluation.METRICS.items():
+    for metrics in evaluation.METRICS:
         found = measured(
             metrics, "samples.npz", "--ref", "reference.npz", "--inception", inception_file
         )
-        assert [key for key in evaluation.METRICS["all"] if key in found] == keys
+        assert [key for key in ALL if key in found] == evaluation.keys(metrics)
 
 
 def test_what_was_measured_once_is_not_measured_again(oracle, inception_file, monkeypatch):
@@ -329,11 +331,13 @@ def test_a_damaged_cache_is_replaced_and_an_unwritable_one_costs_no_result(
     (cached,) = (home / "features").iterdir()
     content = cached.read_bytes()
     cached.write_bytes(content[: len(content) // 2])
-    assert measured(*arguments)["inception_score"] == before and cached.read_bytes() == content
+    assert measured(*arguments)["inception_score"] == before
+    assert cached.read_bytes() == content
     Path("file").touch()
     monkeypatch.setenv("DIMR_HOME", "file")  # no folder can be made there
     result = run(*arguments)
-    assert f"{before:.4f}" in result.stdout and "NOT written" in result.stderr
+    assert f"{before:.4f}" in result.stdout
+    assert "NOT written" in result.stderr
 
 
 def test_statistics_made_once_serve_as_reference(oracle, inception_file):
@@ -342,12 +346,9 @@ def test_statistics_made_once_serve_as_reference(oracle, inception_file):
     save_npz("samples.npz", sets["samples"])
     run("stats", "reference", "reference.safetensors", "--inception", inception_file)
     arguments = "all", "samples.npz", "--inception", inception_file, "--ref"
-    from_statistics, from_images = (
-        measured(*arguments, ref) for ref in ("reference.safetensors", "reference")
-    )
-    assert [from_statistics[key] for key in evaluation.METRICS["all"]] == [
-        from_images[key] for key in evaluation.METRICS["all"]
-    ]
+    from_statistics = measured(*arguments, "reference.safetensors")
+    from_images = measured(*arguments, "reference")
+    assert [from_statistics[key] for key in ALL] == [from_images[key] for key in ALL]
     assert (
         "was made with Inception"
         in run("fid", "samples.npz", "--ref", "reference.safetensors", *PLAIN, status=1).stderr
@@ -359,11 +360,13 @@ def test_statistics_made_once_serve_as_reference(oracle, inception_file):
 @pytest.fixture
 def standard(monkeypatch, inception_file):
     """The random weights stand for the published ones."""
-    published = evaluation.weights.ASSETS["inception"]
+    published = evaluation.downloads.ASSETS["inception"]
     monkeypatch.setitem(
-        evaluation.weights.ASSETS,
+        evaluation.downloads.ASSETS,
         "inception",
-        evaluation.weights.Asset(published.address, "", "", sha256=storage.sha256(inception_file)),
+        evaluation.downloads.Asset(
+            published.address, "", "", sha256=storage.sha256(inception_file)
+        ),
     )
 
 
@@ -371,19 +374,18 @@ def test_adms_reference_gives_moments_and_images(oracle, inception_file, standar
     """Its moments are of the whole training set, its images a part: FID is of the former, precision
     of the latter."""
     sets, features, _ = oracle
-    mu, sigma = np.full(2048, 0.5), np.eye(2048) * 0.1
+    mu = np.full(2048, 0.5)
+    sigma = np.eye(2048) * 0.1
     moments = {"mu": mu, "sigma": sigma, "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
     save_npz("adm.npz", sets["reference"], **moments)
     save_npz("samples.npz", sets["samples"])
     found = measured("all", "samples.npz", "--ref", "adm.npz", "--inception", inception_file)
     rows = features["samples"][0].double()
-    expected = fid.frechet_distance(
-        rows.mean(0), torch.from_numpy(np.cov(rows.numpy(), rowvar=False)), mu, sigma
-    )
-    assert (
-        found["fid"] == pytest.approx(expected, rel=1e-4)
-        and found["features"] == extraction.STANDARD
-    )
+    covariance = np.cov(rows.numpy(), rowvar=False)
+    expected = fid.frechet_distance(rows.mean(0), covariance, mu, sigma)
+    assert found["fid"] == pytest.approx(expected, rel=1e-4)
+    assert found["features"] == extraction.STANDARD
+    assert (found["reference"]["count"], found["reference"]["size"]) == (None, 32)
     nearness = prc_features_to_metric(
         *(features[name][0] for name in ("samples", "reference")),
         prc_neighborhood=3,
@@ -391,15 +393,16 @@ def test_adms_reference_gives_moments_and_images(oracle, inception_file, standar
         save_cpu_ram=True,
         verbose=False,
     )
-    assert (found["precision"], found["recall"]) == pytest.approx(
-        (nearness["precision"], nearness["recall"]), abs=1e-6
-    )
+    assert found["precision"] == pytest.approx(nearness["precision"], abs=1e-6)
+    assert found["recall"] == pytest.approx(nearness["recall"], abs=1e-6)
 
     np.savez("moments.npz", mu=mu, sigma=sigma)
     arguments = "samples.npz", "--ref", "moments.npz", "--inception", inception_file
     assert measured("fid", *arguments)["fid"] == found["fid"]
     assert "holds statistics alone" in run("pr", *arguments, status=1).stderr
-    assert "no mu_s" in run("sfid", *arguments, status=1).stderr
+    assert (
+        "no mu_s and sigma_s, which sfid and all need" in run("sfid", *arguments, status=1).stderr
+    )
 
 
 def test_adms_reference_is_not_compared_with_other_features(oracle, inception_file):
@@ -425,10 +428,8 @@ def test_few_images_and_unequal_sizes_are_remarked_on():
     save_npz("samples.npz", photographs(20, 16))
     save_npz("ref.npz", photographs(30, 8))
     remarks = "\n".join(measured("fid", "samples.npz", "--ref", "ref.npz", *PLAIN)["remarks"])
-    assert (
-        "20 samples are fewer than the 48 features" in remarks
-        and "30 reference images are fewer" in remarks
-    )
+    assert "20 samples are fewer than the 48 features" in remarks
+    assert "30 reference images are fewer" in remarks
     assert "samples are 16×16, reference images 8×8" in remarks
 
 
@@ -437,12 +438,9 @@ def test_fewer_images_than_inceptions_features_are_remarked_on(count, warned):
     one = extraction.Measured(
         "", "", 256, count, extraction.STANDARD, "", torch.zeros(2048), torch.zeros(1, 1)
     )
-    found = [line for line in evaluation.remarks("fid", one, None) if "fewer" in line]
-    assert (
-        found
-        == [f"{count:,} samples are fewer than the 2,048 features: distances are biased upwards"]
-        * warned
-    )
+    line = f"{count:,} samples are fewer than the 2,048 features: distances are biased upwards"
+    assert (line in evaluation.remarks("fid", one, None)) == warned
+    assert line not in evaluation.remarks("is", one, None)  # which knows no such bias
 
 
 def test_the_papers_row_stands_beside():
@@ -470,25 +468,101 @@ def collected(logits, ordered=True):
 
 
 def test_an_ordered_set_sorted_by_class_is_reported_and_a_folder_permuted():
-    by_class = 20.0 * torch.eye(10)[torch.arange(1000) // 100] + torch.rand(
-        1000, 10, generator=torch.Generator().manual_seed(0)
-    )
-    shuffled = by_class[torch.randperm(1000, generator=torch.Generator().manual_seed(1))]
+    generator = torch.Generator().manual_seed(0)
+    by_class = 20.0 * torch.eye(10)[torch.arange(1000) // 100]
+    by_class += torch.rand(1000, 10, generator=generator)
+    shuffled = by_class[torch.randperm(1000, generator=generator)]
     sets = {
-        name: collected(*arguments)
-        for name, arguments in {
-            "sorted": (by_class,),
-            "shuffled": (shuffled,),
-            "folder": (by_class, False),
-        }.items()
+        "sorted": collected(by_class),
+        "shuffled": collected(shuffled),
+        "folder": collected(by_class, ordered=False),
     }
-    assert sets["sorted"].score < 1.1 and sets["shuffled"].score > 8 and sets["folder"].score > 8
-    assert collected(by_class, False).score == sets["folder"].score  # the permutation is fixed
+    assert sets["sorted"].score < 1.1
+    assert sets["shuffled"].score > 8
+    assert sets["folder"].score > 8
+    again = collected(by_class, ordered=False)
+    assert again.score == sets["folder"].score  # the permutation is fixed
     reported = {
         name: any("sorted by class" in line for line in evaluation.remarks("is", one, None))
         for name, one in sets.items()
     }
     assert reported == {"sorted": True, "shuffled": False, "folder": False}
+
+
+@pytest.mark.parametrize(
+    "classes, expected",
+    [
+        ([0, 0, 1, 1], (2 / 3 - 1 / 2) / (1 / 2)),
+        ([0, 1, 0, 1], (0 - 1 / 2) / (1 / 2)),
+        ([0, 0, 0, 1], (2 / 3 - 10 / 16) / (6 / 16)),
+        ([2, 2, 2], 0),
+        ([2], 0),
+    ],
+    ids=str,
+)
+def test_sortedness_is_how_much_likelier_neighbours_are_of_one_class(classes, expected):
+    logits = 9.0 * torch.eye(3)[classes]
+    collector = extraction.Collector(len(classes), torch.device("cpu"))
+    collector.add(np.arange(len(classes)), torch.rand(len(classes), 1), None, logits)
+    if len(classes) > 1:
+        found = collector.measured(source="", sha256="", size=1, extractor="", identity="")
+        assert found.sortedness == pytest.approx(expected)
+    else:
+        assert extraction._sortedness(torch.tensor(classes)) == expected
+
+
+def test_of_a_reference_some_features_are_kept_in_their_order():
+    """Which ones is the same in every version: statistics that 0.1 wrote compare with ours."""
+    rows = torch.arange(20.0)[:, None]
+    collector = extraction.Collector(20, torch.device("cpu"), keep=5)
+    for first in (8, 0, 16):
+        numbers = np.arange(first, min(first + 8, 20))
+        collector.add(numbers, rows[numbers], None, None)
+    found = collector.measured(source="", sha256="", size=1, extractor="", identity="")
+    assert found.features.flatten().tolist() == KEPT
+    assert found.count == 20
+    assert found.mean.item() == 9.5
+
+
+# A metric is a row
+
+
+def test_a_new_metric_is_a_row(monkeypatch):
+    """Its numbers, its place in `all`, its name and digits, and what it asks of extractor and
+    reference."""
+    row = evaluation.Metric(
+        "How far the means lie apart.",
+        {"shift": "Shift"},
+        needs=["reference", "features"],
+        compute=lambda samples, reference: [float((samples.mean - reference.mean).norm())],
+        digits=2,
+        counted=True,
+    )
+    monkeypatch.setitem(evaluation.METRICS, "shift", row)
+    moments = torch.tensor([3.0, 0.0]), torch.eye(2)
+    samples = extraction.Measured("s", "", 8, 10, extraction.STANDARD, "", *moments)
+    against = dataclasses.replace(samples, source="r", mean=torch.tensor([0.0, 4.0]))
+    result = evaluation.compare("shift", samples, against)
+    assert result == {"shift": 5.0}
+    assert evaluation.keys("all")[-1] == "shift"
+    about = {"label": "10", "samples": None, "reference": None, "remarks": []}
+    assert evaluation.table(result | about) == "Shift-10         5.00"
+    with pytest.raises(storage.UserError, match="enough for fid and sfid; pr, kid, all and shift"):
+        evaluation.check_held("shift", against)
+    plain = extraction.custom("plain_features:pooled")
+    evaluation.check_extractor("shift", plain)
+    with pytest.raises(storage.UserError, match="ask for fid, pr, kid or shift"):
+        evaluation.check_extractor("all", plain)
+
+
+def test_every_metric_has_a_help_text_and_all_has_every_number():
+    assert all(row.help for row in evaluation.METRICS.values())
+    assert evaluation.keys("all") == [
+        *("fid", "sfid", "inception_score"),
+        *("precision", "recall", "density", "coverage", "kid", "kid_deviation"),
+    ]
+    assert evaluation.needed("all") == {"reference", "spatial", "logits", "features"}
+    assert evaluation.needed("is") == {"logits"}
 
 
 # Other extractors, and none
@@ -500,10 +574,9 @@ def test_another_extractor_names_itself_in_the_label():
     found = measured("fid", "samples.npz", "--ref", "ref.npz", *PLAIN)
     import plain_features
 
-    expected = distance(
-        *(plain_features.pooled(photographs(n, 16, seed=s)) for n, s in ((60, 1), (50, 2)))
-    )
-    assert found["fid"] == pytest.approx(expected, rel=1e-4)
+    samples = plain_features.pooled(photographs(60, 16, seed=1))
+    reference = plain_features.pooled(photographs(50, 16, seed=2))
+    assert found["fid"] == pytest.approx(distance(samples, reference), rel=1e-4)
     assert found["label"] == "60, features of plain_features:pooled"
     assert (
         "FID-60, features of plain_features:pooled"
@@ -511,11 +584,28 @@ def test_another_extractor_names_itself_in_the_label():
     )
 
 
+@pytest.mark.parametrize("name", ["as_array", "as_double_array", "as_half"])
+def test_an_extractor_may_give_numpy_arrays_and_other_precisions(name):
+    save_npz("samples.npz", photographs(20, 16, seed=1))
+    save_npz("ref.npz", photographs(15, 16, seed=2))
+    arguments = "fid", "samples.npz", "--ref", "ref.npz", "--device", "cpu", "--features"
+    expected = measured(*arguments, "plain_features:pooled")["fid"]
+    assert measured(*arguments, f"plain_features:{name}")["fid"] == pytest.approx(
+        expected, rel=0.01
+    )
+
+
 @pytest.mark.parametrize(
     "metrics, features, message",
     [
+        ("fid", "plain_features:as_text", "gave ndarray (8, 2) of <U1 for 8 images"),
+        ("fid", "plain_features:as_list", "gave list for 8 images"),
         ("fid", "plain_features:not_a_number", "NaN or infinity"),
-        ("fid", "plain_features:of_another_shape", "expected a tensor (8, D)"),
+        (
+            "fid",
+            "plain_features:of_another_shape",
+            "expected a tensor or an array of numbers (8, D)",
+        ),
         ("fid", "plain_features:missing", "expected module:function"),
         ("fid", "missing_module:pooled", "expected module:function"),
         ("fid", "plain_features", "expected module:function"),
@@ -541,10 +631,8 @@ def test_an_extractor_that_does_not_serve_is_an_error(metrics, features, message
 def test_without_inception_weights_there_is_no_number(home):
     save_npz("samples.npz", photographs(8, 16))
     result = run("fid", "samples.npz", "--ref", "samples.npz", status=1)
-    assert (
-        "pt_inception-2015-12-05-6726825d.pth" in result.stderr
-        and str(home / "inception") in result.stderr
-    )
+    assert "pt_inception-2015-12-05-6726825d.pth" in result.stderr
+    assert str(home / "inception") in result.stderr
     assert not result.stdout
 
 
@@ -556,28 +644,29 @@ def test_nothing_to_compare_with_is_said_before_anything_is_measured():
 # Samples of a run
 
 
+@pytest.mark.slow
 def test_a_handful_of_one_class_is_refused_with_what_makes_a_fair_set(trained):
     generator = sampling.load(trained, device="cpu")
-    sampling.sample(generator, [3] * 5, range(5), sampling.Settings(steps=3), "threes", quiet=True)
-    message = run("fid", "threes", "--ref", "threes", *PLAIN, status=1).stderr
-    assert (
-        "5 images of class 3 alone" in message
-        and "dimr sample --balanced -n 50000 --weights" in message
+    sampling.sample(
+        generator, [3] * 5, range(5), sampling.Settings(steps=3), out="threes", quiet=True
     )
+    message = run("fid", "threes", "--ref", "threes", *PLAIN, status=1).stderr
+    assert "5 images of class 3 alone" in message
+    assert "dimr sample --balanced -n 50000 --weights" in message
 
 
+@pytest.mark.slow
 def test_with_nothing_named_the_newest_balanced_set_or_the_newest_run_is_measured(trained, digits):
     shutil.copytree(trained, "runs/small")
     drawn = measured("fid", "-n", 30, "--steps", 3, *PLAIN)
-    assert drawn["samples"]["count"] == 30 and "runs/small" in drawn["samples"]["source"]
-    assert (
-        drawn["reference"]["source"] == str(digits) and drawn["reference"]["count"] == 200
-    )  # what it was trained on
+    assert drawn["samples"]["count"] == 30
+    assert "runs/small" in drawn["samples"]["source"]
+    assert drawn["reference"]["source"] == str(digits)  # what it was trained on
+    assert drawn["reference"]["count"] == 200
     assert not Path("samples").exists()
     kept = measured("fid", "-n", 30, "--steps", 3, "--keep", *PLAIN)
-    assert kept["samples"]["source"].endswith("balanced-30.npz") and kept["fid"] == pytest.approx(
-        drawn["fid"], rel=1e-4
-    )
+    assert kept["samples"]["source"].endswith("balanced-30.npz")
+    assert kept["fid"] == pytest.approx(drawn["fid"], rel=1e-4)
     assert measured("fid", *PLAIN)["samples"] == kept["samples"]
     assert imagesets.open_set(kept["samples"]["source"]).labels.tolist() == [
         i % 10 for i in range(30)
@@ -602,10 +691,12 @@ IMAGENET = [wnid for wnid, _ in imagenet_names.CLASSES]
 )
 def test_adms_reference_fits_imagenets_classes_alone(classes, size, expected):
     if expected:
-        assert evaluation.fitting_reference(None, 1000, classes, size) == (expected, None, False)
+        assert evaluation.fitting_reference(None, 1000, classes, size=size) == evaluation.Reference(
+            expected
+        )
     else:
         with pytest.raises(storage.UserError, match="give --ref"):
-            evaluation.fitting_reference(None, 1000, classes, size)
+            evaluation.fitting_reference(None, 1000, classes, size=size)
 
 
 def test_latents_are_compared_with_the_images_they_were_made_from(digits, monkeypatch):
@@ -621,16 +712,19 @@ def test_latents_are_compared_with_the_images_they_were_made_from(digits, monkey
         "run/config.json", {"data": {"kind": "latents", "path": str(Path("latents").resolve())}}
     )
     monkeypatch.setenv("DIMR_DATA", str(digits))
-    assert evaluation.fitting_reference("run", 10, [], 8) == (str(digits), 8, True)
+    assert evaluation.fitting_reference("run", 10, [], size=8) == evaluation.Reference(
+        str(digits), 8, exif=True
+    )
     save_folder("other", photographs(3, 8))
     monkeypatch.setenv("DIMR_DATA", "other")
     with pytest.raises(storage.UserError, match="give --ref"):
-        evaluation.fitting_reference("run", 10, [], 8)
+        evaluation.fitting_reference("run", 10, [], size=8)
 
 
 # Processes
 
 
+@pytest.mark.slow
 def test_files_spread_over_processes_give_one_number(inception_file, oracle):
     save_folder("samples", oracle[0]["samples"][:7])
     save_npz("ref.npz", oracle[0]["reference"][:6])
@@ -656,10 +750,11 @@ def test_files_spread_over_processes_give_one_number(inception_file, oracle):
         torchrun=2,
     )
     together = json.loads(done.stdout)
-    for key in evaluation.METRICS["all"]:
+    for key in ALL:
         assert together[key] == pytest.approx(alone[key], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(
     trained, inception_file, monkeypatch
 ):
@@ -679,7 +774,8 @@ def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(
     ]
     arguments += ["--weights", trained, "--inception", inception_file]
     save_npz("ref.npz", photographs(6, 8))
-    whole, cut = measured(*arguments), f"{Path.cwd()}/cut"
+    whole = measured(*arguments)
+    cut = f"{Path.cwd()}/cut"
     started = subprocess.Popen(
         [sys.executable, "-m", "cli", "eval", *map(str, arguments)],
         stderr=subprocess.DEVNULL,
@@ -699,9 +795,8 @@ def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(
     resumed = json.loads(
         dimr_command("eval", *arguments, env={"DIMR_HOME": cut}, torchrun=2, cwd=Path.cwd()).stdout
     )
-    assert [resumed[key] for key in evaluation.METRICS["all"]] == [
-        whole[key] for key in evaluation.METRICS["all"]
-    ]
+    for key in ALL:
+        assert resumed[key] == whole[key]
     assert not list(Path(cut).rglob("*.partial"))
     # what had been noted was used, not made again: a changed note shows
     tensors, _ = storage.load_tensors(notes("changed")[0])
@@ -712,6 +807,7 @@ def test_an_interrupted_generation_goes_on_and_ends_with_the_same_bits(
     assert measured(*arguments)["fid"] != whole["fid"]
 
 
+@pytest.mark.slow
 def test_training_watches_fid_on_any_number_of_processes(digits):
     """The last measurement is what `dimr eval fid` says of the run's end."""
     arguments = [
@@ -744,8 +840,52 @@ def test_training_watches_fid_on_any_number_of_processes(digits):
     assert alone[-1]["fid"] == pytest.approx(found, abs=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("every, steps", [(4, [4, 8, 12]), (7, [7, 12]), (12, [12]), (13, [12])])
+def test_a_watched_run_is_measured_at_its_end_too_and_once(digits, every, steps):
+    arguments = ["train", "--data", digits, *SMALL, "--eval-images", 20, *PLAIN, "--out", "run"]
+    arguments += ["--eval-every", every]
+    result = CliRunner().invoke(cli.main, [*map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "fid" in line] == steps
+    assert all(np.isfinite(line["fid"]) for line in lines if "fid" in line)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_is_not_measured_where_it_stops(digits):
+    """Only at its end, which it has not reached."""
+    arguments = ["train", "--data", digits, *SMALL, "--eval-images", 20, *PLAIN, "--out", "run"]
+    arguments += ["--eval-every", 5, "--max-time", 1e-9]
+    result = CliRunner().invoke(cli.main, [*map(str, arguments)])
+    assert result.exit_code == 75, result.output
+    (line,) = Path("run/metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 1
+    assert "fid" not in json.loads(line)
+
+
+def test_there_is_room_for_what_is_not_noted_yet(tmp_path, monkeypatch):
+    generation = extraction.Generation(None, 12, batch_size=5)
+    notes = extraction.Notes(tmp_path, generation)
+    assert [generation.numbers(k).tolist() for k in range(generation.batches)] == [
+        [0, 1, 2, 3, 4],
+        [5, 6, 7, 8, 9],
+        [10, 11],
+    ]
+    notes.add(generation.numbers(1), [torch.rand(5, 2)] * 3)
+    assert notes.done() == {1}
+    usage = shutil.disk_usage(tmp_path)._replace(free=7 * extraction.BYTES)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda folder: usage)
+    notes.check_room()
+    usage = usage._replace(free=usage.free - 1)
+    with pytest.raises(storage.UserError, match="features of 7 images .*DIMR_HOME"):
+        notes.check_room()
+
+
+@pytest.mark.slow
 def test_a_run_that_can_not_be_watched_does_not_start(digits):
     arguments = ["train", "--data", digits, *SMALL, "--eval-every", "5", "--out", "run"]
     done = dimr_command(*arguments, cwd=Path.cwd(), check=False)
-    assert done.returncode == 1 and "pt_inception-2015-12-05-6726825d.pth" in done.stderr
+    assert done.returncode == 1
+    assert "pt_inception-2015-12-05-6726825d.pth" in done.stderr
     assert not Path("run").exists()

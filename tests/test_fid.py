@@ -47,7 +47,9 @@ def test_resize_is_tensorflow_1s_to_the_bit(height, width):
 
 @pytest.mark.parametrize("size", [32, 64, 256, 299, 512])
 def test_features_are_torch_fidelitys_on_the_same_weights(inception, size):
-    images, theirs, kept = photographs(2, size), extractor(), []
+    images = photographs(2, size)
+    theirs = extractor()
+    kept = []
     hook = theirs.Mixed_6d.branch1x1.register_forward_hook(
         lambda module, args, output: kept.append(output)
     )
@@ -59,15 +61,15 @@ def test_features_are_torch_fidelitys_on_the_same_weights(inception, size):
     assert [f.shape[1] for f in ours] == [2048, 2023, 1008]
     for mine, oracle in zip(ours, (pool, spatial, logits), strict=True):
         assert relative(mine, oracle) < 1e-4
-    assert (
-        relative(ours[0][0], ours[0][1]) > 1e-2
-    )  # two pictures do not look alike to these weights
+    # two pictures do not look alike to these weights
+    assert relative(ours[0][0], ours[0][1]) > 1e-2
 
 
 def test_average_pools_leave_out_padding_and_the_last_one_takes_the_maximum():
     ones = torch.ones(1, 1, 4, 4)
     assert torch.equal(fid.POOLS["avg"]()(ones), ones)
-    assert fid.MIXED["Mixed_7b"][0] == "avg" and fid.MIXED["Mixed_7c"][0] == "max"
+    assert fid.MIXED["Mixed_7b"][0] == "avg"
+    assert fid.MIXED["Mixed_7c"][0] == "max"
 
 
 @pytest.mark.parametrize(
@@ -130,35 +132,26 @@ def accumulated(rows, sizes):
 
 
 def test_statistics_are_numpys_for_any_batching():
-    rows = (
-        features(3000, 40, seed=1) + 100
-    )  # a mean far from zero, where sums of squares would cancel
-    mean, covariance = (
-        rows.double().mean(0),
-        torch.from_numpy(np.cov(rows.numpy().astype(float), rowvar=False)),
-    )
+    # a mean far from zero, where sums of squares would cancel
+    rows = features(3000, 40, seed=1) + 100
+    mean = rows.double().mean(0)
+    covariance = torch.from_numpy(np.cov(rows.double().numpy(), rowvar=False))
     for sizes in (3000, 1, 7, 1024, [1500, 1, 1499]):
         statistics = accumulated(rows, sizes)
         assert statistics.count == 3000
-        assert (
-            relative(statistics.mean, mean) < 1e-12
-            and relative(statistics.covariance, covariance) < 1e-10
-        )
+        assert relative(statistics.mean, mean) < 1e-12
+        assert relative(statistics.covariance, covariance) < 1e-10
 
 
 def test_merged_statistics_are_those_of_all_rows():
     rows = features(2600, 40)
-    whole, parts = (
-        accumulated(rows, 100),
-        [accumulated(part, 64) for part in rows.split([1500, 0, 1, 1099])],
-    )
-    for part in parts[1:]:
-        parts[0].merge(part)
-    assert parts[0].count == 2600
-    assert (
-        relative(parts[0].mean, whole.mean) < 1e-12
-        and relative(parts[0].covariance, whole.covariance) < 1e-12
-    )
+    whole = accumulated(rows, 100)
+    merged, *parts = [accumulated(part, 64) for part in rows.split([1500, 0, 1, 1099])]
+    for part in parts:
+        merged.merge(part)
+    assert merged.count == 2600
+    assert relative(merged.mean, whole.mean) < 1e-12
+    assert relative(merged.covariance, whole.covariance) < 1e-12
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -170,6 +163,8 @@ def test_features_that_are_not_finite_are_an_error(bad):
 def test_one_image_has_no_covariance():
     with pytest.raises(ValueError, match="at least 2"):
         _ = accumulated(torch.rand(1, 3), 1).covariance
+    two = accumulated(torch.tensor([[1.0], [4.0]]), 1)
+    assert two.covariance.tolist() == [[4.5]]
 
 
 @pytest.mark.parametrize(
@@ -178,15 +173,15 @@ def test_one_image_has_no_covariance():
 def test_frechet_distance_is_that_of_scipys_square_root(n1, n2, seed):
     """Full rank, both deficient, one deficient, and identical sets of either kind, at 256
     dimensions."""
-    first, second = (accumulated(features(n, 256, s), 64) for n, s in ((n1, 0), (n2, seed)))
-    m1, s1, m2, s2 = (
-        f(s).numpy() for s in (first, second) for f in (lambda s: s.mean, lambda s: s.covariance)
-    )
+    first = accumulated(features(n1, 256, 0), 64)
+    second = accumulated(features(n2, 256, seed), 64)
+    s1 = first.covariance.numpy()
+    s2 = second.covariance.numpy()
     # SciPy's root of a singular product is unstable, so it gets a ridge too small to count
     ridge = 1e-12 * np.eye(256)
-    expected = ((m1 - m2) ** 2).sum() + np.trace(
-        s1 + s2 - 2 * sqrtm((s1 + ridge) @ (s2 + ridge)).real
-    )
+    root = sqrtm((s1 + ridge) @ (s2 + ridge)).real
+    between = ((first.mean - second.mean) ** 2).sum().item()
+    expected = between + np.trace(s1 + s2 - 2 * root)
     found = fid.frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
     assert found == pytest.approx(expected, abs=1e-5 * np.trace(s1))
     assert seed or found < 1e-9
@@ -195,16 +190,16 @@ def test_frechet_distance_is_that_of_scipys_square_root(n1, n2, seed):
 def test_frechet_distance_of_fewer_images_than_features_is_exact():
     """At Inception's 2,048 dimensions: the trace of the root is the nuclear norm of the sets' cross
     products."""
-    first, second = features(120, 2048, 0), features(90, 2048, 1)
-    centred = [(f.double() - f.double().mean(0)) / (len(f) - 1) ** 0.5 for f in (first, second)]
-    step = first.double().mean(0) - second.double().mean(0)
-    expected = (
-        step @ step
-        + sum((c * c).sum() for c in centred)
-        - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
-    )
-    statistics = [accumulated(f, 50) for f in (first, second)]
-    found = fid.frechet_distance(*(m for s in statistics for m in (s.mean, s.covariance)))
+    x = features(120, 2048, 0)
+    y = features(90, 2048, 1)
+    step = x.double().mean(0) - y.double().mean(0)
+    x_centred = (x.double() - x.double().mean(0)) / 119**0.5
+    y_centred = (y.double() - y.double().mean(0)) / 89**0.5
+    root = torch.linalg.svdvals(x_centred @ y_centred.T).sum()
+    expected = step @ step + (x_centred**2).sum() + (y_centred**2).sum() - 2 * root
+    first = accumulated(x, 50)
+    second = accumulated(y, 50)
+    found = fid.frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
     assert found == pytest.approx(expected.item(), rel=1e-9)
 
 
@@ -213,9 +208,8 @@ def test_frechet_distance_of_gaussians_in_one_dimension():
 
 
 def test_a_set_of_one_repeated_image_has_a_distance():
-    assert fid.frechet_distance(
-        np.zeros(3), np.zeros((3, 3)), np.ones(3), np.eye(3)
-    ) == pytest.approx(6)
+    found = fid.frechet_distance(np.zeros(3), np.zeros((3, 3)), np.ones(3), np.eye(3))
+    assert found == pytest.approx(6)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +229,8 @@ def test_statistics_that_do_not_fit_are_an_error(mean, covariance, message):
 
 
 def scored(logits, sizes, split=5000):
-    score, first = fid.InceptionScore(split), 0
+    score = fid.InceptionScore(split)
+    first = 0
     for part in logits.split(sizes):
         score.add(part, range(first, first + len(part)))
         first += len(part)
@@ -251,11 +246,27 @@ def test_inception_score_is_torch_fidelitys():
 
 def test_inception_score_of_processes_is_that_of_one():
     logits = torch.randn(250, 30, generator=torch.Generator().manual_seed(1)) * 3
-    halves = fid.InceptionScore(100), fid.InceptionScore(100)
-    halves[0].add(logits[::2], range(0, 250, 2))
-    halves[1].add(logits[1::2], range(1, 250, 2))
-    halves[0].merge(halves[1])
-    assert halves[0].value == pytest.approx(scored(logits, 250, 100).value, rel=1e-12)
+    even = fid.InceptionScore(100)
+    odd = fid.InceptionScore(100)
+    even.add(logits[::2], range(0, 250, 2))
+    odd.add(logits[1::2], range(1, 250, 2))
+    even.merge(odd)
+    assert even.value == pytest.approx(scored(logits, 250, 100).value, rel=1e-12)
+
+
+@pytest.mark.parametrize("number, expected", [(4999, 2), (5000, 1)])
+def test_a_split_of_the_inception_score_is_of_5000_images(number, expected):
+    """Two images, each certain and of another class, score 2 in one split, and 1 apart."""
+    certain = torch.tensor([[50.0, -50.0], [-50.0, 50.0]])
+    score = fid.InceptionScore()
+    score.add(certain, [0, number])
+    assert score.value == pytest.approx(expected)
+
+
+def test_the_inception_score_of_two_unequal_splits_is_their_plain_mean():
+    certain = torch.full((5, 3), -50.0)
+    certain[range(5), [0, 1, 2, 0, 1]] = 50
+    assert scored(certain, 5, split=3).value == pytest.approx((3 + 2) / 2)
 
 
 def test_a_split_sorted_by_class_cannot_pass_its_number_of_classes():
@@ -269,7 +280,8 @@ def test_a_split_sorted_by_class_cannot_pass_its_number_of_classes():
 
 
 def test_kid_is_torch_fidelitys_on_the_same_subsets():
-    first, second = features(300, 64, 0), features(260, 64, 1)
+    first = features(300, 64, 0)
+    second = features(260, 64, 1)
     theirs = kid_features_to_metric(
         first, second, kid_subsets=20, kid_subset_size=200, rng_seed=7, verbose=False
     )
@@ -278,22 +290,52 @@ def test_kid_is_torch_fidelitys_on_the_same_subsets():
     assert deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-3)
 
 
-def test_kid_of_sets_smaller_than_a_subset_is_the_plain_estimate():
-    x, y = features(40, 16, 0).double(), features(30, 16, 1).double()
+def test_kid_is_by_default_that_of_torch_fidelitys_defaults():
+    """100 subsets of 1,000."""
+    first = features(1010, 8, 0)
+    second = features(1003, 8, 1)
+    theirs = kid_features_to_metric(
+        first, second, kid_subsets=100, kid_subset_size=1000, rng_seed=2020, verbose=False
+    )
+    mean, deviation = fid.kernel_distance(first, second)
+    assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    assert deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-2)
+
+
+def plain_kid(x, y):
+    """The unbiased estimate, term by term."""
 
     def kernel(a, b):
-        return (a @ b.T / 16 + 1) ** 3
+        return (a @ b.T / a.shape[1] + 1) ** 3
 
+    pairs = len(x) * (len(x) - 1)
+    among_x = (kernel(x, x).sum() - kernel(x, x).trace()) / pairs
+    among_y = (kernel(y, y).sum() - kernel(y, y).trace()) / pairs
+    return (among_x + among_y - 2 * kernel(x, y).mean()).item()
+
+
+def test_kid_of_sets_smaller_than_a_subset_is_the_plain_estimate():
+    x = features(40, 16, 0)
+    y = features(30, 16, 1)
     x30 = x[np.random.RandomState(2020).choice(40, 30, replace=False)]
-    same = [(kernel(a, a).sum() - kernel(a, a).trace()) / (30 * 29) for a in (x30, y)]
-    expected = (sum(same) - 2 * kernel(x30, y).mean()).item()
-    assert fid.kernel_distance(x.float(), y.float(), subsets=1)[0] == pytest.approx(
-        expected, rel=1e-4
-    )
+    found, _ = fid.kernel_distance(x, y, subsets=1)
+    assert found == pytest.approx(plain_kid(x30.double(), y.double()), rel=1e-4)
+
+
+def test_kid_takes_two_images_on_either_side():
+    x = torch.tensor([[1.0], [2.0]])
+    y = torch.tensor([[0.0], [3.0]])
+    # by hand: kernel(1, 2) = 27, kernel(0, 3) = 1, and between 1, 64, 1, 343
+    expected = 27 + 1 - 2 * (1 + 64 + 1 + 343) / 4
+    assert fid.kernel_distance(x, y) == pytest.approx((expected, 0))
+    for one in ((x[:1], y), (x, y[:1])):
+        with pytest.raises(ValueError, match="at least 2 images on either side"):
+            fid.kernel_distance(*one)
 
 
 def brute_force(real, fake, k=3, k_density=5):
-    real, fake = real.double().numpy(), fake.double().numpy()
+    real = real.double().numpy()
+    fake = fake.double().numpy()
 
     def distances(a, b):
         return np.sqrt(((a[:, None] - b[None]) ** 2).sum(2))
@@ -302,10 +344,12 @@ def brute_force(real, fake, k=3, k_density=5):
         return np.sort(distances(a, a), 1)[:, n]  # the zeroth is the point itself
 
     between = distances(real, fake)
+    within_real = between <= radius(real, k)[:, None]
+    within_fake = between <= radius(fake, k)
     wide = between <= radius(real, k_density)[:, None]
     return {
-        "precision": (between <= radius(real, k)[:, None]).any(0).mean(),
-        "recall": (between <= radius(fake, k)).any(1).mean(),
+        "precision": within_real.any(0).mean(),
+        "recall": within_fake.any(1).mean(),
         "density": wide.sum() / (k_density * len(fake)),
         "coverage": wide.any(1).mean(),
     }
@@ -313,34 +357,63 @@ def brute_force(real, fake, k=3, k_density=5):
 
 @pytest.mark.parametrize("chunk", [2048, 100, 37])
 def test_precision_recall_density_coverage_are_brute_forces(chunk):
-    real, fake = features(230, 48, 0), features(310, 48, 1, 0.05)
-    found, expected = fid.manifold_metrics(real, fake, chunk=chunk), brute_force(real, fake)
-    assert found == pytest.approx(expected, abs=1e-9)
-    assert 0.05 < found["precision"] < 0.95 and 0.05 < found["recall"] < 0.95  # nothing saturates
+    real = features(230, 48, 0)
+    fake = features(310, 48, 1, 0.05)
+    found = fid.manifold_metrics(real, fake, chunk=chunk)
+    assert found == pytest.approx(brute_force(real, fake), abs=1e-9)
+    assert 0.05 < found["precision"] < 0.95  # nothing saturates
+    assert 0.05 < found["recall"] < 0.95
+
+
+@pytest.mark.parametrize("k, k_density", [(5, 3), (2, 2)])
+def test_other_numbers_of_neighbours_are_brute_forces_too(k, k_density):
+    real = features(60, 8, 0)
+    fake = features(50, 8, 1, 0.05)
+    found = fid.manifold_metrics(real, fake, k=k, k_density=k_density)
+    assert found == pytest.approx(brute_force(real, fake, k, k_density), abs=1e-9)
+
+
+def test_a_point_on_a_balls_edge_is_within():
+    """On a line: the third neighbours of 0 … 5 are 3, 2, 2, 2, 2, 3 away, the fifth 5, 4, 3, 3, 4,
+    5."""
+    real = torch.arange(6.0)[:, None]
+    fake = torch.tensor([8.0, 8, 8, 8, 10, 11])[:, None]
+    found = fid.manifold_metrics(real, fake)
+    # the ball of 5 reaches from 2 to 8 (precision), the widest from 0 to 10 (density)
+    assert found["precision"] == 4 / 6
+    assert found["density"] == 5 / (5 * 6) + 4 / (5 * 6)
+    # real 5 lies 3 from the four at 8, whose balls have no width, and 5 from 10, whose has 2
+    assert found["recall"] == 0
+    assert found["coverage"] == 2 / 6
 
 
 def test_precision_and_recall_are_torch_fidelitys():
-    real, fake = features(500, 32, 0), features(400, 32, 1, 0.05)
+    real = features(500, 32, 0)
+    fake = features(400, 32, 1, 0.05)
     theirs = prc_features_to_metric(
         fake, real, prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=True, verbose=False
     )
     found = fid.manifold_metrics(real, fake, chunk=128)
-    assert (found["precision"], found["recall"]) == pytest.approx(
-        (theirs["precision"], theirs["recall"]), abs=1e-6
-    )
+    assert found["precision"] == pytest.approx(theirs["precision"], abs=1e-6)
+    assert found["recall"] == pytest.approx(theirs["recall"], abs=1e-6)
 
 
 def test_a_set_against_itself_is_precise_and_covered():
     rows = features(100, 32)
     found = fid.manifold_metrics(rows, rows)
-    assert found["precision"] == found["recall"] == found["coverage"] == 1 and found["density"] > 1
+    assert found["precision"] == found["recall"] == found["coverage"] == 1
+    assert found["density"] > 1
 
 
 def test_too_few_images_for_neighbours_are_an_error():
     with pytest.raises(ValueError, match="more than 5 images on either side, not 5 and 9"):
         fid.manifold_metrics(torch.rand(5, 4), torch.rand(9, 4))
+    with pytest.raises(ValueError, match="not 9 and 5"):
+        fid.manifold_metrics(torch.rand(9, 4), torch.rand(5, 4))
+    assert fid.manifold_metrics(torch.rand(6, 4), torch.rand(6, 4))
 
 
+@pytest.mark.slow
 def test_precision_and_recall_never_hold_all_distances():
     """12,000 samples have 576 megabytes of distances among themselves."""
     code = """if True:
@@ -351,9 +424,5 @@ def test_precision_and_recall_never_hold_all_distances():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         fid.manifold_metrics(real, fake)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
-    grown = int(
-        subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
-        ).stdout
-    )
-    assert grown < 200_000  # kilobytes
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 200_000  # kilobytes

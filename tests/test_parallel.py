@@ -305,8 +305,8 @@ def test_sampling_names_a_killed_process_and_goes_on_from_there(trained, tmp_pat
     process = start_torchrun(
         "--standalone", "--nproc-per-node", 2, "-m", "cli", *command, tmp_path / "set.npz"
     )
-    noted = tmp_path / "set.npz.partial" / "done-1"
-    while not noted.exists() or noted.read_text().count("\n") < 2:
+    noted = tmp_path / "set.npz.partial" / "batch-000003.done"  # the second of rank 1
+    while not noted.exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     os.kill(children(process.pid)[1], signal.SIGKILL)

@@ -307,15 +307,16 @@ def test_an_interrupted_set_goes_on_where_it_stopped(trained, tmp_path):
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    log = tmp_path / "cut.npz.partial" / "done-0"
+    work = tmp_path / "cut.npz.partial"
     deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
+    while len(list(work.glob("batch-*.done"))) < 5 and time.monotonic() < deadline:
         time.sleep(0.05)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    before = log.read_text().split("\n")[:-1]
+    before = sorted(work.glob("batch-*.done"))
     assert 5 <= len(before) < 100 and not (tmp_path / "cut.npz").exists()
-    kept = 2 * int(before[0])  # a finished image, marked to see that it is not drawn again
+    # a finished image is marked, to see that it is not drawn again
+    kept = 2 * int(before[0].stem.removeprefix("batch-"))
     np.load(tmp_path / "cut.npz.partial" / "images.npy", mmap_mode="r+")[kept] ^= 255
     dimr_command(*command, tmp_path / "cut.npz")
     dimr_command(*command, tmp_path / "whole.npz")
