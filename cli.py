@@ -4,6 +4,8 @@ run.
 `dimr COMMAND` and `python -m cli COMMAND` are the same; `torchrun --nproc-per-node N -m cli
 COMMAND` spreads train, encode, sample and eval over processes."""
 
+import ours
+
 import ctypes
 import dataclasses
 import errno

@@ -10,6 +10,8 @@ Each shard holds `labels` (n,) int64 and `data`: for pixels uint8 (n, H, W, C), 
 (n, 2, 2, C, h, w), whose second axis is the image and its horizontal flip, the third mean and
 log-variance in the VAE's own units."""
 
+import ours
+
 import atexit
 import functools
 import hashlib

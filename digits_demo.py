@@ -2,6 +2,8 @@
 half to train on, half kept to judge by. Everything goes through the functions and files that
 `encode`, `train` and `sample` use."""
 
+import ours
+
 import time
 
 import numpy as np

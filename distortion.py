@@ -5,6 +5,8 @@ The classifier is ViT-B/16 (Dosovitskiy et al., arXiv:2010.11929) under timm's w
 preprocessing is that of timm's `augreg` weights: bicubic with antialiasing to ⌊224 / 0.9⌋ = 248
 pixels, centre crop to 224, [-1, 1]."""
 
+import ours
+
 import csv
 import statistics
 from pathlib import Path

@@ -5,6 +5,8 @@ Features come from one pass over the images and are cached by content: what was 
 measured again. The images may be spread over processes by torchrun, and a generation that was
 interrupted goes on where it stopped."""
 
+import ours
+
 import contextlib
 import functools
 import itertools

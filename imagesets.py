@@ -6,6 +6,8 @@ that encode wrote.
 the content), `ordered` (whether their order was somebody's choice), `name(index)`, and `batch`,
 which dataset.loader reads ahead."""
 
+import ours
+
 import hashlib
 import json
 import re
