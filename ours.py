@@ -36,6 +36,7 @@ MODULES = (
     "journal",
     "pictures",
     "imagenet_names",
+    "space",
     "encoding",
     "memory",
     "sampling",

@@ -25,6 +25,7 @@ PARTS = [
     "journal",
     "pictures",
     "imagenet_names",
+    "space",
 ]
 # each may import those before it
 JOBS = [

@@ -110,9 +110,11 @@ def test_a_file_that_is_not_shipped_is_named():
         ("dimr", "VARIANTS"),
         ("dimr", "NORMS"),
         ("dimr", "MLPS"),
+        ("diffusion", "OBJECTIVES"),
         ("diffusion", "TARGET_SCALES"),
+        ("solver", "SOLVERS"),
         ("solver", "GRIDS"),
-        ("sampling", "PRESETS"),
+        ("space", "PRESETS"),
         ("evaluation", "METRICS"),
     ],
 )
