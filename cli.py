@@ -686,7 +686,8 @@ settings_options = Options(
     click.option(
         "--solver",
         type=row_of("solver", "SOLVERS"),
-        help="Order and kind; plain predicts data (DPM-Solver++), dpm- noise (DPM-Solver).",
+        help="Order and kind; plain predicts data (DPM-Solver++), dpm- noise (DPM-Solver); euler, "
+        "heun and ancestral are what they are called.",
     ),
     click.option("--grid", type=row_of("solver", "GRIDS"), help="Spacing of the solver's times."),
 )

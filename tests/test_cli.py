@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from conftest import dimr_command
 
 import cli
+import diffusion
 import dimr
 import evaluation
-import diffusion
 import solver
 import space
 import storage
@@ -140,7 +140,8 @@ def test_train_tells_the_job_all_that_was_given(told):
     saving = "--save-every 7 --keep 3 --sample-every 0 --max-time 2"
     watch = "--eval-every 5 --eval-images 20 --ref photos --inception i --features a:b"
     rest = "--variant demo --out run --init weights --device cpu"
-    assert invoke(*f"train {recipe} {network} {source} {saving} {watch} {rest}".split())
+    line = f"train {recipe} {network} {source} {saving} {watch} {rest}"
+    assert invoke(*line.split()).exit_code == 0
     assert told == {
         "out": "run",
         "source": training.Source("photos", res=32, exif=True, on_bad="skip", workers=0),
