@@ -26,6 +26,7 @@ MODULES = (
     "vae",
     "fid",
     "vit",
+    "peers",
     "storage",
     "parallel",
     "randomness",
