@@ -4,12 +4,15 @@ run.
 `dimr COMMAND` and `python -m cli COMMAND` are the same; `torchrun --nproc-per-node N -m cli
 COMMAND` spreads train, encode, sample and eval over processes."""
 
+import ours
+
 import ctypes
 import dataclasses
 import errno
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -33,33 +36,51 @@ REFUSALS = {
 # how Python begins to say that it can write none, which PyTorch asks for
 NO_ROOM = "No usable temporary directory"
 
+RUN_AGAIN = 75  # exit status of a run that was stopped: sysexits.h's EX_TEMPFAIL
+DEFAULT_VARIANT = "xl2r"
+IMAGENET = ("data/imagenet/train", "data/imagenet")  # where ImageNet is looked for
+
+
+# ------------------------------------------------------------------------------------------- errors
+
 
 class Group(click.Group):
     """Turns foreseen errors into one line on stderr, naming the rank if there are several, and an
     exit status: 2 for bad usage, 1 for a failed job."""
 
     def invoke(self, context):
-        rank = f"rank {os.environ.get('RANK')}: " * (int(os.environ.get("WORLD_SIZE", 1)) > 1)
         try:
             return super().invoke(context)
+        except click.exceptions.Exit:  # after --help; it is a RuntimeError too
+            raise
         except UserError as error:
-            raise click.ClickException(rank + " ".join(str(error).split())) from None
+            message = " ".join(str(error).split())
         except OSError as error:
-            if error.errno not in REFUSALS and not str(error.strerror).startswith(NO_ROOM):
+            if not is_refusal(error):
                 raise
-            what = (
-                f"{error.filename or 'output'}: {error.strerror}; free space or "
-                "choose another place"
-            )
-            raise click.ClickException(rank + what) from None
+            place = error.filename or "output"
+            message = f"{place}: {error.strerror}; free space or choose another place"
         except RuntimeError as error:
             import parallel
 
             if not parallel.is_lost_peer(error):
                 raise
-            raise click.ClickException(
-                f"{rank}another process ended or no longer answers; see its own message"
-            ) from None
+            message = "another process ended or no longer answers; see its own message"
+        raise click.ClickException(speaker() + message)
+
+
+def is_refusal(error):
+    return error.errno in REFUSALS or str(error.strerror).startswith(NO_ROOM)
+
+
+def speaker():
+    """Who speaks, if there are several processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return ""
+    return f"rank {os.environ.get('RANK')}: "
+
+
+# ----------------------------------------------------------------------------------- kinds of value
 
 
 class Real(click.FloatRange):
@@ -75,8 +96,11 @@ class Real(click.FloatRange):
 class Numbers(click.ParamType):
     """Comma-separated numbers, at least 0 and, if told, below a limit, as a tuple."""
 
-    def __init__(self, kind, name, count=None, below=None):
-        self.kind, self.name, self.count, self.below = kind, name, count, below
+    def __init__(self, kind, name, count=None, below=math.inf):
+        self.kind = kind
+        self.name = name
+        self.count = count
+        self.below = below
 
     def convert(self, value, param, context):
         if isinstance(value, tuple):
@@ -84,20 +108,20 @@ class Numbers(click.ParamType):
         try:
             numbers = tuple(self.kind(part) for part in value.split(","))
         except ValueError:
-            numbers = ()
-        if (
-            not numbers
-            or self.count not in (None, len(numbers))
-            or not all(n >= 0 and (not self.below or n < self.below) for n in numbers)
-        ):
-            limit = f" from 0 to below {self.below}" if self.below else ""
-            self.fail(
-                f"{value!r} is not {self.count or 'one or more'} comma-separated "
-                f"numbers{limit}, like {self.name}",
-                param,
-                context,
-            )
+            self.refuse(value, param, context)
+        if self.count and len(numbers) != self.count:
+            self.refuse(value, param, context)
+        if not all(0 <= number < self.below for number in numbers):
+            self.refuse(value, param, context)
         return numbers
+
+    def refuse(self, value, param, context):
+        count = self.count or "one or more"
+        limit = ""
+        if self.below < math.inf:
+            limit = f" from 0 to below {self.below}"
+        message = f"{value!r} is not {count} comma-separated numbers{limit}, like {self.name}"
+        self.fail(message, param, context)
 
 
 class Seeds(click.ParamType):
@@ -106,18 +130,23 @@ class Seeds(click.ParamType):
     name = "0-63|3,7"
 
     def convert(self, value, param, context):
-        try:
-            spans = [[int(end) for end in part.split("-")] for part in value.split(",")]
-            return [
-                seed for span in spans for seed in range(span[0], span[-1] + 1) if len(span) <= 2
-            ] or self.fail("")
-        except (ValueError, click.BadParameter):
-            self.fail(
-                f"{value!r} is not a list of seeds; expected numbers and ranges like "
-                "0-63 or 3,7,10-12",
-                param,
-                context,
-            )
+        if isinstance(value, list):
+            return value
+        seeds = []
+        for part in value.split(","):
+            span = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            if span is None:
+                self.refuse(value, param, context)
+            first = int(span[1])
+            last = int(span[2] or first)
+            if last < first:
+                self.refuse(value, param, context)
+            seeds += range(first, last + 1)
+        return seeds
+
+    def refuse(self, value, param, context):
+        expected = "expected numbers and ranges like 0-63 or 3,7,10-12"
+        self.fail(f"{value!r} is not a list of seeds; {expected}", param, context)
 
 
 class Guidance(click.ParamType):
@@ -127,37 +156,79 @@ class Guidance(click.ParamType):
 
     def convert(self, value, param, context):
         scale = click.FLOAT.convert(value, param, context)
-        if not 1 <= scale < float("inf"):
-            self.fail(
-                f"{value} is not at least 1 (1 = no guidance); U-ViT and the DiMR "
-                "release write the excess over 1: "
-                "their 0.4 is --cfg 1.4 here",
-                param,
-                context,
+        if not 1 <= scale < math.inf:
+            message = (
+                f"{value} is not at least 1 (1 = no guidance); U-ViT and the DiMR release write "
+                "the excess over 1: their 0.4 is --cfg 1.4 here"
             )
+            self.fail(message, param, context)
         return scale
 
 
-def shared(*options):
-    """Several click options as one decorator."""
-
-    def decorate(function):
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
+def row_of(module, table):
+    """A key of one of our tables."""
+    return click.Choice(ours.keys(module, table))
 
 
 POSITIVE = click.IntRange(min=1)
-VARIANTS = click.Choice(["m3r", "l3r", "xl2r", "xl3r", "g2r", "demo"])
-device_option = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True
-)
+NATURAL = click.IntRange(min=0)
+ABOVE_ZERO = Real(min=0, min_open=True)
+SHARE = Real(0, 1, max_open=True)
+VARIANT = row_of("dimr", "VARIANTS")
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+class Options:
+    """Options that belong together: decorates a command with them, and takes their values out of
+    those that the command is given."""
+
+    def __init__(self, *options):
+        self.options = options
+        self.names = [option.name for option in click.command()(self(lambda: None)).params]
+
+    def __call__(self, command):
+        for option in reversed(self.options):
+            command = option(command)
+        return command
+
+    def take(self, values):
+        """{name: value}, removed from `values`."""
+        return {name: values.pop(name) for name in self.names}
+
+    def given(self, values):
+        """Those of `take` that the user gave."""
+        return {name: value for name, value in self.take(values).items() if value is not None}
+
+
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout."
 )
-feature_options = shared(
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True
+)
+precision_option = click.option(
+    "--precision", type=click.Choice(["fp32", "bf16"]), help="Default: bf16 on CUDA, else fp32."
+)
+workers_option = click.option(
+    "--workers", type=NATURAL, help="Reading processes [default: by cores]."
+)
+exif_option = click.option(
+    "--exif", is_flag=True, help="Honour EXIF rotation (ADM's preparation ignores it)."
+)
+on_bad_option = click.option(
+    "--on-bad-image",
+    "on_bad",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="Stop at an unreadable image, or leave it out and list it at the end.",
+)
+res_option = click.option(
+    "--res", type=POSITIVE, help="Crop the images of folders to this size, as ADM does."
+)
+feature_options = Options(
     click.option(
         "--inception",
         default="inception",
@@ -171,39 +242,29 @@ feature_options = shared(
         "features (N, D). Results are labelled with it.",
     ),
 )
-precision_option = click.option(
-    "--precision", type=click.Choice(["fp32", "bf16"]), help="Default: bf16 on CUDA, else fp32."
-)
 
 
-def report(result, as_json, line):
-    """On rank 0, print `result` as JSON or as a line for people."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        click.echo(json.dumps(result) if as_json else line)
+def report(result, as_json, text):
+    """On rank 0, print `result` as JSON or as a text for people."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    if as_json:
+        text = json.dumps(result)
+    click.echo(text)
 
 
-def default_data(space, size):
-    """Where training data is looked for: what encode wrote, then folders of images; None if there
-    is nothing."""
-    encoded = [Path("data") / (f"latents-{size * 8}" if space == "latent" else f"pixels-{size}")]
-    images = (
-        [
-            Path(p)
-            for p in (os.environ.get("DIMR_DATA"), "data/imagenet/train", "data/imagenet")
-            if p
-        ]
-        if space == "pixel"
-        else []
-    )
-    return next((path for path in encoded + images if path.is_dir()), None)
+# ------------------------------------------------------------------------------------- the commands
 
 
 def keep_memory():
     """On Linux, keep the memory of freed tensors for the next ones. Otherwise the C library hands
     it back, and page faults take up to a fifth of a training step on CPUs (docs/performance.md)."""
-    if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: what is smaller comes from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much of the heap stays
+    if sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: what is smaller comes from the heap
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much of the heap stays
 
 
 @click.group(
@@ -223,8 +284,11 @@ def main():
     keep_memory()
 
 
+# ---------------------------------------------------------------------------------------- dimr info
+
+
 @main.command()
-@click.option("--variant", type=VARIANTS, default="xl2r", show_default=True)
+@click.option("--variant", type=VARIANT, default=DEFAULT_VARIANT, show_default=True)
 @click.option(
     "--micro-batch",
     type=POSITIVE,
@@ -239,71 +303,205 @@ def info(variant, micro_batch, as_json):
       dimr info --variant xl2r
       dimr info --variant xl2r --micro-batch 64
     """
-    import torch
-
     import dimr
 
     config = dimr.VARIANTS[variant]
-    with torch.device("meta"):
-        model = dimr.DiMR(config)
-    branches = [
-        {
-            "branch": r + 1,
-            "blocks": config.blocks[r],
-            "kind": "transformer" if r == 0 else "convnext",
-            "dim": config.dims[r],
-            "grid": config.grids[r],
-            "tokens": config.grids[r] ** 2 + (r == 0),
-            "gmacs": round(config.macs[r] / 1e9, 4),
-            "params": sum(p.numel() for p in branch.parameters()),
-        }
-        for r, branch in enumerate(model.branches)
-    ]
+    branches = branch_costs(config)
     result = {
         "variant": variant,
-        "params": sum(b["params"] for b in branches),
+        "params": sum(branch["params"] for branch in branches),
         "gmacs": round(sum(config.macs) / 1e9, 4),
         "branches": branches,
     }
     lines = [
-        f"{variant}: {result['params']:,} parameters, {result['gmacs']:,.4f} GMAC per "
-        "image and forward pass, "
-        f"{config.channels}×{config.size}×{config.size} {config.space} input, "
+        f"{variant}: {result['params']:,} parameters, {result['gmacs']:,.4f} GMAC per image and "
+        f"forward pass, {config.channels}×{config.size}×{config.size} {config.space} input, "
         f"{config.embeddings} class embeddings"
     ]
-    lines += [
-        f"  branch {b['branch']}: {b['blocks']:2} {b['kind']:11} blocks of width "
-        f"{b['dim']:4} on {b['grid']}×{b['grid']} "
-        f"({b['tokens']:4} tokens), {b['params']:13,} parameters, {b['gmacs']:8.4f} GMAC"
-        for b in branches
-    ]
+    lines += [branch_line(branch) for branch in branches]
     if micro_batch:
-        import memory
-
-        result["memory"] = []
-        for flag in (False, True):
-            state, activations = memory.training_memory(config, micro_batch, flag)
-            result["memory"].append(
-                {
-                    "micro_batch": micro_batch,
-                    "checkpoint_blocks": flag,
-                    "state": state,
-                    "activations": activations,
-                }
-            )
-            lines.append(
-                f"  training, micro-batch {micro_batch}, "
-                f"bf16{', --checkpoint-blocks' * flag}: "
-                f"{(state + activations) / 1e9:.1f} GB per GPU "
-                f"({state / 1e9:.1f} GB state, {activations / 1e9:.1f} GB activations; "
-                "computed, without torch.compile)"
-            )
+        result["memory"] = memory_costs(config, micro_batch)
+        lines += [memory_line(cost) for cost in result["memory"]]
     report(result, as_json, "\n".join(lines))
+
+
+def branch_costs(config):
+    """A dict per branch, coarse to fine: what it is made of, how many parameters it has, and what
+    a forward pass of an image costs."""
+    import torch
+
+    import dimr
+
+    with torch.device("meta"):
+        model = dimr.DiMR(config)
+    costs = []
+    for r, branch in enumerate(model.branches):
+        costs.append(
+            {
+                "branch": r + 1,
+                "blocks": config.blocks[r],
+                "kind": "transformer" if r == 0 else "convnext",
+                "dim": config.dims[r],
+                "grid": config.grids[r],
+                "tokens": config.grids[r] ** 2 + (r == 0),
+                "gmacs": round(config.macs[r] / 1e9, 4),
+                "params": sum(parameter.numel() for parameter in branch.parameters()),
+            }
+        )
+    return costs
+
+
+def branch_line(cost):
+    return (
+        f"  branch {cost['branch']}: {cost['blocks']:2} {cost['kind']:11} blocks of width "
+        f"{cost['dim']:4} on {cost['grid']}×{cost['grid']} ({cost['tokens']:4} tokens), "
+        f"{cost['params']:13,} parameters, {cost['gmacs']:8.4f} GMAC"
+    )
+
+
+def memory_costs(config, micro_batch):
+    """Bytes that training takes, without and with --checkpoint-blocks."""
+    import memory
+
+    costs = []
+    for recompute in (False, True):
+        state, activations = memory.training_memory(config, micro_batch, recompute)
+        costs.append(
+            {
+                "micro_batch": micro_batch,
+                "checkpoint_blocks": recompute,
+                "state": state,
+                "activations": activations,
+            }
+        )
+    return costs
+
+
+def memory_line(cost):
+    how = f"micro-batch {cost['micro_batch']}, bf16"
+    if cost["checkpoint_blocks"]:
+        how += ", --checkpoint-blocks"
+    state = cost["state"] / 1e9
+    activations = cost["activations"] / 1e9
+    return (
+        f"  training, {how}: {state + activations:.1f} GB per GPU ({state:.1f} GB state, "
+        f"{activations:.1f} GB activations; computed, without torch.compile)"
+    )
+
+
+# --------------------------------------------------------------------------------------- dimr train
+
+source_options = Options(
+    click.option(
+        "--res",
+        type=POSITIVE,
+        help="Crop the images of a folder to this size [default: their own].",
+    ),
+    exif_option,
+    on_bad_option,
+    workers_option,
+)
+recipe_options = Options(
+    click.option("--steps", type=POSITIVE, help="Optimiser steps in all."),
+    click.option(
+        "--batch-size", type=POSITIVE, help="Global: over all processes and accumulation steps."
+    ),
+    click.option(
+        "--micro-batch",
+        type=POSITIVE,
+        help="Samples per process and pass; the rest is accumulated.",
+    ),
+    click.option("--lr", type=ABOVE_ZERO, help="Learning rate."),
+    click.option("--warmup", type=NATURAL, help="Steps of linear warm-up."),
+    click.option("--weight-decay", type=Real(min=0)),
+    click.option("--betas", type=Numbers(float, "0.99,0.99", 2, below=1), help="AdamW's."),
+    click.option("--ema", type=SHARE, help="Decay of the weights' moving average."),
+    click.option(
+        "--label-dropout", type=SHARE, help="Share of labels dropped; above 0 allows guidance."
+    ),
+    click.option(
+        "--flip/--no-flip",
+        default=None,
+        help="Random horizontal flips [default: on; off for demo].",
+    ),
+    click.option("--grad-clip", type=ABOVE_ZERO, help="Largest gradient norm [default: off]."),
+    click.option(
+        "--target-scale",
+        type=row_of("diffusion", "TARGET_SCALES"),
+        help="Pooled noise targets: unit variance (release) or plain mean (paper).",
+    ),
+    precision_option,
+    click.option("--compile/--no-compile", default=None, help="torch.compile [default: on CUDA]."),
+    click.option(
+        "--checkpoint-blocks/--no-checkpoint-blocks",
+        default=None,
+        help="Recompute activations: less memory, a third more work.",
+    ),
+    click.option("--seed", type=NATURAL),
+)
+network_options = Options(
+    click.option("--layers", type=Numbers(int, "39,20"), help="Layers per branch, coarse to fine."),
+    click.option("--dims", type=Numbers(int, "960,480"), help="Widths per branch."),
+    click.option("--heads", type=POSITIVE),
+    click.option("--norm", type=row_of("dimr", "NORMS")),
+    click.option("--mlp", type=row_of("dimr", "MLPS")),
+    click.option(
+        "--objective",
+        type=row_of("diffusion", "OBJECTIVES"),
+        help="What the network predicts [default: epsilon, the noise].",
+    ),
+)
+saving_options = Options(
+    click.option(
+        "--sample-every",
+        type=NATURAL,
+        help="Steps between sample grids, 0 for none [default: as --save-every].",
+    ),
+    click.option(
+        "--save-every",
+        type=POSITIVE,
+        help="Steps between checkpoints [default: 5000, or a quarter of the run; one takes 16 "
+        "bytes a parameter: 8.1 GB for xl2r].",
+    ),
+    click.option(
+        "--keep",
+        type=NATURAL,
+        default=2,
+        show_default=True,
+        help="Newest checkpoints kept; 0 keeps all.",
+    ),
+    click.option(
+        "--max-time",
+        type=ABOVE_ZERO,
+        help=f"Minutes after which to save and stop (exit status {RUN_AGAIN}).",
+    ),
+)
+watch_options = Options(
+    click.option(
+        "--eval-every",
+        type=POSITIVE,
+        help="Steps between measurements of FID, unguided and with the averaged weights, into "
+        "metrics.jsonl [default: never].",
+    ),
+    click.option(
+        "--eval-images",
+        type=click.IntRange(min=2),
+        default=5000,
+        show_default=True,
+        help="Images drawn for each.",
+    ),
+    click.option(
+        "--ref",
+        help="What FID compares with, as in dimr eval fid [default: the name that fits, "
+        "else the training images].",
+    ),
+    *feature_options.options,
+)
 
 
 @main.command()
 @click.option(
-    "--variant", type=VARIANTS, help="Network and recipe [default: the nearest to the data]."
+    "--variant", type=VARIANT, help="Network and recipe [default: the nearest to the data]."
 )
 @click.option(
     "--data",
@@ -312,130 +510,14 @@ def info(variant, micro_batch, as_json):
 )
 @click.option("--out", help="Run folder; a run that is there goes on [default: runs/VARIANT].")
 @click.option("--init", help="Weights to start from: a name, a file or a run.")
-@click.option(
-    "--res", type=POSITIVE, help="Crop the images of a folder to this size [default: their own]."
-)
-@click.option("--exif", is_flag=True, help="Honour EXIF rotation (ADM's preparation ignores it).")
-@click.option(
-    "--on-bad-image",
-    "on_bad",
-    type=click.Choice(["error", "skip"]),
-    default="error",
-    show_default=True,
-)
-@click.option("--steps", type=POSITIVE, help="Optimiser steps in all.")
-@click.option(
-    "--batch-size", type=POSITIVE, help="Global: over all processes and accumulation steps."
-)
-@click.option(
-    "--micro-batch", type=POSITIVE, help="Samples per process and pass; the rest is accumulated."
-)
-@click.option("--lr", type=Real(min=0, min_open=True), help="Learning rate.")
-@click.option("--warmup", type=click.IntRange(min=0), help="Steps of linear warm-up.")
-@click.option("--weight-decay", type=Real(min=0))
-@click.option("--betas", type=Numbers(float, "0.99,0.99", 2, below=1), help="AdamW's.")
-@click.option("--ema", type=Real(0, 1, max_open=True), help="Decay of the weights' moving average.")
-@click.option(
-    "--label-dropout",
-    type=Real(0, 1, max_open=True),
-    help="Share of labels dropped; above 0 allows guidance.",
-)
-@click.option(
-    "--flip/--no-flip", default=None, help="Random horizontal flips [default: on; off for demo]."
-)
-@click.option(
-    "--grad-clip", type=Real(min=0, min_open=True), help="Largest gradient norm [default: off]."
-)
-@click.option(
-    "--target-scale",
-    type=click.Choice(["unit", "mean"]),
-    help="Pooled noise targets: unit variance (release) or plain mean (paper).",
-)
-@click.option("--layers", type=Numbers(int, "39,20"), help="Layers per branch, coarse to fine.")
-@click.option("--dims", type=Numbers(int, "960,480"), help="Widths per branch.")
-@click.option("--heads", type=POSITIVE)
-@click.option("--norm", type=click.Choice(["tdln", "tdrms"]))
-@precision_option
-@click.option("--compile/--no-compile", default=None, help="torch.compile [default: on CUDA].")
-@click.option(
-    "--checkpoint-blocks/--no-checkpoint-blocks",
-    default=None,
-    help="Recompute activations: less memory, a third more work.",
-)
+@source_options
+@recipe_options
+@network_options
 @device_option
-@click.option("--seed", type=click.IntRange(min=0))
-@click.option(
-    "--workers", type=click.IntRange(min=0), help="Reading processes [default: by cores]."
-)
-@click.option(
-    "--sample-every",
-    type=click.IntRange(min=0),
-    help="Steps between sample grids, 0 for none [default: as --save-every].",
-)
-@click.option(
-    "--save-every",
-    type=POSITIVE,
-    help="Steps between checkpoints [default: 5000, or a quarter of the run; one takes 16 bytes a "
-    "parameter: 8.1 GB for xl2r].",
-)
-@click.option(
-    "--keep",
-    type=click.IntRange(min=0),
-    default=2,
-    show_default=True,
-    help="Newest checkpoints kept; 0 keeps all.",
-)
-@click.option(
-    "--max-time",
-    type=Real(min=0, min_open=True),
-    help="Minutes after which to save and stop (exit status 75).",
-)
-@click.option(
-    "--eval-every",
-    type=POSITIVE,
-    help="Steps between measurements of FID, unguided and with the averaged weights, into "
-    "metrics.jsonl [default: never].",
-)
-@click.option(
-    "--eval-images",
-    type=click.IntRange(min=2),
-    default=5000,
-    show_default=True,
-    help="Images drawn for each.",
-)
-@click.option(
-    "--ref",
-    help="What FID compares with, as in dimr eval fid [default: the name that fits, "
-    "else the training images].",
-)
-@feature_options
+@saving_options
+@watch_options
 @json_option
-def train(
-    variant,
-    data,
-    out,
-    init,
-    res,
-    exif,
-    on_bad,
-    device,
-    workers,
-    sample_every,
-    save_every,
-    keep,
-    max_time,
-    eval_every,
-    eval_images,
-    ref,
-    inception,
-    features,
-    as_json,
-    layers,
-    dims,
-    heads,
-    norm,
-    **recipe,
-):
+def train(variant, data, out, as_json, **values):
     """Train a network; run the same command again to go on.
 
     Defaults are the paper's recipe (Table 4). The run folder holds config.json, metrics.jsonl,
@@ -447,68 +529,115 @@ def train(
       torchrun --nproc-per-node 8 -m cli train --variant xl2r --micro-batch 64
       dimr train --data photos/ --res 64 --layers 9,5 --dims 384,192 --heads 6 --batch-size 64
     """
-    import dimr
     import parallel
-    import training
 
     out = out or f"runs/{variant or 'custom'}"
     if data is None and not (Path(out) / "config.json").exists():
-        config = dimr.VARIANTS[variant or "xl2r"]
-        data = default_data(config.space, config.size)
-        if data is None:
-            kind = (
-                f"--res {config.size * 8}"
-                if config.space == "latent"
-                else f"--res {config.size} --pixels"
-            )
-            raise UserError(
-                f"no training data for {variant or 'xl2r'}: expected "
-                f"data/latents-{config.size * 8} or "
-                * (config.space == "latent")
-                + f"give --data FOLDER, or run dimr encode {kind} first"
-            )
-    given = {k: v for k, v in recipe.items() if v is not None}
-    network = {
-        k: v
-        for k, v in dict(layers=layers, dims=dims, heads=heads, norm=norm).items()
-        if v is not None
-    }
-    watch = None
-    if eval_every:
-        watch = training.Watch(eval_every, eval_images, ref, inception, features)
-    source = training.Source(data, res, exif, on_bad, workers)
-    saving = training.Saving(save_every, keep, sample_every, max_time and max_time * 60)
+        data = training_data(variant or DEFAULT_VARIANT)
     try:
-        result = training.train(
-            out,
-            source,
-            variant=variant,
-            recipe=given,
-            network=network,
-            init=init,
-            device=device,
-            saving=saving,
-            watch=watch,
-        )
+        result = run_training(out, data, variant, values)
     finally:
         parallel.stop()
-    report(
-        result,
-        as_json,
-        f"{result['out']}: step {result['step']:,} of {result['steps']:,}, loss "
-        f"{result['loss'] or math.nan:.4f}, "
-        f"{result['seconds']:.0f} s"
-        + (
-            f"; stopped by {result['stopped']}, run the same command to go on"
-            if result["stopped"]
-            else f"; now: dimr sample --weights {result['out']}"
-        ),
-    )
+    report(result, as_json, training_line(result))
     if result["stopped"]:
-        raise SystemExit(75)  # EX_TEMPFAIL: run me again
+        raise SystemExit(RUN_AGAIN)
 
 
-sampling_options = shared(
+def run_training(out, data, variant, values):
+    """`training.train` with the options of `dimr train`."""
+    import training
+
+    source = training.Source(data, **source_options.take(values))
+    return training.train(
+        out,
+        source,
+        variant=variant,
+        recipe=recipe_options.given(values),
+        network=network_options.given(values),
+        init=values["init"],
+        device=values["device"],
+        saving=saving_of(values),
+        watch=watch_of(values),
+    )
+
+
+def saving_of(values):
+    """The training.Saving that the options of `dimr train` say."""
+    import training
+
+    options = saving_options.take(values)
+    max_time = options["max_time"]
+    if max_time is not None:
+        max_time *= 60  # seconds
+    return training.Saving(
+        every=options["save_every"],
+        keep=options["keep"],
+        sample_every=options["sample_every"],
+        max_time=max_time,
+    )
+
+
+def watch_of(values):
+    """The training.Watch that the options of `dimr train` say, or None."""
+    import training
+
+    options = watch_options.take(values)
+    if options["eval_every"] is None:
+        return None
+    return training.Watch(
+        every=options["eval_every"],
+        images=options["eval_images"],
+        ref=options["ref"],
+        inception=options["inception"],
+        features=options["features"],
+    )
+
+
+def training_data(variant):
+    """Where a variant's training data is: what encode wrote, then, for a pixel model, images.
+    Raises UserError."""
+    import dimr
+    import space
+
+    config = dimr.VARIANTS[variant]
+    side = space.side(config)
+    places = [space.folder(space.of(config), side)]
+    encode = f"dimr encode --res {side}"
+    if config.space == "pixel":
+        places += image_folders()
+        encode += " --pixels"
+    for place in places:
+        if place.is_dir():
+            return place
+    expected = " or ".join(str(place) for place in places)
+    raise UserError(
+        f"no training data for {variant}: expected {expected}; give --data FOLDER, or run {encode} "
+        "first"
+    )
+
+
+def image_folders():
+    """Where images are looked for, first to last."""
+    folders = [Path(folder) for folder in IMAGENET]
+    if os.environ.get("DIMR_DATA"):
+        folders.insert(0, Path(os.environ["DIMR_DATA"]))
+    return folders
+
+
+def training_line(result):
+    loss = result["loss"] or math.nan
+    then = f"now: dimr sample --weights {result['out']}"
+    if result["stopped"]:
+        then = f"stopped by {result['stopped']}, run the same command to go on"
+    return (
+        f"{result['out']}: step {result['step']:,} of {result['steps']:,}, loss {loss:.4f}, "
+        f"{result['seconds']:.0f} s; {then}"
+    )
+
+
+# -------------------------------------------------------------------------------------- dimr sample
+
+generator_options = Options(
     click.option(
         "--weights",
         help="A run, a weights file or a name [default: the newest run under runs/, else xl2r].",
@@ -517,45 +646,9 @@ sampling_options = shared(
         "--ema/--raw", default=True, help="Averaged weights, or the raw ones  [default: ema]."
     ),
     click.option(
-        "--cfg",
-        type=Guidance(),
-        help="Guidance scale, 1 for none [default: 1.5 with a null class, else 1].",
-    ),
-    click.option(
-        "--cfg-power",
-        type=Real(min=0, min_open=True),
-        help="Exponent of the power-cosine schedule [default: constant].",
-    ),
-    click.option(
-        "--cfg-interval",
-        type=Numbers(float, "0.3,5", 2),
-        help="Guide only at noise levels LOW < sigma/alpha <= HIGH.",
-    ),
-    click.option(
-        "--preset",
-        type=click.Choice(["everyday", "paper"]),
-        default="everyday",
-        show_default=True,
-        help="everyday: 2m at 25 NFE. paper: fast, 250 NFE (latent) or dpm-fast, 50 NFE (pixel).",
-    ),
-    click.option("--steps", type=POSITIVE, help="Network evaluations (NFE)."),
-    click.option(
-        "--solver",
-        type=click.Choice(
-            [p + n for p in ("", "dpm-") for n in ("1s", "2s", "3s", "fast", "2m", "3m")]
-        ),
-        help="Order and kind; plain predicts data (DPM-Solver++), dpm- noise (DPM-Solver).",
-    ),
-    click.option(
-        "--grid",
-        type=click.Choice(["time", "quadratic", "logsnr"]),
-        help="Spacing of the solver's times.",
-    ),
-    click.option(
         "--vae",
         help="The VAE of latent models: a name or a file [default: the run's, else sd-vae-ft-ema].",
     ),
-    click.option("--batch-size", type=POSITIVE, help="Images at once, per process."),
     precision_option,
     click.option(
         "--compile",
@@ -566,6 +659,39 @@ sampling_options = shared(
     ),
     device_option,
 )
+settings_options = Options(
+    click.option(
+        "--cfg",
+        type=Guidance(),
+        help="Guidance scale, 1 for none [default: 1.5 with a null class, else 1].",
+    ),
+    click.option(
+        "--cfg-power",
+        type=ABOVE_ZERO,
+        help="Exponent of the power-cosine schedule [default: constant].",
+    ),
+    click.option(
+        "--cfg-interval",
+        type=Numbers(float, "0.3,5", 2),
+        help="Guide only at noise levels LOW < sigma/alpha <= HIGH.",
+    ),
+    click.option(
+        "--preset",
+        type=row_of("space", "PRESETS"),
+        default="everyday",
+        show_default=True,
+        help="everyday: 2m at 25 NFE. paper: fast, 250 NFE (latent) or dpm-fast, 50 NFE (pixel).",
+    ),
+    click.option("--steps", type=POSITIVE, help="Network evaluations (NFE)."),
+    click.option(
+        "--solver",
+        type=row_of("solver", "SOLVERS"),
+        help="Order and kind; plain predicts data (DPM-Solver++), dpm- noise (DPM-Solver); euler, "
+        "heun and ancestral are what they are called.",
+    ),
+    click.option("--grid", type=row_of("solver", "GRIDS"), help="Spacing of the solver's times."),
+)
+batch_option = click.option("--batch-size", type=POSITIVE, help="Images at once, per process.")
 
 
 @main.command()
@@ -577,11 +703,7 @@ sampling_options = shared(
 )
 @click.option("-n", "count", type=POSITIVE, help="Images in all [default: 16].")
 @click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Image k has seed SEED + k.",
+    "--seed", type=NATURAL, default=0, show_default=True, help="Image k has seed SEED + k."
 )
 @click.option("--seeds", type=Seeds(), help="These seeds instead: 0-63 or 3,7.")
 @click.option(
@@ -595,26 +717,11 @@ sampling_options = shared(
     help="Write one .npz (arr_0, arr_1) instead of PNGs; an interrupted call goes on.",
 )
 @click.option("--out", help="Folder, or with --npz a file [default: samples/WEIGHTS-cfgSCALE].")
-@sampling_options
+@generator_options
+@settings_options
+@batch_option
 @json_option
-def sample(
-    classes,
-    count,
-    seed,
-    seeds,
-    balanced,
-    npz,
-    out,
-    weights,
-    ema,
-    vae,
-    batch_size,
-    precision,
-    compiled,
-    device,
-    as_json,
-    **settings,
-):
+def sample(classes, count, seed, seeds, as_json, **values):
     """Draw images of given classes.
 
     Each image has a seed of its own: asking for that class and seed alone gives it back.
@@ -626,40 +733,61 @@ def sample(
       torchrun --nproc-per-node 8 -m cli sample --balanced -n 50000 --preset paper
     """
     import parallel
-    import sampling
 
-    if balanced and classes:
+    if values["balanced"] and classes:
         raise click.UsageError("--balanced takes every class in turn; leave out --class")
     if seeds and count and len(seeds) != count:
         raise click.UsageError(
             f"--seeds names {len(seeds)} seeds and -n says {count}; give one of the two"
         )
-    generator = sampling.load(weights, ema, device, precision, vae, compiled=compiled)
-    known = [sampling.class_index(name, generator) for name in classes] or list(
-        range(generator.config.num_classes)
-    )
-    seeds = seeds or list(range(seed, seed + (count or 16)))
-    parallel.start(generator.device)
+    if not seeds:
+        seeds = list(range(seed, seed + (count or 16)))
     try:
-        result = sampling.sample(
-            generator,
-            [known[i % len(known)] for i in range(len(seeds))],
-            seeds,
-            sampling.Settings(**settings),
-            out=out,
-            batch_size=batch_size,
-            npz=npz or balanced,
-            balanced=balanced,
-        )
+        result = run_sampling(classes, seeds, values)
     finally:
         parallel.stop()
-    report(
-        result,
-        as_json,
-        f"{result['n']:,} images from {result['source']} (cfg {result['cfg']:g}, "
-        f"{result['solver']}, {result['steps']} NFE) in "
-        f"{result['seconds']:.1f} s -> {result['out']}, to look at: {result['picture']}",
+    report(result, as_json, sampling_line(result))
+
+
+def run_sampling(classes, seeds, values):
+    """`sampling.sample` with the options of `dimr sample`."""
+    import parallel
+    import sampling
+
+    generator = load_generator(values)
+    known = [sampling.class_index(name, generator) for name in classes]
+    if not known:
+        known = list(range(generator.config.num_classes))
+    parallel.start(generator.device)
+    return sampling.sample(
+        generator,
+        [known[i % len(known)] for i in range(len(seeds))],
+        seeds,
+        sampling.Settings(**settings_options.take(values)),
+        out=values["out"],
+        batch_size=values["batch_size"],
+        npz=values["npz"] or values["balanced"],
+        balanced=values["balanced"],
     )
+
+
+def load_generator(values):
+    """`sampling.load` with the options of `dimr sample` and `dimr eval`."""
+    import sampling
+
+    options = generator_options.take(values)
+    return sampling.load(options.pop("weights"), **options)
+
+
+def sampling_line(result):
+    return (
+        f"{result['n']:,} images from {result['source']} (cfg {result['cfg']:g}, "
+        f"{result['solver']}, {result['steps']} NFE) in {result['seconds']:.1f} s -> "
+        f"{result['out']}, to look at: {result['picture']}"
+    )
+
+
+# -------------------------------------------------------------------------------------- dimr encode
 
 
 @main.command()
@@ -708,20 +836,11 @@ def sample(
     type=POSITIVE,
     help="Images per shard, what a kill can cost a process [default: for about 128 shards].",
 )
-@click.option("--exif", is_flag=True, help="Honour EXIF rotation (ADM's preparation ignores it).")
-@click.option(
-    "--on-bad-image",
-    "on_bad",
-    type=click.Choice(["error", "skip"]),
-    default="error",
-    show_default=True,
-    help="Stop at an unreadable image, or leave it out and list it at the end.",
-)
+@exif_option
+@on_bad_option
 @precision_option
 @device_option
-@click.option(
-    "--workers", type=click.IntRange(min=0), help="Reading processes [default: by cores]."
-)
+@workers_option
 @click.option(
     "--verify", is_flag=True, help="Only compare the shards of a finished set with their hashes."
 )
@@ -743,49 +862,74 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
     import encoding
     import parallel
 
-    out = out or f"data/{'pixels' if pixels else 'latents'}-{res}"
+    if out is None:
+        out = encoded_folder(res, pixels)
     if verify:
-        result = encoding.verify(out)
-        if as_json or not result["damaged"]:
-            report(
-                result,
-                as_json,
-                f"{result['shards']} shards of {result['items']:,} items in {out} are as "
-                "they were written",
-            )
-        if result["damaged"]:
-            raise UserError(
-                f"{'; '.join(result['damaged'])}. Run the encode that wrote {out} again: "
-                "it redoes them"
-            )
+        verify_shards(out, as_json)
         return
-    data = (
-        data
-        or os.environ.get("DIMR_DATA")
-        or next((p for p in ("data/imagenet/train", "data/imagenet") if Path(p).is_dir()), None)
-    )
-    if data is None:
-        raise UserError(
-            "no images: expected ImageNet in data/imagenet/train; give --data FOLDER or "
-            "set DIMR_DATA"
-        )
+    if channels is not None:
+        channels = int(channels)
     try:
         result = encoding.encode(
-            data, out, res, pixels=pixels, channels=channels and int(channels), **options
+            data or images_to_encode(), out, res, pixels=pixels, channels=channels, **options
         )
     finally:
         parallel.stop()
-    skipped = "".join(f"\nskipped {s['image']}: {s['reason']}" for s in result["skipped"])
-    skipped += f"\n{len(result['skipped'])} unreadable images skipped" if skipped else ""
-    look = f", to look at: {Path(out) / 'preview.png'}" if result["kind"] == "latents" else ""
-    report(
-        result,
-        as_json,
-        f"{result['items']:,} {result['kind']} of {result['classes']:,} classes in "
-        f"{result['shards']} shards, "
-        f"{result['bytes'] / 1e6:,.1f} MB, {result['encoded_images']:,} images encoded "
-        f"in {result['seconds']:.1f} s -> {out}{look}{skipped}",
+    report(result, as_json, encoding_lines(result, out))
+
+
+def encoded_folder(res, pixels):
+    """Where `dimr encode` writes if not told."""
+    import space
+
+    if pixels:
+        return str(space.folder(space.SPACES["pixel"], res))
+    return str(space.folder(space.SPACES["latent"], res))
+
+
+def verify_shards(out, as_json):
+    """Raises UserError if any is damaged."""
+    import encoding
+
+    result = encoding.verify(out)
+    found = f"{result['shards']} shards of {result['items']:,} items in {out}"
+    if as_json or not result["damaged"]:
+        report(result, as_json, f"{found} are as they were written")
+    if result["damaged"]:
+        raise UserError(
+            f"{'; '.join(result['damaged'])}. Run the encode that wrote {out} again: it redoes them"
+        )
+
+
+def images_to_encode():
+    """The folder that DIMR_DATA names, else ImageNet's. Raises UserError."""
+    if os.environ.get("DIMR_DATA"):
+        return os.environ["DIMR_DATA"]
+    for place in IMAGENET:
+        if Path(place).is_dir():
+            return place
+    raise UserError(
+        f"no images: expected ImageNet in {IMAGENET[0]}; give --data FOLDER or set DIMR_DATA"
     )
+
+
+def encoding_lines(result, out):
+    line = (
+        f"{result['items']:,} {result['kind']} of {result['classes']:,} classes in "
+        f"{result['shards']} shards, {result['bytes'] / 1e6:,.1f} MB, "
+        f"{result['encoded_images']:,} images encoded in {result['seconds']:.1f} s -> {out}"
+    )
+    if result["kind"] == "latents":
+        line += f", to look at: {Path(out) / 'preview.png'}"
+    lines = [line]
+    for skipped in result["skipped"]:
+        lines.append(f"skipped {skipped['image']}: {skipped['reason']}")
+    if result["skipped"]:
+        lines.append(f"{len(result['skipped'])} unreadable images skipped")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------- dimr curves, demo, weights
 
 
 @main.command()
@@ -811,7 +955,7 @@ def curves(run):
     show_default=True,
     help="Folder for digits, run and samples; must be new or empty.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=NATURAL, default=0, show_default=True)
 @json_option
 def demo(out, seed, as_json):
     """The whole tool on real handwritten digits, offline, in about two minutes on two cores.
@@ -829,9 +973,8 @@ def demo(out, seed, as_json):
         result,
         as_json,
         f"accuracy: real digits {result['accuracy_real']:.3f}, generated "
-        f"{result['accuracy_generated']:.3f}; coverage "
-        f"{result['coverage']:.3f}; distance to training digits relative to real ones "
-        f"{result['nearest_train']:.2f}; "
+        f"{result['accuracy_generated']:.3f}; coverage {result['coverage']:.3f}; distance to "
+        f"training digits relative to real ones {result['nearest_train']:.2f}; "
         f"{result['seconds']:.0f} s\nlook at {result['picture']} and {result['run']}",
     )
 
@@ -853,15 +996,23 @@ def weights_group(context, as_json):
     """
     import downloads
 
-    if context.invoked_subcommand is None:
-        table = downloads.listing()
-        lines = [
-            f"{item['name']:14} {item['size'] or 0:15,} bytes  "
-            f"{'cached' if item['cached'] else '-':7} {item['what']}\n"
-            f"{'':14} {item['licence']}".replace(" 0 bytes", " ? bytes")
-            for item in table
-        ]
-        report(table, as_json, "\n".join([*lines, f"cache: {downloads.cache()}"]))
+    if context.invoked_subcommand is not None:
+        return
+    table = downloads.listing()
+    lines = [asset_lines(asset) for asset in table]
+    lines.append(f"cache: {downloads.cache()}")
+    report(table, as_json, "\n".join(lines))
+
+
+def asset_lines(asset):
+    size = "?"
+    if asset["size"]:
+        size = f"{asset['size']:,}"
+    cached = "-"
+    if asset["cached"]:
+        cached = "cached"
+    first = f"{asset['name']:14} {size:>15} bytes  {cached:7} {asset['what']}"
+    return f"{first}\n{'':14} {asset['licence']}"
 
 
 @weights_group.command("get")
@@ -875,9 +1026,8 @@ def weights_get(name, as_json):
     import downloads
 
     if name not in downloads.ASSETS:
-        raise click.BadParameter(
-            f"{name!r} is not one of {', '.join(downloads.ASSETS)}", param_hint="NAME"
-        )
+        known = ", ".join(downloads.ASSETS)
+        raise click.BadParameter(f"{name!r} is not one of {known}", param_hint="NAME")
     path = downloads.fetch(name)
     report({"name": name, "path": str(path)}, as_json, path)
 
@@ -909,12 +1059,12 @@ def convert(source, target, heads, as_json):
 
     model, record = runfolder.read_weights(downloads.find(source), heads)
     runfolder.write_weights(target, model, record)
-    count = sum(p.numel() for p in model.parameters())
-    report(
-        {"out": target, "params": count, "config": dataclasses.asdict(model.config)},
-        as_json,
-        f"{count:,} parameters -> {target}",
-    )
+    count = sum(parameter.numel() for parameter in model.parameters())
+    result = {"out": target, "params": count, "config": dataclasses.asdict(model.config)}
+    report(result, as_json, f"{count:,} parameters -> {target}")
+
+
+# ---------------------------------------------------------------------------------------- dimr eval
 
 
 @main.group("eval")
@@ -928,9 +1078,115 @@ def eval_group():
     """
 
 
-res_option = click.option(
-    "--res", type=POSITIVE, help="Crop the images of folders to this size, as ADM does."
+METRIC_HELP = """{what}
+
+    SAMPLES is an .npz with arr_0 (uint8, N × H × W × 3) or a folder of images. Without it: the
+    newest balanced set that sample wrote, else --count images that the newest run draws, which
+    are measured without being written. Published numbers are of 50,000 samples.
+
+    \b
+    Examples:
+      dimr eval {name} samples.npz --ref imagenet256 --against xl2r
+      dimr eval {name} photos/ --ref reference.safetensors --json
+      torchrun --nproc-per-node 8 -m cli eval {name} --weights runs/xl2r --preset paper
+    """
+metric_options = Options(
+    click.option(
+        "--ref",
+        help="What to compare with: imagenet64, imagenet256, imagenet512, ADM's .npz, a file "
+        "that dimr eval stats wrote, or images [default: the name that fits, else the images "
+        "that the run was trained on].",
+    ),
+    click.option(
+        "--against", type=VARIANT, help="Show the paper's results for this variant beside."
+    ),
+    click.option(
+        "-n", "--count", type=click.IntRange(min=2), help="Images to draw [default: 50000]."
+    ),
+    click.option("--keep", is_flag=True, help="Write the images drawn, as sample --balanced does."),
+    *feature_options.options,
+    res_option,
 )
+
+
+def metric_command(name, what):
+    """Make `dimr eval NAME`, which measures `what`."""
+
+    @eval_group.command(name, help=METRIC_HELP.format(name=name, what=what))
+    @click.argument("samples", required=False, type=click.Path(path_type=Path))
+    @metric_options
+    @generator_options
+    @settings_options
+    @batch_option
+    @json_option
+    def command(samples, against, as_json, **values):
+        import evaluation
+        import parallel
+
+        if samples and (values["weights"] or values["count"] or values["keep"]):
+            raise click.UsageError(
+                "SAMPLES are measured as they are; leave out --weights, -n and --keep, or SAMPLES"
+            )
+        try:
+            result = run_evaluation(name, samples, values)
+        finally:
+            parallel.stop()
+        if result is None:
+            return
+        text = evaluation.table(result, against)
+        if against:
+            result = {**result, "paper": evaluation.PAPER.get(against, [])}
+        report(result, as_json, text)
+
+    return command
+
+
+def run_evaluation(name, samples, values):
+    """`evaluation.evaluate` with the options of `dimr eval NAME`: on rank 0 its result."""
+    import evaluation
+    import extraction
+    import imagesets
+    import sampling
+
+    extractor = extractor_of(values["inception"], values["features"], values["device"])
+    if not (samples or values["weights"] or values["count"] or values["keep"]):
+        samples = evaluation.newest_balanced()
+    settings = sampling.Settings(**settings_options.take(values))
+    count = values["count"] or evaluation.COUNT
+    generator = None
+    if samples is None:
+        generator = load_generator(values)
+    if values["keep"]:
+        samples = draw_balanced(generator, count, settings, values["batch_size"])
+    if samples:
+        images = imagesets.open_set(samples, values["res"])
+    else:
+        images = extraction.Generation(generator, count, settings, values["batch_size"])
+    return evaluation.evaluate(
+        name,
+        images,
+        extractor,
+        ref=values["ref"],
+        res=values["res"],
+        batch_size=values["batch_size"],
+    )
+
+
+def draw_balanced(generator, count, settings, batch_size):
+    """Write a balanced set and return its path."""
+    import sampling
+
+    classes = [i % generator.config.num_classes for i in range(count)]
+    drawn = sampling.sample(
+        generator,
+        classes,
+        range(count),
+        settings,
+        batch_size=batch_size,
+        npz=True,
+        balanced=True,
+    )
+    return drawn["npz"]
 
 
 def extractor_of(inception, features, device):
@@ -940,126 +1196,12 @@ def extractor_of(inception, features, device):
 
     device = parallel.pick_device(device)
     parallel.start(device, minutes=24 * 60)
-    return (
-        extraction.custom(features, device) if features else extraction.inception(inception, device)
-    )
+    if features:
+        return extraction.custom(features, device)
+    return extraction.inception(inception, device)
 
 
-def metric_command(name, what):
-    """Make `dimr eval NAME`, which measures `what`."""
-
-    @eval_group.command(
-        name,
-        help=f"""{what}
-
-        SAMPLES is an .npz with arr_0 (uint8, N × H × W × 3) or a folder of images. Without it: the
-        newest balanced set that sample wrote, else --count images that the newest run draws, which
-        are measured without being written. Published numbers are of 50,000 samples.
-
-        \b
-        Examples:
-          dimr eval {name} samples.npz --ref imagenet256 --against xl2r
-          dimr eval {name} photos/ --ref reference.safetensors --json
-          torchrun --nproc-per-node 8 -m cli eval {name} --weights runs/xl2r --preset paper
-        """,
-    )
-    @click.argument("samples", required=False, type=click.Path(path_type=Path))
-    @click.option(
-        "--ref",
-        help="What to compare with: imagenet64, imagenet256, imagenet512, ADM's .npz, a "
-        "file that dimr eval stats wrote, "
-        "or images [default: the name that fits, else the images that the run was trained on].",
-    )
-    @click.option(
-        "--against", type=VARIANTS, help="Show the paper's results for this variant beside."
-    )
-    @click.option(
-        "-n", "--count", type=click.IntRange(min=2), help="Images to draw [default: 50000]."
-    )
-    @click.option("--keep", is_flag=True, help="Write the images drawn, as sample --balanced does.")
-    @feature_options
-    @res_option
-    @sampling_options
-    @json_option
-    def command(
-        samples,
-        ref,
-        against,
-        count,
-        keep,
-        inception,
-        features,
-        res,
-        weights,
-        ema,
-        vae,
-        batch_size,
-        precision,
-        compiled,
-        device,
-        as_json,
-        **settings,
-    ):
-        import evaluation
-        import extraction
-        import imagesets
-        import parallel
-        import sampling
-
-        if samples and (weights or count or keep):
-            raise click.UsageError(
-                "SAMPLES are measured as they are; leave out --weights, -n and --keep, or SAMPLES"
-            )
-        try:
-            extractor = extractor_of(inception, features, device)
-            if not (samples or weights or count or keep):
-                samples = evaluation.newest_balanced()
-            generator, count, settings = (
-                None,
-                count or evaluation.COUNT,
-                sampling.Settings(**settings),
-            )
-            if samples is None:
-                generator = sampling.load(weights, ema, device, precision, vae, compiled=compiled)
-            if keep:
-                classes = [i % generator.config.num_classes for i in range(count)]
-                samples = sampling.sample(
-                    generator,
-                    classes,
-                    range(count),
-                    settings,
-                    batch_size=batch_size,
-                    npz=True,
-                    balanced=True,
-                )["npz"]
-            if samples:
-                images = imagesets.open_set(samples, res)
-            else:
-                images = extraction.Generation(generator, count, settings, batch_size)
-            result = evaluation.evaluate(
-                name, images, extractor, ref=ref, res=res, batch_size=batch_size
-            )
-        finally:
-            parallel.stop()
-        if result:
-            report(
-                {**result, **({"paper": evaluation.PAPER.get(against, [])} if against else {})},
-                as_json,
-                evaluation.table(result, against),
-            )
-
-    return command
-
-
-for _name, _what in {
-    "fid": "Fréchet Inception distance.",
-    "sfid": "Fréchet distance of spatial features, sensitive to structure.",
-    "is": "Inception Score: mean over splits of 5,000 in the order given (a folder's is "
-    "permuted by a fixed seed). Needs no reference.",
-    "pr": "Precision and recall (3 neighbours), density and coverage (5).",
-    "kid": "Kernel Inception distance, mean over 100 subsets of 1,000.",
-    "all": "All metrics from one pass over the images.",
-}.items():
+for _name, _what in ours.words("evaluation", "METRICS").items():
     metric_command(_name, _what)
 
 
@@ -1068,10 +1210,10 @@ for _name, _what in {
 @click.argument("out", type=click.Path(path_type=Path))
 @feature_options
 @res_option
-@click.option("--batch-size", type=POSITIVE, help="Images at once, per process.")
+@batch_option
 @device_option
 @json_option
-def eval_stats(folder, out, inception, features, res, batch_size, device, as_json):
+def eval_stats(folder, out, as_json, **values):
     """Measure reference images once, for --ref: moments of all, features of 10,000.
 
     FOLDER holds images at any depth, or pixel shards; an .npz with arr_0 will do. OUT ends in
@@ -1080,30 +1222,36 @@ def eval_stats(folder, out, inception, features, res, batch_size, device, as_jso
     Example: dimr eval stats data/imagenet/train imagenet128.safetensors --res 128
     """
     import evaluation
-    import extraction
-    import imagesets
     import parallel
 
     if out.suffix != ".safetensors":
         raise click.BadParameter(f"{out} does not end in .safetensors", param_hint="OUT")
     try:
-        extractor = extractor_of(inception, features, device)
-        found = extraction.measure(
-            imagesets.open_set(folder, res),
-            extractor,
-            evaluation.REFERENCE_IMAGES,
-            batch_size=batch_size,
-        )
-        if found:
-            found.save(out)
-            report(
-                {"out": str(out), **evaluation.describe(found), "features": found.extractor},
-                as_json,
-                f"{found.count:,} images of {found.size}×{found.size} from {folder}, "
-                f"{found.extractor} -> {out}",
-            )
+        found = run_measurement(folder, values)
+        if found is None:
+            return
+        found.save(out)
     finally:
         parallel.stop()
+    report(
+        {"out": str(out), **evaluation.describe(found), "features": found.extractor},
+        as_json,
+        f"{found.count:,} images of {found.size}×{found.size} from {folder}, {found.extractor} -> "
+        f"{out}",
+    )
+
+
+def run_measurement(folder, values):
+    """`extraction.measure` with the options of `dimr eval stats`: on rank 0 what it found."""
+    import evaluation
+    import extraction
+    import imagesets
+
+    extractor = extractor_of(values["inception"], values["features"], values["device"])
+    images = imagesets.open_set(folder, values["res"])
+    return extraction.measure(
+        images, extractor, evaluation.REFERENCE_IMAGES, batch_size=values["batch_size"]
+    )
 
 
 @eval_group.command("fidelity")
@@ -1173,9 +1321,8 @@ def eval_distortion(votes, as_json):
     report(
         result,
         as_json,
-        f"distortion rate {result['distortion_rate']:.1%}{interval}: "
-        f"{len(result['people'])} people, "
-        f"{result['images']:,} images, {result['votes']:,} votes",
+        f"distortion rate {result['distortion_rate']:.1%}{interval}: {len(result['people'])} "
+        f"people, {result['images']:,} images, {result['votes']:,} votes",
     )
 
 

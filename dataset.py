@@ -4,6 +4,8 @@
 `channels`, `classes`, `labels`, `fingerprint`, `len` and `batch`. `loader` reads their batches
 ahead, in the order that it is given (randomness.Order)."""
 
+import ours
+
 import atexit
 import functools
 import hashlib

@@ -2,6 +2,9 @@
 half to train on, half kept to judge by. Everything goes through the functions and files that
 `encode`, `train` and `sample` use."""
 
+import ours
+
+import dataclasses
 import time
 
 import numpy as np
@@ -13,36 +16,74 @@ import training
 from storage import UserError
 
 SAMPLES = 1500
+CLASSES = 10
 # coverage counts a kept digit within the radius to its third real neighbour (Naeem et al., 2020)
 NEIGHBOUR = 3
 
 
-def run(out, seed=0, quiet=False):
-    """Write digits, train, sample, judge, all under folder `out`. Returns the figures as a dict.
-    Raises UserError."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError(
-            "the demo needs scikit-learn for its digits; pip install 'dimr[demo]'"
-        ) from None
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """Images (N, 8, 8), uint8, what they show (N,), and their numbers among all digits (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    numbers: np.ndarray
+
+
+def run(out, seed=0, quiet=False) -> dict:
+    """Write digits, train, sample, judge, all under folder `out`. Returns the figures. Raises
+    UserError."""
     begun = time.monotonic()
+    halves = load()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; delete it or choose another --out")
-    digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
-    order = np.random.default_rng(0).permutation(len(pixels))
-    halves = {"train": order[::2], "kept": order[1::2]}
-    for half, indices in halves.items():
-        for i in indices:
-            folder = out / "digits" / half / str(digits.target[i])
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels[i]).save(folder / f"{i:04d}.png")
-
+    for half, digits in halves.items():
+        write(digits, out / "digits" / half)
     encoding.encode(
         out / "digits" / "train", out / "pixels", res=8, pixels=True, workers=0, quiet=quiet
     )
-    trained = training.train(
+    train(out, seed, quiet)
+    drawn = draw(out, quiet)
+    with np.load(drawn["npz"]) as arrays:
+        made = Digits(arrays["arr_0"][..., 0], arrays["arr_1"], np.arange(SAMPLES))
+    return {
+        **judge(halves["kept"], made, halves["train"].images),
+        "seconds": round(time.monotonic() - begun, 1),
+        "seed": seed,
+        "picture": drawn["picture"],
+        "run": str(out / "run"),
+    }
+
+
+def load():
+    """The two halves of the digits, {"train": Digits, "kept": Digits}. Raises UserError where
+    scikit-learn is missing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        message = "the demo needs scikit-learn for its digits; pip install 'dimr[demo]'"
+        raise UserError(message) from None
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    order = np.random.default_rng(0).permutation(len(pixels))
+    halves = {"train": order[::2], "kept": order[1::2]}
+    return {
+        half: Digits(pixels[numbers], digits.target[numbers], numbers)
+        for half, numbers in halves.items()
+    }
+
+
+def write(digits, folder):
+    """Write PNGs, a folder per class."""
+    for image, label, number in zip(digits.images, digits.labels, digits.numbers, strict=True):
+        path = folder / str(label) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+
+
+def train(out, seed, quiet):
+    """Train the variant demo. Raises UserError if it was stopped."""
+    result = training.train(
         out / "run",
         training.Source(out / "pixels"),
         variant="demo",
@@ -50,17 +91,17 @@ def run(out, seed=0, quiet=False):
         device="cpu",
         quiet=quiet,
     )
-    if trained["stopped"]:
+    if result["stopped"]:
         raise UserError(
-            f"stopped by {trained['stopped']} at step {trained['step']}; delete {out} "
-            "and start again"
+            f"stopped by {result['stopped']} at step {result['step']}; delete {out} and start again"
         )
 
-    generator = sampling.load(out / "run", device="cpu")
-    classes = [i % 10 for i in range(SAMPLES)]
-    drawn = sampling.sample(
-        generator,
-        classes,
+
+def draw(out, quiet) -> dict:
+    """Draw SAMPLES images, classes in turn; what `sampling.sample` says of them."""
+    return sampling.sample(
+        sampling.load(out / "run", device="cpu"),
+        [i % CLASSES for i in range(SAMPLES)],
         list(range(SAMPLES)),
         sampling.Settings(),
         out=out / "samples.npz",
@@ -69,46 +110,46 @@ def run(out, seed=0, quiet=False):
         balanced=True,
         quiet=quiet,
     )
-    with np.load(drawn["npz"]) as arrays:
-        generated = arrays["arr_0"][..., 0]
+
+
+def judge(kept, made, trained) -> dict:
+    """How good the digits `made` are, by real ones `kept` out of training. A nearest-neighbour
+    classifier learns from every other kept image and is tested on the rest.
+
+    `accuracy_real`, `accuracy_generated`: shares that it recognises; `coverage`: over no more kept
+    images than there are samples; `nearest_train`: how far samples are from the `trained` images,
+    relative to kept ones (near 1: no copies)."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    real = flat(kept.images)
+    drawn = flat(made.images)
+    known = flat(trained)
+    classifier = KNeighborsClassifier(NEIGHBOUR).fit(real[::2], kept.labels[::2])
+    from_drawn = np.median(distances(known, drawn))
+    from_real = np.median(distances(known, real))
     return {
-        **judge(
-            pixels[halves["kept"]],
-            digits.target[halves["kept"]],
-            generated,
-            classes,
-            pixels[halves["train"]],
-        ),
-        "seconds": round(time.monotonic() - begun, 1),
-        "seed": seed,
-        "picture": drawn["picture"],
-        "run": str(out / "run"),
+        "accuracy_real": float(classifier.score(real[1::2], kept.labels[1::2])),
+        "accuracy_generated": float(classifier.score(drawn, made.labels)),
+        "coverage": coverage(real[: len(drawn)], drawn),
+        "nearest_train": float(from_drawn / from_real),
     }
 
 
-def judge(kept, kept_labels, made, classes, trained):
-    """How good the images `made` of `classes` are, by real ones kept out of training: the shares
-    that a nearest-neighbour classifier recognises, of the samples and of real images (it learns
-    from every other kept image, and is tested on the rest); coverage, over no more kept images than
-    there are samples; and how far samples are from the `trained` images, relative to kept ones
-    (near 1: no copies)."""
-    from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+def coverage(real, drawn) -> float:
+    """Share of the rows of `real` that have one of `drawn` within the distance to their third
+    neighbour among themselves."""
+    # each is its own first neighbour
+    radius = distances(real, real, NEIGHBOUR + 1)
+    return float((distances(drawn, real) <= radius).mean())
 
-    kept, made, trained = (
-        images.reshape(len(images), -1).astype(np.float64) for images in (kept, made, trained)
-    )
-    classifier = KNeighborsClassifier(NEIGHBOUR).fit(kept[::2], kept_labels[::2])
-    real = kept[: len(made)]
-    radius = (
-        NearestNeighbors(n_neighbors=NEIGHBOUR + 1).fit(real).kneighbors(real)[0][:, -1]
-    )  # the first is itself
-    nearest_made = NearestNeighbors(n_neighbors=1).fit(made).kneighbors(real)[0][:, 0]
-    to_trained = NearestNeighbors(n_neighbors=1).fit(trained)
-    return {
-        "accuracy_real": float(classifier.score(kept[1::2], kept_labels[1::2])),
-        "accuracy_generated": float(classifier.score(made, classes)),
-        "coverage": float((nearest_made <= radius).mean()),
-        "nearest_train": float(
-            np.median(to_trained.kneighbors(made)[0]) / np.median(to_trained.kneighbors(kept)[0])
-        ),
-    }
+
+def distances(among, points, rank=1):
+    """From each row of `points` to its neighbour of that rank in `among`."""
+    from sklearn.neighbors import NearestNeighbors
+
+    neighbours = NearestNeighbors(n_neighbors=rank).fit(among)
+    return neighbours.kneighbors(points)[0][:, -1]
+
+
+def flat(images):
+    return images.reshape(len(images), -1).astype(np.float64)

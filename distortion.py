@@ -1,6 +1,8 @@
 """How much generated images are distorted (paper, Sec. 5.3): a classifier (ViT-B/16, vit.py) marks
 the images of low fidelity, people look at those, and the distortion rate is what they say."""
 
+import ours
+
 import csv
 import dataclasses
 import statistics

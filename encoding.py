@@ -5,6 +5,8 @@ A shard is a stretch of the folder's images, made by one process, whole or not a
 decides its bytes, so any number of processes, killed at any moment and started again, end with the
 same set."""
 
+import ours
+
 import contextlib
 import dataclasses
 import functools

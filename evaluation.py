@@ -1,6 +1,8 @@
 """Evaluation as ADM's suite does it (paper, Sec. 5.1): images, or a network that draws them,
 against a reference."""
 
+import ours
+
 import contextlib
 import dataclasses
 import functools

@@ -5,13 +5,13 @@ Features come from one pass over the images and are cached by content: what was 
 measured again. The images may be spread over processes by torchrun, and a generation that was
 interrupted goes on where it stopped."""
 
+import ours
+
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -107,11 +107,8 @@ def custom(spec: str, device: str | torch.device = "cpu") -> Extractor:
 def _users_function(spec):
     """What `module:function` names."""
     module, _, name = spec.partition(":")
-    if os.getcwd() not in sys.path:
-        # where a user's own module lies; the console script's path leaves it out
-        sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
+        return getattr(ours.users_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"--features {spec}: {error}; expected module:function, importable from here"

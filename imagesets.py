@@ -10,6 +10,8 @@ which dataset.loader reads ahead.
 number of processes: `done()` (the batches that need not be drawn), `add`, `finish` (rank 0, once
 all have added theirs) and `result` (what was written where)."""
 
+import ours
+
 import contextlib
 import dataclasses
 import glob

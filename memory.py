@@ -1,6 +1,8 @@
 """How much memory training takes on a GPU, computed on any machine: forward and backward pass run
 on tensors without values, and what they would hold at once is counted."""
 
+import ours
+
 import weakref
 
 import torch

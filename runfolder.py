@@ -9,6 +9,8 @@ checkpoints/step-0001000/         appears whole or not at all
     weights.safetensors, ema.safetensors      carry the configuration: usable alone
     optimizer.safetensors, state.json, manifest.json (SHA-256 of the others)"""
 
+import ours
+
 import dataclasses
 import json
 import os

@@ -8,6 +8,8 @@
 An image is made of its class and its own seed. Its start noise is drawn on the CPU from that seed
 alone, so neither batch size, nor number of processes, nor what else is drawn changes it."""
 
+import ours
+
 import dataclasses
 import math
 import time

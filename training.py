@@ -6,6 +6,8 @@ the sample's position in the run, counted from 0 over all steps. So any split of
 over processes and accumulation steps computes the same, and a resumed run goes on as if it had
 never stopped."""
 
+import ours
+
 import contextlib
 import dataclasses
 import json

@@ -1,22 +1,33 @@
 """The command line itself: help that teaches, figures, errors in one line."""
 
+import ours
+
+import importlib
 import json
 import os
+import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from conftest import dimr_command
 
 import cli
+import diffusion
 import dimr
+import evaluation
+import solver
+import space
 import storage
+import training
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
 
 
 def commands(group=cli.main, prefix=()):
+    """Names of all commands, as tuples of words."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, (*prefix, name))
@@ -24,49 +35,170 @@ def commands(group=cli.main, prefix=()):
             yield *prefix, name
 
 
+def choices(command):
+    """{option: what it chooses from} of a command."""
+    options = [option for option in command.params if hasattr(option.type, "choices")]
+    return {option.name: list(option.type.choices) for option in options}
+
+
+# help
+
+
 @pytest.mark.parametrize("command", list(commands()), ids=" ".join)
 def test_every_commands_help_teaches_with_an_example(command):
     result = invoke(*command, "--help")
-    assert (
-        result.exit_code == 0
-        and f"{' '.join(command)}" in result.output.split("Options:")[0].split("Example", 1)[1]
+    assert result.exit_code == 0
+    before_options = result.output.split("Options:")[0]
+    assert " ".join(command) in before_options.split("Example", 1)[1]
+
+
+def test_every_help_answers_without_pytorch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name in ("cli", *ours.MODULES):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ImportError):
+        importlib.import_module("dimr")
+    fresh = importlib.import_module("cli")
+    assert fresh is not cli
+    for command in [(), ("eval",), ("weights",), *commands(fresh.main)]:
+        result = CliRunner().invoke(fresh.main, [*command, "--help"])
+        assert result.exit_code == 0
+        assert "Options:" in result.output
+
+
+def test_choices_are_the_tables_rows():
+    train = choices(cli.train)
+    assert train["variant"] == list(dimr.VARIANTS)
+    assert train["norm"] == list(dimr.NORMS)
+    assert train["mlp"] == list(dimr.MLPS)
+    assert train["objective"] == list(diffusion.OBJECTIVES)
+    assert train["target_scale"] == list(diffusion.TARGET_SCALES)
+    draw = choices(cli.sample)
+    assert draw["solver"] == list(solver.SOLVERS)
+    assert draw["grid"] == list(solver.GRIDS)
+    assert draw["preset"] == list(space.PRESETS)
+
+
+def test_every_metric_is_a_command_and_has_words():
+    assert set(cli.METRIC_WORDS) == set(evaluation.METRICS)
+    assert set(evaluation.METRICS) < set(cli.eval_group.commands)
+
+
+# values
+
+
+@pytest.mark.parametrize(
+    "text, seeds", [("0-3", [0, 1, 2, 3]), ("3,7,10-12", [3, 7, 10, 11, 12]), ("5", [5])]
+)
+def test_seeds_are_numbers_and_ranges(text, seeds):
+    assert cli.Seeds().convert(text, None, None) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1-2-3", "3,", "7-3"])
+def test_other_seeds_are_refused(text):
+    result = invoke("sample", "--seeds", text)
+    assert result.exit_code == 2
+    assert f"{text!r} is not a list of seeds; expected numbers and ranges" in result.output
+
+
+@pytest.fixture
+def told(monkeypatch, tmp_path):
+    """What `dimr train` tells the job: filled when it is invoked."""
+    told = {}
+
+    def train(out, source, **options):
+        told.update(out=out, source=source, **options)
+        return {"out": out, "step": 1, "steps": 2, "loss": 0.5, "seconds": 1, "stopped": None}
+
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.chdir(tmp_path)
+    return told
+
+
+def test_train_tells_the_job_only_what_was_given(told):
+    result = invoke("train", "--data", "photos")
+    assert result.output == (
+        "runs/custom: step 1 of 2, loss 0.5000, 1 s; now: dimr sample --weights runs/custom\n"
     )
+    assert told == {
+        "out": "runs/custom",
+        "source": training.Source("photos"),
+        "variant": None,
+        "recipe": {},
+        "network": {},
+        "init": None,
+        "device": "auto",
+        "saving": training.Saving(),
+        "watch": None,
+    }
 
 
-def test_help_answers_without_loading_pytorch():
-    import subprocess
-    import sys
+def test_train_tells_the_job_all_that_was_given(told):
+    recipe = "--lr 0.1 --betas 0.9,0.99 --no-flip --seed 0 --precision bf16 --target-scale mean"
+    network = "--layers 3,2 --dims 16,8 --heads 2 --norm tdrms --mlp geglu --objective velocity"
+    source = "--data photos --res 32 --exif --on-bad-image skip --workers 0"
+    saving = "--save-every 7 --keep 3 --sample-every 0 --max-time 2"
+    watch = "--eval-every 5 --eval-images 20 --ref photos --inception i --features a:b"
+    rest = "--variant demo --out run --init weights --device cpu"
+    line = f"train {recipe} {network} {source} {saving} {watch} {rest}"
+    assert invoke(*line.split()).exit_code == 0
+    assert told == {
+        "out": "run",
+        "source": training.Source("photos", res=32, exif=True, on_bad="skip", workers=0),
+        "variant": "demo",
+        "recipe": {
+            "lr": 0.1,
+            "betas": (0.9, 0.99),
+            "flip": False,
+            "seed": 0,
+            "precision": "bf16",
+            "target_scale": "mean",
+        },
+        "network": {
+            "layers": (3, 2),
+            "dims": (16, 8),
+            "heads": 2,
+            "norm": "tdrms",
+            "mlp": "geglu",
+            "objective": "velocity",
+        },
+        "init": "weights",
+        "device": "cpu",
+        "saving": training.Saving(every=7, keep=3, sample_every=0, max_time=120),
+        "watch": training.Watch(5, 20, ref="photos", inception="i", features="a:b"),
+    }
 
-    code = (
-        "import sys, cli; cli.main(['--help'], standalone_mode=False); "
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+@pytest.mark.parametrize("variant, folder", [("xl2r", "latents-256"), ("m3r", "pixels-64")])
+def test_train_finds_what_encode_wrote(told, tmp_path, variant, folder):
+    (tmp_path / "data" / folder).mkdir(parents=True)
+    assert invoke("train", "--variant", variant).exit_code == 0
+    assert told["source"].path == Path("data", folder)
+
+
+def test_a_pixel_model_finds_images_too(told, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIMR_DATA", str(tmp_path))
+    assert invoke("train", "--variant", "m3r").exit_code == 0
+    assert told["source"].path == tmp_path
+
+
+# figures
 
 
 @pytest.mark.parametrize("variant", dimr.VARIANTS)
 def test_info_reports_parameters_and_gmacs(variant):
     result = json.loads(invoke("info", "--variant", variant, "--json").output)
-    assert (
-        result.keys() == {"variant", "params", "gmacs", "branches"} and result["variant"] == variant
-    )
-    assert result["params"] == sum(b["params"] for b in result["branches"])
+    assert result.keys() == {"variant", "params", "gmacs", "branches"}
+    assert result["variant"] == variant
+    assert result["params"] == sum(branch["params"] for branch in result["branches"])
     assert result["gmacs"] == pytest.approx(sum(dimr.VARIANTS[variant].macs) / 1e9, abs=1e-3)
     assert len(result["branches"]) == len(dimr.VARIANTS[variant].dims)
     people = invoke("info", "--variant", variant).output
-    assert f"{result['params']:,}" in people and people.count("branch") == len(result["branches"])
+    assert f"{result['params']:,}" in people
+    assert people.count("branch") == len(result["branches"])
 
 
-def test_the_commands_choices_are_the_tables_rows():
-    import solver
-
-    choices = {
-        option.name: list(option.type.choices)
-        for option in cli.sample.params
-        if hasattr(option.type, "choices")
-    }
-    assert choices["solver"] == list(solver.SOLVERS) and choices["grid"] == list(solver.GRIDS)
-    assert list(cli.VARIANTS.choices) == list(dimr.VARIANTS)
+# errors
 
 
 @pytest.mark.parametrize(
@@ -91,13 +223,36 @@ def test_errors_are_one_line_and_leave_nothing_behind(
     monkeypatch.delenv("DIMR_DATA", raising=False)
     monkeypatch.setenv("DIMR_OFFLINE", "1")
     result = invoke(*arguments)
-    assert (
-        result.exit_code == status and words in result.output and "Traceback" not in result.output
-    )
+    assert result.exit_code == status
+    assert words in result.output
+    assert "Traceback" not in result.output
     message = result.output[result.output.index("Error:") :]
     assert status == 2 or message.strip().count("\n") == 0
     assert not any(files for _, _, files in os.walk(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "variant, expected, encode",
+    [
+        (
+            ["--variant", "m3r"],
+            "m3r: expected data/pixels-64 or data/imagenet/train",
+            "64 --pixels",
+        ),
+        (["--variant", "xl3r"], "xl3r: expected data/latents-512", "512"),
+        ([], "xl2r: expected data/latents-256", "256"),
+    ],
+)
+def test_train_without_data_says_what_was_expected_where(
+    tmp_path, monkeypatch, variant, expected, encode
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DIMR_DATA", raising=False)
+    output = invoke("train", *variant).output
+    assert output.startswith(f"Error: no training data for {expected}")
+    assert output.endswith(f"; give --data FOLDER, or run dimr encode --res {encode} first\n")
+
+
+@pytest.mark.slow
 def test_the_command_is_a_module_too():
     assert dimr_command("--version").stdout == f"dimr, version {storage.VERSION}\n"
