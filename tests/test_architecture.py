@@ -19,6 +19,7 @@ PARTS = [
     "parallel",
     "randomness",
     "downloads",
+    "shards",
     "dataset",
     "imagesets",
     "runfolder",

@@ -480,7 +480,7 @@ def test_convert_goes_to_safetensors_with_the_configuration(released, tmp_path):
     assert config["space"] == "latent"
     model, _ = runfolder.read_weights(ours)
     read = dataclasses.asdict(model.config)
-    tuples = {name: tuple(config[name]) for name in ("layers", "dims")}
+    tuples = {name: tuple(config[name]) for name in ("layers", "dims", "kinds")}
     assert read == config | tuples
 
 
