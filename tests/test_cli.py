@@ -81,7 +81,7 @@ def test_choices_are_the_tables_rows():
 
 def test_every_metric_is_a_command_and_has_words():
     for name, metric in evaluation.METRICS.items():
-        assert metric.what in " ".join(cli.eval_group.commands[name].help.split())
+        assert metric.help in " ".join(cli.eval_group.commands[name].help.split())
 
 
 # values
