@@ -48,7 +48,7 @@ class BadImage(UserError):
 # ------------------------------------------------------------------------------------- one image
 
 
-def center_crop(image, size):
+def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's crop of a PIL image to (size, size): halved with a box filter while the short side is
     at least twice `size`, then bicubic to `size`, then the centre. Halving floors both sides, the
     offset floors."""
@@ -58,44 +58,47 @@ def center_crop(image, size):
     image = image.resize(
         (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
     )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-def read_image(path, size, channels=3, exif=False):
+def read_image(path: str | Path, size: int, channels: int = 3, exif: bool = False) -> np.ndarray:
     """The centre crop of a JPEG, PNG or WebP file, uint8 (size, size, channels), channels 1 or 3.
 
     16-bit grey is divided by 257, transparency is laid on white, CMYK and palettes become RGB; an
     animation gives its first frame. EXIF rotation is ignored, as ADM does, unless `exif`. Raises
     BadImage where the file is at fault, UserError where it can't be reached or is in colour though
     `channels` is 1."""
+    image = _decode(path, exif)
+    if max(image.size) / min(image.size) * size**2 > Image.MAX_IMAGE_PIXELS:
+        raise BadImage(path, f"is too elongated to crop ({image.width}×{image.height})")
+    image = _plain(image)
+    if channels == 1 and image.mode == "RGB" and not _is_grey(image):
+        raise UserError(
+            f"{path} is in colour but the data was taken for grey; remove it or read 3 channels"
+        )
+    image = image.convert("L" if channels == 1 else "RGB")
+    return np.asarray(center_crop(image, size)).reshape(size, size, channels)
+
+
+def _decode(path, exif):
+    """The PIL image in a file. Raises as read_image."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow's remarks on harmless damage, such as odd EXIF blocks
+            # Pillow's remarks on harmless damage, such as odd EXIF blocks
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 image.load()
                 if exif:
-                    image = ImageOps.exif_transpose(image)
+                    return ImageOps.exif_transpose(image)
+                return image
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever an untrusted file makes the decoder raise, the file is at fault
+    # whatever an untrusted file makes the decoder raise, the file is at fault
+    except Exception as error:
         raise _blame(path, error) from None
-    if max(image.size) / min(image.size) * size**2 > Image.MAX_IMAGE_PIXELS:
-        raise BadImage(path, f"is too elongated to crop ({image.width}×{image.height})")
-    image = _plain(image)
-    if channels == 1 and image.mode == "RGB":
-        red, green, blue = image.split()
-        if not red.tobytes() == green.tobytes() == blue.tobytes():
-            raise UserError(
-                f"{path} is in colour but the data was taken for grey; remove it or read 3 channels"
-            )
-    image = image.convert("L" if channels == 1 else "RGB")
-    return np.asarray(center_crop(image, size)).reshape(size, size, channels)
 
 
 def _blame(path, error):
@@ -105,35 +108,41 @@ def _blame(path, error):
             f"{path} can't be read ({error.strerror}); has it been moved, or is the disk failing?"
         )
     if isinstance(error, UnidentifiedImageError):
-        return BadImage(
-            path, "is not a JPEG, PNG or WebP image" if os.path.getsize(path) else "is empty"
-        )
+        if os.path.getsize(path) == 0:
+            return BadImage(path, "is empty")
+        return BadImage(path, "is not a JPEG, PNG or WebP image")
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return BadImage(path, f"claims more than {Image.MAX_IMAGE_PIXELS:,} pixels")
-    return BadImage(path, " ".join(str(error).split()) or type(error).__name__)
+    reason = " ".join(str(error).split())
+    return BadImage(path, reason or type(error).__name__)
 
 
 def _plain(image):
     """A PIL image of any mode as L or RGB, 8 bits."""
     grey = image.mode in GREY
     if image.mode.startswith("I"):
-        image = Image.fromarray(
-            ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
-        )
+        values = np.asarray(image).astype(np.int32)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
     return image.convert("L" if grey else "RGB")
 
 
-# A folder of images
+def _is_grey(image):
+    red, green, blue = (band.tobytes() for band in image.split())
+    return red == green == blue
+
+
+# ----------------------------------------------------------------------------- a folder of images
 
 
 class Paths(Sequence):
     """Paths below `root`, in one block of bytes: worker processes share it, while reading a list of
     strings would copy it page by page through the reference counts."""
 
-    def __init__(self, root, names):
+    def __init__(self, root: str | Path, names: Sequence[str]):
         names = [os.fsencode(name) for name in names]
         self.root = os.fspath(root)
         self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
@@ -142,10 +151,11 @@ class Paths(Sequence):
     def __len__(self):
         return len(self.ends)
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         """Path relative to the root."""
         index = range(len(self))[index]
-        return os.fsdecode(self.block[self.ends[index - 1] if index else 0 : self.ends[index]])
+        first = self.ends[index - 1] if index else 0
+        return os.fsdecode(self.block[first : self.ends[index]])
 
     def __getitem__(self, index):
         return os.path.join(self.root, self.name(index))
@@ -160,24 +170,29 @@ class ImageFolder:
 
     kind = "pixels"
 
-    def __init__(self, root, size=None, channels=None, exif=False, default_size=None):
-        self.root, self.exif = Path(root), exif
+    def __init__(
+        self,
+        root: str | Path,
+        size: int | None = None,
+        channels: int | None = None,
+        *,
+        exif: bool = False,
+        default_size: int | None = None,
+    ):
+        self.root = Path(root)
+        self.exif = exif
         folders, images = _list(self.root)
-        if folders and images:
-            mixed = f"images ({images[0]}) and folders ({folders[0]})"
-            raise UserError(
-                f"{root} mixes {mixed}; expected one folder of images per class, or images alone"
-            )
-        if not folders and not images:
-            raise UserError(
-                f"{root} holds no images ({KNOWN}); expected one folder of them per "
-                "class, or images alone"
-            )
-        self.classes = folders or [self.root.resolve().name]
-        groups = [_list_class(self.root, folder) for folder in folders] or [images]
+        _check_kind(root, folders, images)
+        if folders:
+            self.classes = folders
+            groups = [_list_class(self.root, name) for name in folders]
+        else:
+            self.classes = [self.root.resolve().name]
+            groups = [images]
         self.labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
         self.paths = Paths(self.root, [name for group in groups for name in group])
-        self.size, self.channels = size, channels
+        self.size = size
+        self.channels = channels
         if size is None or channels is None:
             self._probe(default_size)
 
@@ -185,49 +200,60 @@ class ImageFolder:
         return len(self.paths)
 
     @functools.cached_property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """Hex SHA-256 of relative paths and file sizes, in order."""
         digest = hashlib.sha256()
         for index, path in enumerate(self.paths):
-            digest.update(
-                f"{self.paths.name(index)}\0{os.stat(path).st_size}\n".encode(
-                    errors="surrogateescape"
-                )
-            )
+            line = f"{self.paths.name(index)}\0{os.stat(path).st_size}\n"
+            digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def _probe(self, default_size):
-        """Set `size` and `channels` from the headers of up to PROBED images, evenly spaced."""
-        sizes, grey, failure = {}, True, None
+        """Set `size` and `channels`, where they are None, from the headers of up to PROBED images,
+        evenly spaced."""
+        examples = {}  # size → path of one such image
+        grey = True
+        failure = None
         for index in np.linspace(0, len(self) - 1, min(PROBED, len(self))).astype(int):
+            path = self.paths[index]
             try:
-                with Image.open(self.paths[index], formats=FORMATS) as image:
-                    sizes[image.size] = self.paths[index]
+                with Image.open(path, formats=FORMATS) as image:
+                    examples[image.size] = path
                     grey &= image.mode in GREY
-            except (
-                Exception
-            ) as error:  # as in read_image; the file is met again, and reported, on reading
-                failure = _blame(self.paths[index], error)
-        if not sizes:
+            # as in _decode; the file is met again, and reported, on reading
+            except Exception as error:
+                failure = _blame(path, error)
+        if not examples:
             raise failure
-        self.channels = self.channels or (1 if grey else 3)
+        if self.channels is None:
+            self.channels = 1 if grey else 3
         if self.size is None:
-            (width, height), *others = sizes
-            if (others or width != height) and default_size:
-                width = default_size
-            elif others or width != height:
-                found = ", ".join(f"{path} is {w}×{h}" for (w, h), path in list(sizes.items())[:2])
-                raise UserError(
-                    f"{self.root}: not of one square size ({found}); give --res, the "
-                    "size to crop to"
-                )
-            self.size = width
+            self.size = self._own_size(examples, default_size)
 
-    def read(self, index):
+    def _own_size(self, examples, default_size):
+        """The one square size among those of `examples`, else `default_size`."""
+        (width, height), *others = examples
+        if width == height and not others:
+            return width
+        if default_size:
+            return default_size
+        found = [f"{path} is {w}×{h}" for (w, h), path in examples.items()]
+        raise UserError(
+            f"{self.root}: not of one square size ({', '.join(found[:2])}); give --res, the "
+            "size to crop to"
+        )
+
+    def read(self, index: int) -> np.ndarray:
         """Image `index`, uint8 (size, size, channels). Raises as read_image."""
         return read_image(self.paths[index], self.size, self.channels, self.exif)
 
-    def batch(self, indices, flips, bad=None, drop=False):
+    def batch(
+        self,
+        indices: Sequence[int],
+        flips: Sequence[bool],
+        bad: list[str] | None = None,
+        drop: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Images uint8 (B, C, H, W), mirrored where `flips` (B,) says so, and labels int64 (B,).
 
         An unreadable image raises BadImage; with a list `bad` its message is appended there, and
