@@ -53,7 +53,7 @@ class Installation:
 
     def run(self, *command, cwd):
         done = subprocess.run(
-            command, cwd=cwd, env=self.environment(), capture_output=True, text=True, timeout=120
+            command, cwd=cwd, env=self.environment(), capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
