@@ -133,6 +133,19 @@ def test_reading_processes_find_our_modules_too(editable, place):
         assert f"{module}: step 2 of 2" in done
 
 
+FEATURES = """
+def pooled(images):
+    return images.float().mean((1, 2))
+"""
+
+
+def test_features_come_from_a_users_module_though_ours_has_its_name(editable, place):
+    (place / "vit.py").write_text(FEATURES)
+    evaluate = "eval fid photos --ref photos --features vit:pooled --device cpu"
+    assert "features of vit:pooled" in editable.line(f"python -m cli {evaluate}", place)
+    assert "features of vit:pooled" in editable.line(f"dimr {evaluate}", place)
+
+
 def test_the_command_works_beside_a_users_cli(installation, place):
     (place / "cli.py").write_text(STRANGER)
     (place / "ours.py").write_text(STRANGER)
