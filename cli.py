@@ -175,6 +175,7 @@ NATURAL = click.IntRange(min=0)
 ABOVE_ZERO = Real(min=0, min_open=True)
 SHARE = Real(0, 1, max_open=True)
 VARIANT = row_of("dimr", "VARIANTS")
+WIDTHS = Numbers(float, "0.05,0.10")  # of averages
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -294,8 +295,11 @@ def main():
     type=POSITIVE,
     help="Compute as well what training with so many images per GPU and pass takes of its memory.",
 )
+@click.option(
+    "--ema-profiles", type=WIDTHS, default=(), help="And with these averages, as dimr train."
+)
 @json_option
-def info(variant, micro_batch, as_json):
+def info(variant, micro_batch, ema_profiles, as_json):
     """Size and cost of a network, branch by branch.
 
     \b
@@ -320,7 +324,7 @@ def info(variant, micro_batch, as_json):
     ]
     lines += [branch_line(branch) for branch in branches]
     if micro_batch:
-        result["memory"] = memory_costs(config, micro_batch)
+        result["memory"] = memory_costs(config, micro_batch, len(ema_profiles))
         lines += [memory_line(cost) for cost in result["memory"]]
     report(result, as_json, "\n".join(lines))
 
@@ -359,13 +363,16 @@ def branch_line(cost):
     )
 
 
-def memory_costs(config, micro_batch):
-    """Bytes that training takes, without and with --checkpoint-blocks."""
+def memory_costs(config, micro_batch, profiles):
+    """Bytes that training with so many averages kept takes, without and with
+    --checkpoint-blocks."""
     import memory
 
     costs = []
     for recompute in (False, True):
-        state, activations = memory.training_memory(config, micro_batch, recompute)
+        state, activations = memory.training_memory(
+            config, micro_batch, recompute, profiles=profiles
+        )
         costs.append(
             {
                 "micro_batch": micro_batch,
@@ -401,6 +408,25 @@ source_options = Options(
     on_bad_option,
     workers_option,
 )
+ema_options = Options(
+    click.option(
+        "--ema-profiles",
+        type=WIDTHS,
+        help="Keep averages of these relative widths too, and snapshots of them, of which dimr ema "
+        "makes the average of any width; 0.05,0.10 suit any run [default: none].",
+    ),
+    click.option(
+        "--ema-every",
+        type=POSITIVE,
+        help="Steps between snapshots [default: about 64 in a run].",
+    ),
+    click.option(
+        "--ema-precision",
+        type=row_of("averages", "PRECISIONS"),
+        help="Of the snapshots [default: fp32; fp16 halves them, and spoils widths outside the "
+        "profiles].",
+    ),
+)
 recipe_options = Options(
     click.option("--steps", type=POSITIVE, help="Optimiser steps in all."),
     click.option(
@@ -416,6 +442,7 @@ recipe_options = Options(
     click.option("--weight-decay", type=Real(min=0)),
     click.option("--betas", type=Numbers(float, "0.99,0.99", 2, below=1), help="AdamW's."),
     click.option("--ema", type=SHARE, help="Decay of the weights' moving average."),
+    *ema_options.options,
     click.option(
         "--label-dropout", type=SHARE, help="Share of labels dropped; above 0 allows guidance."
     ),
@@ -646,6 +673,12 @@ generator_options = Options(
         "--ema/--raw", default=True, help="Averaged weights, or the raw ones  [default: ema]."
     ),
     click.option(
+        "--ema-width",
+        type=ABOVE_ZERO,
+        help="The average of this relative width instead, made in memory of the snapshots that "
+        "train --ema-profiles left in the run (dimr ema).",
+    ),
+    click.option(
         "--vae",
         help="The VAE of latent models: a name or a file [default: the run's, else sd-vae-ft-ema].",
     ),
@@ -776,6 +809,8 @@ def load_generator(values):
     import sampling
 
     options = generator_options.take(values)
+    if options["ema_width"] is not None and not options["ema"]:
+        raise click.UsageError("--ema-width asks for an average and --raw for none; give one")
     return sampling.load(options.pop("weights"), **options)
 
 
@@ -784,6 +819,51 @@ def sampling_line(result):
         f"{result['n']:,} images from {result['source']} (cfg {result['cfg']:g}, "
         f"{result['solver']}, {result['steps']} NFE) in {result['seconds']:.1f} s -> "
         f"{result['out']}, to look at: {result['picture']}"
+    )
+
+
+# ----------------------------------------------------------------------------------------- dimr ema
+
+
+@main.command()
+@click.argument("run")
+@click.argument("out", required=False)
+@click.option(
+    "--width",
+    type=ABOVE_ZERO,
+    required=True,
+    help="Relative width of the average: about 0.01 to 0.25, narrow is late and sharp.",
+)
+@click.option("--step", type=POSITIVE, help="A snapshot's step [default: the last].")
+@json_option
+def ema(run, out, width, step, as_json):
+    """Make the average of any width, after training, of a run's snapshots (arXiv:2312.02696).
+
+    RUN was trained with --ema-profiles. OUT is a weights file that sample and eval take:
+    .safetensors, or .pth under the authors' names [default: a file in RUN/averages, whose name is
+    said]. Snapshots that are damaged or missing are named and done without, as long as the rest
+    spans the width.
+
+    \b
+    Examples:
+      dimr train --variant xl2r --ema-profiles 0.05,0.10 --ema-precision fp16
+      dimr ema runs/xl2r --width 0.075
+      dimr ema runs/xl2r --width 0.12 --step 500000 wide.safetensors
+    """
+    import averaging
+
+    if out and Path(out).suffix not in (".safetensors", ".pth"):
+        raise click.BadParameter(
+            f"{out} ends neither in .safetensors nor in .pth", param_hint="OUT"
+        )
+    result = averaging.write(run, width, step, out)
+    report(result, as_json, averaging_line(result))
+
+
+def averaging_line(result):
+    return (
+        f"width {result['width']:g} at step {result['step']:,}, of {result['snapshots']} snapshots "
+        f"(mismatch {result['mismatch']:.2%}) -> {result['out']}"
     )
 
 

@@ -286,7 +286,11 @@ def _adm(path, names, extractor):
 
 
 def class_names(path: str | Path) -> list[str]:
-    """The names that a weights file of ours carries, else []."""
+    """The names that a weights file of ours carries, else []. An average that was made in memory
+    has its run's."""
+    run = runfolder.run_of(path)
+    if run and not Path(path).exists() and runfolder.checkpoints(run):
+        path = runfolder.checkpoints(run)[-1] / "ema.safetensors"
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         about = file.metadata() or {}
         return json.loads(about.get("classes", "[]"))
@@ -458,6 +462,7 @@ def evaluate(
         "reference": describe(against),
         "features": found.extractor,
         "identity": found.identity,
+        **averaged(samples),
         "remarks": remarks(metrics, found, against),
         "version": VERSION,
     }
@@ -476,6 +481,14 @@ def _fitting(samples):
     if not source:
         return fitting_reference(None, known, [], size=size)
     return fitting_reference(runfolder.run_of(source), known, class_names(source), size=size)
+
+
+def averaged(samples):
+    """{"ema_width": …} if the images are of an average made after the fact, else {}."""
+    about = samples.generator.record if isinstance(samples, Generation) else samples.about
+    if "ema_width" not in about:
+        return {}
+    return {"ema_width": about["ema_width"]}
 
 
 def watch(

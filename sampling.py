@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import averaging
 import diffusion
 import dimr
 import downloads
@@ -135,7 +136,7 @@ class Generator:
     precision: str
     classes: list  # names; may be empty
     source: str  # what it was loaded from
-    hash: str  # SHA-256 of the weights file
+    hash: str  # SHA-256 of the weights file, or of the tensors where there is none
     record: dict  # what the weights say of how they were made
     vae: object = None  # loaded on first use
     vae_source: object = None
@@ -154,6 +155,8 @@ class Generator:
     def name(self) -> str:
         """A short name for folders: the run's, or the file's."""
         path = Path(self.source)
+        if "ema_width" in self.record and path.parent.name == "averages":
+            return f"{path.parents[1].name}-ema{self.record['ema_width']:g}"
         if path.parent.parent.name == "checkpoints":
             return path.parents[2].name
         return path.stem
@@ -272,13 +275,21 @@ def load(
     vae: str | Path | None = None,
     heads: int = 16,
     compiled: bool = False,
+    ema_width: float | None = None,
 ) -> Generator:
     """A Generator from a run folder, a weights file (ours, or a released state dict with `heads`),
     or a name; None takes the newest run under runs/, else the released xl2r. `vae`: name or path,
-    for latent models. Raises UserError."""
+    for latent models. `ema_width`: the average of that width at the end of the run, which is made
+    in memory of the run's snapshots (averaging.py). Raises UserError."""
     device = parallel.pick_device(device)
-    path = runfolder.find_weights(source, ema)
-    model, record = runfolder.read_weights(path, heads)
+    if ema_width is None:
+        path = runfolder.find_weights(source, ema)
+        model, record = runfolder.read_weights(path, heads)
+        content = sha256(path)
+    else:
+        made = averaging.rebuild(averaging.find_run(source), ema_width)
+        path, model, record = made.place, made.model, made.record
+        content = averaging.digest(model.state_dict())
     if precision is None:
         precision = "bf16" if device.type == "cuda" else "fp32"
     return Generator(
@@ -287,7 +298,7 @@ def load(
         precision,
         record.get("classes", []),
         str(path),
-        sha256(path),
+        content,
         record,
         vae_source=vae or record.get("vae"),
         compiled=compiled,
@@ -299,7 +310,7 @@ def load(
 
 def describe(generator: Generator, settings: Settings) -> dict:
     """What an image's metadata says of how it was made, besides its class and seed."""
-    return {
+    about = {
         "weights": generator.hash,
         "source": generator.source,
         "step": generator.record.get("step"),
@@ -311,6 +322,9 @@ def describe(generator: Generator, settings: Settings) -> dict:
         "dimr": VERSION,
         "torch": torch.__version__,
     }
+    if "ema_width" in generator.record:
+        about["ema_width"] = generator.record["ema_width"]
+    return about
 
 
 def sample(

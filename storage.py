@@ -217,6 +217,7 @@ def locked(run: str | Path) -> Iterator[None]:
         sweep(run)
         sweep(Path(run) / "checkpoints")
         sweep(Path(run) / "samples")
+        sweep(Path(run) / "averages")
         yield
 
 

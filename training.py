@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import averages
+import averaging
 import dataset
 import diffusion
 import dimr
@@ -51,6 +53,9 @@ class Recipe:
     weight_decay: float = 0.03
     betas: tuple[float, float] = (0.99, 0.99)
     ema: float = 0.9999
+    ema_profiles: tuple[float, ...] = ()  # widths of averages kept for afterwards (averaging.py)
+    ema_every: int | None = None  # steps between their snapshots; None: averaging.COUNT in a run
+    ema_precision: str = "fp32"  # of the snapshots; a key of averages.PRECISIONS
     label_dropout: float = 0.1  # above 0 the network gets a null class
     flip: bool = True  # random horizontal flips
     grad_clip: float | None = None
@@ -62,6 +67,7 @@ class Recipe:
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "ema_profiles", tuple(self.ema_profiles))
 
     def learning_rate(self, step):
         """Linear warm-up from 0, then constant."""
@@ -81,7 +87,8 @@ RECIPES = {
     "g2r": Recipe(),
     "demo": Recipe(lr=8e-3, steps=3800, flip=False, **_DIGITS),
 }
-MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks"}  # when a run is resumed
+# when a run is resumed
+MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks", "ema_precision"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +206,22 @@ def settle(before, default, changes, device):
         recipe = dataclasses.replace(recipe, precision="bf16" if cuda else "fp32")
     if recipe.compile is None:
         recipe = dataclasses.replace(recipe, compile=cuda)
+    if recipe.ema_profiles and recipe.ema_every is None:
+        every = max(1, round(recipe.steps / averaging.COUNT))
+        recipe = dataclasses.replace(recipe, ema_every=every)
+    check_profiles(recipe.ema_profiles)
     return recipe
+
+
+def check_profiles(widths):
+    """Raise UserError unless they are widths of averages, no two alike."""
+    try:
+        for width in widths:
+            averages.exponent(width)
+    except ValueError as error:
+        raise UserError(f"--ema-profiles: {error}; 0.05,0.10 suit any run") from None
+    if len(set(widths)) < len(widths):
+        raise UserError(f"--ema-profiles names a width twice in {list(widths)}; give each once")
 
 
 def configure(base, data, null_class, **changes):
@@ -293,9 +315,9 @@ def new_network(config, seed) -> dimr.DiMR:
 
 
 class State:
-    """All that a run changes: the network, its EMA, the optimiser, the step. Saved and restored
-    whole. `network` holds the weights; `model` is what runs it: the same, or what `parallel.wrap`
-    puts around it."""
+    """All that a run changes: the network, its EMA and other averages, the optimiser, the step.
+    Saved and restored whole. `network` holds the weights; `model` is what runs it: the same, or
+    what `parallel.wrap` puts around it."""
 
     def __init__(self, network, recipe, device):
         self.recipe = recipe
@@ -307,6 +329,7 @@ class State:
         self.objective = diffusion.OBJECTIVES[network.config.objective]
         self.parameters = dict(self.network.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.averages = averages.Averages(self.parameters, recipe.ema_profiles)
         self.optimizer = torch.optim.AdamW(
             self.network.parameter_groups(recipe.weight_decay),
             lr=recipe.lr,
@@ -324,9 +347,9 @@ class State:
         self.model = parallel.wrap(self.network, self.device)
 
     def update(self):
-        """One step of AdamW and EMA from the gradients, on the device alone; returns the gradient's
-        norm and 1.0 where it was not finite. Then nothing changes: the fused kernel skips for
-        `found_inf`, and the EMA's weight is 0."""
+        """One step of AdamW and the averages from the gradients, on the device alone; returns the
+        gradient's norm and 1.0 where it was not finite. Then nothing changes: the fused kernel
+        skips for `found_inf`, and the averages' weight is 0."""
         recipe = self.recipe
         gradients = [p.grad for p in self.parameters.values()]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -344,6 +367,7 @@ class State:
             for name, parameter in self.parameters.items():
                 self.ema[name].lerp_(parameter, weight)
         self.step += 1
+        self.averages.update(self.step, bad)
         return norm, bad
 
     def take(self, initial):
@@ -367,11 +391,14 @@ class State:
         for name, parameter in self.parameters.items():
             for kind, value in self.optimizer.state[parameter].items():
                 moments[f"{kind}/{name}"] = value
-        return {
+        files = {
             "weights": (self.parameters, metadata),
             "ema": (self.ema, metadata),
             "optimizer": (moments, None),
         }
+        if self.recipe.ema_profiles:
+            files["averages"] = (self.averages.state(), None)
+        return files
 
     def load(self, checkpoint):
         """Take everything from a checkpoint folder. Raises UserError if it is another network's."""
@@ -391,7 +418,24 @@ class State:
         for key, value in held["optimizer"].items():
             kind, name = key.split("/")
             self.optimizer.state[self.parameters[name]][kind] = value.to(self.device)
+        self.load_averages(checkpoint / "averages.safetensors")
         self.step = read_json(checkpoint / "state.json")["step"]
+
+    def load_averages(self, path):
+        """Take the power-function averages, if this run keeps any, from a checkpoint's file. Raises
+        UserError."""
+        widths = list(self.recipe.ema_profiles)
+        if not widths:
+            return
+        if not path.is_file():
+            raise UserError(
+                f"{path.parent} holds no averages of widths {widths}, and they are kept from the "
+                "first step on or not at all; leave out --ema-profiles, or choose another --out"
+            )
+        try:
+            self.averages.load(load_tensors(path)[0])
+        except ValueError as error:
+            raise UserError(f"{path} is not of averages of widths {widths}: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------- the step
@@ -488,7 +532,7 @@ def train(
         if parallel.is_main():
             stack.enter_context(storage.locked(out))
         state = begin(out, plan, device, say)
-        log = journal.Journal(out, state, say, record_start(out, plan, state), sinks)
+        log = journal.Journal(out, state, say, record_start(out, plan, state, say), sinks)
         measure = watch and watch_fid(out, plan, extractor, watch)
         every = save_every(saving, recipe)
         draw_every = every if saving.sample_every is None else saving.sample_every
@@ -511,8 +555,12 @@ def train(
             if watch_now:
                 with doing(bar, "measuring FID"):
                     log.remark(lambda: measure(ema_generator(out, state, record)))
-            if save_now or watch_now or state.step % LOG_EVERY == 0:
+            snapshot_now = recipe.ema_profiles and (at_end or state.step % recipe.ema_every == 0)
+            if save_now or watch_now or snapshot_now or state.step % LOG_EVERY == 0:
                 bar.set_postfix(log.flush(), refresh=False)
+            if snapshot_now:
+                save_averages(out, state, log, record)
+                log.restart_clock()
             if save_now:
                 save(out, state, log, record, saving.keep, must=at_end or stopped)
                 log.restart_clock()
@@ -573,11 +621,16 @@ def begin(out, plan, device, say) -> State:
     return state
 
 
-def record_start(out, plan, state):
-    """Write config.json and cut metrics.jsonl back to the state's step, on rank 0. Returns the
-    last line of metrics.jsonl that stays, or {}."""
+def record_start(out, plan, state, say):
+    """Write config.json and cut metrics.jsonl and the averages' snapshots back to the state's step,
+    on rank 0. Returns the last line of metrics.jsonl that stays, or {}."""
     if not parallel.is_main():
         return {}
+    beyond = averaging.cut(out, state.step)
+    if beyond:
+        say(f"{len(beyond)} snapshots of averages beyond step {state.step} deleted")
+    if plan.recipe.ema_profiles:
+        say(averages_line(out, state))
     start = {
         "processes": parallel.world_size(),
         "device": str(state.device),
@@ -586,6 +639,19 @@ def record_start(out, plan, state):
     }
     write_json(out / "config.json", {**plan.record, **start})
     return journal.truncate_metrics(out, state.step)
+
+
+def averages_line(out, state):
+    """What the snapshots of a whole run take, for people."""
+    recipe = state.recipe
+    count = math.ceil(recipe.steps / recipe.ema_every) * len(recipe.ema_profiles)
+    value = averages.PRECISIONS[recipe.ema_precision].itemsize
+    size = count * value * sum(p.numel() for p in state.parameters.values())
+    widths = ", ".join(str(width) for width in recipe.ema_profiles)
+    return (
+        f"averages of widths {widths}: snapshots every {recipe.ema_every:,} steps, {count} in all, "
+        f"{storage.size_text(size)} in {recipe.ema_precision} -> {averaging.folder(out)}"
+    )
 
 
 def weights_record(data):
@@ -685,6 +751,27 @@ def save(out, state, log, record, keep, must):
             raise
         reason = error.strerror or error
         log.say(f"WARNING: checkpoint at step {state.step} NOT saved ({reason}); training goes on")
+
+
+def save_averages(out, state, log, record):
+    """Write the averages' snapshots, on rank 0. One that fails is reported and training goes on."""
+    if not parallel.is_main():
+        return
+    try:
+        averaging.save(
+            out,
+            state.averages,
+            config=state.network.config,
+            step=state.step,
+            precision=state.recipe.ema_precision,
+            record=record,
+        )
+        return
+    except OSError as error:
+        reason = error.strerror or error
+    except UserError as error:
+        reason = error
+    log.say(f"WARNING: averages at step {state.step} NOT saved ({reason}); training goes on")
 
 
 def ema_generator(out, state, record):

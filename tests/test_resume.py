@@ -464,7 +464,9 @@ def test_a_step_never_waits_for_the_device():
         null_class=True,
         space="pixel",
     )
-    recipe = training.Recipe(grad_clip=1.0, precision="fp32", compile=False)
+    recipe = training.Recipe(
+        grad_clip=1.0, precision="fp32", compile=False, ema_profiles=(0.05, 0.1)
+    )
     state = training.State(training.new_network(config, 0), recipe, torch.device("cpu"))
     images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
     with NoReading():
