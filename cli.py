@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import click
@@ -46,7 +47,20 @@ IMAGENET = ("data/imagenet/train", "data/imagenet")  # where ImageNet is looked 
 
 class Group(click.Group):
     """Turns foreseen errors into one line on stderr, naming the rank if there are several, and an
-    exit status: 2 for bad usage, 1 for a failed job."""
+    exit status: 2 for bad usage, 1 for a failed job. At the end it parts from the other processes,
+    if it has joined any."""
+
+    def main(self, *arguments, **keywords):
+        try:
+            super().main(*arguments, **keywords)
+        except SystemExit as end:  # click's way to end, all said
+            part(end.code in (0, RUN_AGAIN), end.code)
+            raise
+        except Exception:  # not foreseen
+            if has_joined():
+                traceback.print_exc()
+            part(False, 1)
+            raise
 
     def invoke(self, context):
         try:
@@ -67,6 +81,23 @@ class Group(click.Group):
                 raise
             message = "another process ended or no longer answers; see its own message"
         raise click.ClickException(speaker() + message)
+
+
+def has_joined():
+    """Whether this command has joined other processes: not if it hasn't even loaded PyTorch."""
+    parallel = sys.modules.get("parallel")
+    return parallel is not None and parallel.is_joined()
+
+
+def part(well, status):
+    """Part from the other processes, if any: `well`, as all do, or at once with `status`."""
+    if not has_joined():
+        return
+    import parallel
+
+    if not well:
+        parallel.leave(status)
+    parallel.stop()
 
 
 def is_refusal(error):
@@ -464,6 +495,12 @@ recipe_options = Options(
         default=None,
         help="Recompute activations: less memory, a third more work.",
     ),
+    click.option(
+        "--deterministic",
+        is_flag=True,
+        default=None,
+        help="On CUDA too the same bytes each time, or a refusal; slower, not compiled.",
+    ),
     click.option("--seed", type=NATURAL),
 )
 network_options = Options(
@@ -556,15 +593,11 @@ def train(variant, data, out, as_json, **values):
       torchrun --nproc-per-node 8 -m cli train --variant xl2r --micro-batch 64
       dimr train --data photos/ --res 64 --layers 9,5 --dims 384,192 --heads 6 --batch-size 64
     """
-    import parallel
 
     out = out or f"runs/{variant or 'custom'}"
     if data is None and not (Path(out) / "config.json").exists():
         data = training_data(variant or DEFAULT_VARIANT)
-    try:
-        result = run_training(out, data, variant, values)
-    finally:
-        parallel.stop()
+    result = run_training(out, data, variant, values)
     report(result, as_json, training_line(result))
     if result["stopped"]:
         raise SystemExit(RUN_AGAIN)
@@ -765,7 +798,6 @@ def sample(classes, count, seed, seeds, as_json, **values):
       dimr sample --class "giant panda" --class 207 -n 8 --seed 100
       torchrun --nproc-per-node 8 -m cli sample --balanced -n 50000 --preset paper
     """
-    import parallel
 
     if values["balanced"] and classes:
         raise click.UsageError("--balanced takes every class in turn; leave out --class")
@@ -775,10 +807,7 @@ def sample(classes, count, seed, seeds, as_json, **values):
         )
     if not seeds:
         seeds = list(range(seed, seed + (count or 16)))
-    try:
-        result = run_sampling(classes, seeds, values)
-    finally:
-        parallel.stop()
+    result = run_sampling(classes, seeds, values)
     report(result, as_json, sampling_line(result))
 
 
@@ -791,7 +820,7 @@ def run_sampling(classes, seeds, values):
     known = [sampling.class_index(name, generator) for name in classes]
     if not known:
         known = list(range(generator.config.num_classes))
-    parallel.start(generator.device)
+    parallel.start(generator.device, minutes=parallel.DAY)
     return sampling.sample(
         generator,
         [known[i % len(known)] for i in range(len(seeds))],
@@ -918,7 +947,13 @@ def averaging_line(result):
 )
 @exif_option
 @on_bad_option
-@precision_option
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="In which the VAE computes; bf16 loses detail.",
+)
 @device_option
 @workers_option
 @click.option(
@@ -940,7 +975,6 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
       dimr encode --res 256 --verify
     """
     import encoding
-    import parallel
 
     if out is None:
         out = encoded_folder(res, pixels)
@@ -949,12 +983,9 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
         return
     if channels is not None:
         channels = int(channels)
-    try:
-        result = encoding.encode(
-            data or images_to_encode(), out, res, pixels=pixels, channels=channels, **options
-        )
-    finally:
-        parallel.stop()
+    result = encoding.encode(
+        data or images_to_encode(), out, res, pixels=pixels, channels=channels, **options
+    )
     report(result, as_json, encoding_lines(result, out))
 
 
@@ -1201,16 +1232,12 @@ def metric_command(name, what):
     @json_option
     def command(samples, against, as_json, **values):
         import evaluation
-        import parallel
 
         if samples and (values["weights"] or values["count"] or values["keep"]):
             raise click.UsageError(
                 "SAMPLES are measured as they are; leave out --weights, -n and --keep, or SAMPLES"
             )
-        try:
-            result = run_evaluation(name, samples, values)
-        finally:
-            parallel.stop()
+        result = run_evaluation(name, samples, values)
         if result is None:
             return
         text = evaluation.table(result, against)
@@ -1275,7 +1302,7 @@ def extractor_of(inception, features, device):
     import parallel
 
     device = parallel.pick_device(device)
-    parallel.start(device, minutes=24 * 60)
+    parallel.start(device, minutes=parallel.DAY)
     if features:
         return extraction.custom(features, device)
     return extraction.inception(inception, device)
@@ -1302,17 +1329,13 @@ def eval_stats(folder, out, as_json, **values):
     Example: dimr eval stats data/imagenet/train imagenet128.safetensors --res 128
     """
     import evaluation
-    import parallel
 
     if out.suffix != ".safetensors":
         raise click.BadParameter(f"{out} does not end in .safetensors", param_hint="OUT")
-    try:
-        found = run_measurement(folder, values)
-        if found is None:
-            return
-        found.save(out)
-    finally:
-        parallel.stop()
+    found = run_measurement(folder, values)
+    if found is None:
+        return
+    found.save(out)
     report(
         {"out": str(out), **evaluation.describe(found), "features": found.extractor},
         as_json,
