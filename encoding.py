@@ -77,7 +77,7 @@ def encode(
     on_bad: str = "error",
     batch_size: int = 32,
     shard_size: int | None = None,
-    precision: str | None = None,
+    precision: str = "fp32",
     device: str = "auto",
     workers: int | None = None,
     quiet: bool = False,
@@ -221,9 +221,6 @@ def _latent_plan(plan, vae_weights, how):
             f"--vae {vae_weights} is a folder; expected a file of SD-VAE weights (.safetensors, "
             ".ckpt, .pth)"
         )
-    if how["precision"] is None:
-        usual = "bf16" if how["device"] == "cuda" else "fp32"
-        how = {**how, "precision": usual}
     return {
         **plan,
         "kind": "latents",
@@ -422,10 +419,9 @@ def _load_vae(plan, device):
             "for all processes"
         )
     try:
-        model = vae.load(path, device)
+        return vae.load(path, device, DTYPES[plan["options"]["precision"]])
     except ValueError as error:
         raise UserError(f"{error}; choose another --vae") from None
-    return model.to(DTYPES[plan["options"]["precision"]])
 
 
 # ---------------------------------------------------------------------------------------- the end

@@ -38,6 +38,7 @@ ROOT = Path("samples")
 
 # also of parts of an image
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+VAE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 16}
 
 
@@ -161,6 +162,14 @@ class Generator:
             return path.parents[2].name
         return path.stem
 
+    @property
+    def vae_precision(self) -> str:
+        """In which the VAE decodes: "fp16" as in the released pipeline where the network computes
+        in bf16 on a GPU (bf16 has three bits less), else "fp32"."""
+        if self.device.type == "cuda" and self.precision == "bf16":
+            return "fp16"
+        return "fp32"
+
     def decode(self, x: torch.Tensor) -> np.ndarray:
         """Images uint8 (B, H, W, C) of samples in the network's space."""
         with torch.inference_mode(), parallel.autocast(self.device, self.precision):
@@ -169,7 +178,12 @@ class Generator:
     def _decoder(self, z):
         if self.vae is None:
             self.vae = self._load_vae()
-        return self.vae.decode(z)
+        images = self.vae.decode(z)
+        if self.vae_precision == "fp16" and not images.isfinite().all():
+            raise UserError(
+                "the VAE gives values beyond half precision for these latents; use --precision fp32"
+            )
+        return images
 
     def _load_vae(self):
         path = downloads.find(self.vae_source or "sd-vae-ft-ema")
@@ -179,7 +193,7 @@ class Generator:
                 f"{path} is not the VAE this network was trained with; give that one with --vae"
             )
         try:
-            return vae.load(path, self.device)
+            return vae.load(path, self.device, VAE_DTYPES[self.vae_precision])
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -322,6 +336,8 @@ def describe(generator: Generator, settings: Settings) -> dict:
         "dimr": VERSION,
         "torch": torch.__version__,
     }
+    if generator.config.space == "latent":
+        about["vae_precision"] = generator.vae_precision
     if "ema_width" in generator.record:
         about["ema_width"] = generator.record["ema_width"]
     return about
