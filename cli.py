@@ -8,6 +8,7 @@ import ours
 
 import ctypes
 import dataclasses
+import difflib
 import errno
 import json
 import math
@@ -449,7 +450,7 @@ recipe_options = Options(
     click.option(
         "--flip/--no-flip",
         default=None,
-        help="Random horizontal flips [default: on; off for demo].",
+        help="Random horizontal flips [default: the variant's; off without one].",
     ),
     click.option("--grad-clip", type=ABOVE_ZERO, help="Largest gradient norm [default: off]."),
     click.option(
@@ -528,7 +529,10 @@ watch_options = Options(
 
 @main.command()
 @click.option(
-    "--variant", type=VARIANT, help="Network and recipe [default: the nearest to the data]."
+    "--variant",
+    type=VARIANT,
+    help="Network and recipe [default: in proportion to the data and --steps; without any data: "
+    f"{DEFAULT_VARIANT}].",
 )
 @click.option(
     "--data",
@@ -536,7 +540,13 @@ watch_options = Options(
     "[default: data/latents-SIZE or data/pixels-SIZE, then $DIMR_DATA, data/imagenet].",
 )
 @click.option("--out", help="Run folder; a run that is there goes on [default: runs/VARIANT].")
-@click.option("--init", help="Weights to start from: a name, a file or a run.")
+@click.option(
+    "--init",
+    help="Weights to start from, with their recipe: a name, a file or a run. Classes go by name.",
+)
+@click.option(
+    "--force", is_flag=True, help="Let a run that goes on change --lr or --grad-clip; recorded."
+)
 @source_options
 @recipe_options
 @network_options
@@ -547,20 +557,26 @@ watch_options = Options(
 def train(variant, data, out, as_json, **values):
     """Train a network; run the same command again to go on.
 
-    Defaults are the paper's recipe (Table 4). The run folder holds config.json, metrics.jsonl,
-    samples/, loss.png and checkpoints/.
+    With --variant, defaults are the paper's recipe (Table 4). Without, they are made for the data
+    and the number of steps, said at the start and kept. The run folder holds config.json,
+    metrics.jsonl, samples/, loss.png and checkpoints/.
 
     \b
     Examples:
-      dimr train --variant demo --data digits/ --out runs/digits
+      dimr train --data photos/ --res 64 --steps 20000
       torchrun --nproc-per-node 8 -m cli train --variant xl2r --micro-batch 64
       dimr train --data photos/ --res 64 --layers 9,5 --dims 384,192 --heads 6 --batch-size 64
     """
     import parallel
 
+    goes_on = out is not None and (Path(out) / "config.json").exists()
+    if data is None and variant is None and not goes_on:
+        refuse_mistyped(out)
+        goes_on = out is None and Path("runs/custom/config.json").exists()
+        variant = None if goes_on else DEFAULT_VARIANT
     out = out or f"runs/{variant or 'custom'}"
     if data is None and not (Path(out) / "config.json").exists():
-        data = training_data(variant or DEFAULT_VARIANT)
+        data = training_data(variant, near=out)
     try:
         result = run_training(out, data, variant, values)
     finally:
@@ -568,6 +584,26 @@ def train(variant, data, out, as_json, **values):
     report(result, as_json, training_line(result))
     if result["stopped"]:
         raise SystemExit(RUN_AGAIN)
+
+
+def refuse_mistyped(out):
+    """Raise UserError if there is no run in folder `out`, but one beside it that is called nearly
+    so."""
+    if out is None:
+        return
+    runs = runs_beside(out)
+    near = difflib.get_close_matches(Path(out).name, [run.name for run in runs])
+    if near:
+        found = ", ".join(str(Path(out).with_name(name)) for name in near)
+        raise UserError(
+            f"{out} holds no run to go on with; near it: {found}. To begin a run there give --data "
+            "or --variant"
+        )
+
+
+def runs_beside(out):
+    """The runs in the folder that `out` is in."""
+    return sorted(path.parent for path in Path(out).parent.glob("*/config.json"))
 
 
 def run_training(out, data, variant, values):
@@ -585,6 +621,7 @@ def run_training(out, data, variant, values):
         device=values["device"],
         saving=saving_of(values),
         watch=watch_of(values),
+        force=values["force"],
     )
 
 
@@ -620,9 +657,9 @@ def watch_of(values):
     )
 
 
-def training_data(variant):
+def training_data(variant, near):
     """Where a variant's training data is: what encode wrote, then, for a pixel model, images.
-    Raises UserError."""
+    Raises UserError, which names the runs beside `near`, where none is."""
     import dimr
     import space
 
@@ -637,10 +674,14 @@ def training_data(variant):
         if place.is_dir():
             return place
     expected = " or ".join(str(place) for place in places)
-    raise UserError(
+    message = (
         f"no training data for {variant}: expected {expected}; give --data FOLDER, or run {encode} "
         "first"
     )
+    runs = ", ".join(map(str, runs_beside(near)))
+    if runs:
+        message += f". {near} is no run to go on with; there are {runs}"
+    raise UserError(message)
 
 
 def image_folders():

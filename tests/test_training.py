@@ -11,7 +11,6 @@ from conftest import DATA, SMALL, dimr_command, relative
 from PIL import Image
 from safetensors.torch import load_file
 
-import dataset
 import dimr
 import journal
 import randomness
@@ -521,8 +520,3 @@ def test_training_ends_after_a_run_of_bad_steps(digits, tmp_path):
         and "1e+30" in done.stderr
         and "Traceback" not in done.stderr
     )
-
-
-def test_the_nearest_variant_fills_in_what_is_not_given(digits):
-    assert training.nearest_variant(dataset.open_data(digits)) == "demo"
-    assert training.nearest_variant(dataset.open_data(digits, size=48)) in ("m3r", "l3r")
