@@ -96,8 +96,8 @@ def recipe(config: dimr.Config, images: int, steps: int | None = None) -> dict:
 
 
 def learning_rate(width: int) -> float:
-    """8e-3 · (64 / D)^(4/3), to two digits."""
-    return float(f"{8e-3 * (64 / width) ** (4 / 3):.1e}")
+    """8e-3 · (64 / D)^(4/3), to two digits; for widths under 64 as at 64."""
+    return float(f"{8e-3 * min(1, 64 / width) ** (4 / 3):.1e}")
 
 
 def decay(span: float) -> float:

@@ -440,6 +440,8 @@ def test_fine_tuning_takes_what_fits_and_says_what_starts_fresh(trained, digits,
         tmp_path / "tuned",
         "--init",
         trained,
+        "--layers",
+        "5,2",
         "--steps",
         "1",
         "--warmup",
@@ -457,7 +459,8 @@ def test_fine_tuning_takes_what_fits_and_says_what_starts_fresh(trained, digits,
         "--device",
         "cpu",
     )
-    assert "fresh: branches.0.class_token.weight" in done.stderr
+    assert "fresh: branches.0.blocks.3." in done.stderr
+    assert "class embeddings: 4 taken by name; fresh: none" in done.stderr
     tuned, before = weights(tmp_path / "tuned", 1), weights(trained, 12, "ema")
     assert tuned["branches.0.class_token.weight"].shape == (4, 16)
     torch.testing.assert_close(
