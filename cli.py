@@ -39,6 +39,10 @@ NO_ROOM = "No usable temporary directory"
 
 RUN_AGAIN = 75  # exit status of a run that was stopped: sysexits.h's EX_TEMPFAIL
 DEFAULT_VARIANT = "xl2r"
+# what is taken by name, and fetched, unless another is given
+INCEPTION = "inception"
+VAE = "sd-vae-ft-ema"
+JUDGE = "vit-b16"
 IMAGENET = ("data/imagenet/train", "data/imagenet")  # where ImageNet is looked for
 
 
@@ -233,7 +237,7 @@ res_option = click.option(
 feature_options = Options(
     click.option(
         "--inception",
-        default="inception",
+        default=INCEPTION,
         show_default=True,
         help="pytorch-fid's weights: a name or a file.",
     ),
@@ -936,7 +940,7 @@ def averaging_line(result):
 @click.option(
     "--vae",
     "vae_weights",
-    default="sd-vae-ft-ema",
+    default=VAE,
     show_default=True,
     help="The VAE's weights: a name or a file.",
 )
@@ -980,6 +984,7 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
       torchrun --nproc-per-node 8 -m cli encode --res 256
       dimr encode --res 256 --verify
     """
+    import downloads
     import encoding
     import parallel
 
@@ -990,6 +995,8 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
         return
     if channels is not None:
         channels = int(channels)
+    if not pixels and options["vae_weights"] == VAE:
+        downloads.ask(VAE)
     try:
         result = encoding.encode(
             data or images_to_encode(), out, res, pixels=pixels, channels=channels, **options
@@ -1096,7 +1103,8 @@ def demo(out, seed, as_json):
         f"accuracy: real digits {result['accuracy_real']:.3f}, generated "
         f"{result['accuracy_generated']:.3f}; coverage {result['coverage']:.3f}; distance to "
         f"training digits relative to real ones {result['nearest_train']:.2f}; "
-        f"{result['seconds']:.0f} s\nlook at {result['picture']} and {result['run']}",
+        f"{result['seconds']:.0f} s\nlook at {result['picture']} and {result['run']}\n"
+        + "\n".join(["next:", *(f"  {command}" for command in result["next"])]),
     )
 
 
@@ -1312,11 +1320,14 @@ def draw_balanced(generator, count, settings, batch_size):
 
 def extractor_of(inception, features, device):
     """The extraction.Extractor that the options name, once the other processes have been joined."""
+    import downloads
     import extraction
     import parallel
 
     device = parallel.pick_device(device)
     parallel.start(device, minutes=24 * 60)
+    if not features and inception == INCEPTION:
+        downloads.ask(inception)
     if features:
         return extraction.custom(features, device)
     return extraction.inception(inception, device)
@@ -1379,7 +1390,7 @@ def run_measurement(folder, values):
 @click.argument("samples", type=click.Path(path_type=Path))
 @click.option(
     "--classifier",
-    default="vit-b16",
+    default=JUDGE,
     show_default=True,
     help="A Vision Transformer under timm's names: a name or a file.",
 )
@@ -1411,10 +1422,13 @@ def eval_fidelity(samples, classifier, threshold, out, res, batch_size, device, 
     Example: dimr eval fidelity samples/xl2r-cfg1.5/balanced-50000.npz
     """
     import distortion
+    import downloads
     import imagesets
     import parallel
 
     images = imagesets.open_set(samples, res)
+    if classifier == JUDGE:
+        downloads.ask(classifier)
     judge = distortion.load(classifier, parallel.pick_device(device))
     out = out or samples.with_name(f"{samples.stem}-marked")
     result = distortion.mark(images, judge, out, threshold=threshold, batch_size=batch_size)

@@ -306,6 +306,7 @@ def fitting_reference(
     identifiers = [wnid for wnid, _ in imagenet_names.CLASSES]
     of_imagenet = num_classes == 1000 and list(classes) in ([], identifiers)
     if of_imagenet and f"imagenet{size}" in downloads.ASSETS:
+        downloads.ask(f"imagenet{size}")
         return Reference(f"imagenet{size}")
     record = read_json(Path(run) / "config.json").get("data", {}) if run else {}
     if record.get("kind") == "pixels" and Path(record["path"]).exists():

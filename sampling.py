@@ -35,6 +35,7 @@ from imagesets import caption, save_grid  # noqa: F401 (for those who draw and l
 from storage import VERSION, UserError, sha256
 
 ROOT = Path("samples")
+VAE = "sd-vae-ft-ema"  # of latent models that name none
 
 # also of parts of an image
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
@@ -172,7 +173,9 @@ class Generator:
         return self.vae.decode(z)
 
     def _load_vae(self):
-        path = downloads.find(self.vae_source or "sd-vae-ft-ema")
+        if not self.vae_source:
+            downloads.ask(VAE)
+        path = downloads.find(self.vae_source or VAE)
         expected = self.record.get("vae_sha256")
         if self.vae_source == self.record.get("vae") and expected and sha256(path) != expected:
             raise UserError(
