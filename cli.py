@@ -794,7 +794,10 @@ batch_option = click.option("--batch-size", type=POSITIVE, help="Images at once,
     is_flag=True,
     help="Write one .npz (arr_0, arr_1) instead of PNGs; an interrupted call goes on.",
 )
-@click.option("--out", help="Folder, or with --npz a file [default: samples/WEIGHTS-cfgSCALE].")
+@click.option(
+    "--out",
+    help="Folder, or with --npz a file [default: samples/WEIGHTS-STEP-cfgSCALE-SOLVER-NFE].",
+)
 @generator_options
 @settings_options
 @batch_option
@@ -1419,7 +1422,7 @@ def eval_fidelity(samples, classifier, threshold, out, res, batch_size, device, 
     224, values to [-1, 1]. Not every image marked is distorted: let people judge the contact
     sheets, and give their votes to dimr eval distortion.
 
-    Example: dimr eval fidelity samples/xl2r-cfg1.5/balanced-50000.npz
+    Example: dimr eval fidelity samples/xl2r-cfg1.5-fast-250nfe/balanced-50000.npz
     """
     import distortion
     import downloads

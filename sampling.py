@@ -351,7 +351,7 @@ def sample(
     begun = time.monotonic()
     check_classes(sorted(set(classes)), generator.config)
     settings = settings.resolved(generator.config)
-    out = Path(out or ROOT / f"{generator.name}-cfg{settings.cfg:g}")
+    out = Path(out or ROOT / folder_name(generator, settings))
     drawing = imagesets.Drawing(
         classes=classes,
         seeds=seeds,
@@ -383,6 +383,22 @@ def sample(
         "batch_size": drawing.batch_size,
         **drawing.about,
     }
+
+
+def folder_name(generator: Generator, settings: Settings) -> str:
+    """What tells sets apart that are drawn from the same run: the weights' step, guidance, solver
+    and NFE."""
+    words = [generator.name]
+    if generator.record.get("step") is not None:
+        words.append(f"step{generator.record['step']}")
+    words.append(f"cfg{settings.cfg:g}")
+    if settings.cfg_power:
+        words.append(f"power{settings.cfg_power:g}")
+    if settings.cfg_interval:
+        low, high = settings.cfg_interval
+        words.append(f"from{low:g}to{high:g}")
+    words += [settings.solver, f"{settings.steps}nfe"]
+    return "-".join(words)
 
 
 def sampling_bar(total: int, quiet: bool = False, what: str = "sampling") -> tqdm:
