@@ -53,7 +53,19 @@ class Group(click.Group):
     """Turns foreseen errors into one line on stderr, naming the rank if there are several, and an
     exit status: 2 for bad usage, 1 for a failed job."""
 
+    def parse_args(self, context, arguments):
+        context.meta["json"] = "--json" in arguments
+        return super().parse_args(context, arguments)
+
     def invoke(self, context):
+        try:
+            return self.run(context)
+        except click.ClickException as error:
+            if context.meta["json"]:
+                report({"error": error.format_message()}, True, "")
+            raise
+
+    def run(self, context):
         try:
             return super().invoke(context)
         except click.exceptions.Exit:  # after --help; it is a RuntimeError too
@@ -250,6 +262,39 @@ feature_options = Options(
 )
 
 
+class Brief(click.Command):
+    """A command whose --help leaves out what few need, and --help-all does not."""
+
+    SHOWN = ("ref", "against", "count", "weights", "cfg", "preset", "steps", "as_json")
+
+    def format_options(self, context, formatter):
+        rows = []
+        for option in self.get_params(context):
+            row = option.get_help_record(context)
+            if row and (context.meta.get("all") or option.name in (*self.SHOWN, "help", "all")):
+                rows.append(row)
+        with formatter.section("Options"):
+            formatter.write_dl(rows)
+
+
+def show_all(context, option, value):
+    if value:
+        context.meta["all"] = True
+        click.echo(context.get_help(), color=context.color)
+        context.exit()
+
+
+help_all_option = click.option(
+    "--help-all",
+    "all",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show_all,
+    help="Show all options: how images are drawn, features, devices.",
+)
+
+
 def report(result, as_json, text):
     """On rank 0, print `result` as JSON or as a text for people."""
     if int(os.environ.get("RANK", 0)) > 0:
@@ -293,8 +338,19 @@ def main():
 # ---------------------------------------------------------------------------------------- dimr info
 
 
+shape_options = Options(
+    click.option("--layers", type=Numbers(int, "39,20"), help="Layers per branch, coarse to fine."),
+    click.option("--dims", type=Numbers(int, "960,480"), help="Widths per branch."),
+    click.option("--heads", type=POSITIVE),
+    click.option("--norm", type=row_of("dimr", "NORMS")),
+    click.option("--mlp", type=row_of("dimr", "MLPS")),
+)
+
+
 @main.command()
-@click.option("--variant", type=VARIANT, default=DEFAULT_VARIANT, show_default=True)
+@click.argument("what", required=False, metavar="[RUN|FILE|NAME]")
+@click.option("--variant", type=VARIANT, help=f"[default: {DEFAULT_VARIANT}]")
+@shape_options
 @click.option(
     "--micro-batch",
     type=POSITIVE,
@@ -304,17 +360,22 @@ def main():
     "--ema-profiles", type=WIDTHS, default=(), help="And with these averages, as dimr train."
 )
 @json_option
-def info(variant, micro_batch, ema_profiles, as_json):
-    """Size and cost of a network, branch by branch.
+def info(what, variant, micro_batch, ema_profiles, as_json, **shape):
+    """Size and cost of a network, branch by branch: of a variant, of one that differs from it as
+    the options say, or of a run or weights.
 
     \b
     Examples:
       dimr info --variant xl2r
       dimr info --variant xl2r --micro-batch 64
+      dimr info --variant m3r --layers 9,5 --dims 384,192 --heads 6
+      dimr info runs/mine
     """
-    import dimr
-
-    config = dimr.VARIANTS[variant]
+    if what and variant:
+        raise click.UsageError(f"{what} is a network already; leave out --variant, or {what}")
+    variant = variant or DEFAULT_VARIANT
+    config, about = network_of(what, variant, shape_options.given(shape))
+    variant = what or variant
     branches = branch_costs(config)
     result = {
         "variant": variant,
@@ -328,10 +389,33 @@ def info(variant, micro_batch, ema_profiles, as_json):
         f"{config.embeddings} class embeddings"
     ]
     lines += [branch_line(branch) for branch in branches]
+    result |= about
+    if about:
+        lines.append(
+            f"  step {about['step']}, classes: {', '.join(about['classes']) or 'no names'}"
+        )
     if micro_batch:
         result["memory"] = memory_costs(config, micro_batch, len(ema_profiles))
         lines += [memory_line(cost) for cost in result["memory"]]
     report(result, as_json, "\n".join(lines))
+
+
+def network_of(what, variant, shape):
+    """(Config of weights `what`, or None of a variant, with the fields in `shape`, what the weights
+    say of themselves). Raises UserError."""
+    import dimr
+    import runfolder
+
+    about = {}
+    config = dimr.VARIANTS[variant]
+    if what:
+        model, record = runfolder.read_weights(runfolder.find_weights(what))
+        config = model.config
+        about = {"step": record.get("step"), "classes": record.get("classes", [])}
+    try:
+        return dataclasses.replace(config, **shape), about
+    except ValueError as error:
+        raise UserError(f"this network can't be built: {error}") from None
 
 
 def branch_costs(config):
@@ -472,11 +556,7 @@ recipe_options = Options(
     click.option("--seed", type=NATURAL),
 )
 network_options = Options(
-    click.option("--layers", type=Numbers(int, "39,20"), help="Layers per branch, coarse to fine."),
-    click.option("--dims", type=Numbers(int, "960,480"), help="Widths per branch."),
-    click.option("--heads", type=POSITIVE),
-    click.option("--norm", type=row_of("dimr", "NORMS")),
-    click.option("--mlp", type=row_of("dimr", "MLPS")),
+    *shape_options.options,
     click.option(
         "--objective",
         type=row_of("diffusion", "OBJECTIVES"),
@@ -1045,8 +1125,9 @@ def images_to_encode():
 
 
 def encoding_lines(result, out):
+    items = "images" if result["kind"] == "pixels" else result["kind"]
     line = (
-        f"{result['items']:,} {result['kind']} of {result['classes']:,} classes in "
+        f"{result['items']:,} {items} of {result['classes']:,} classes in "
         f"{result['shards']} shards, {result['bytes'] / 1e6:,.1f} MB, "
         f"{result['encoded_images']:,} images encoded in {result['seconds']:.1f} s -> {out}"
     )
@@ -1178,18 +1259,17 @@ def weights_get(name, as_json):
 def convert(source, target, heads, as_json):
     """Turn released weights into ours, or ours into released ones.
 
-    IN is a name (see dimr weights) or a file. OUT ends in .safetensors for our names, in .pth for
-    the authors', which their code loads. The configuration goes with the weights either way.
+    IN is a run, a file or a name (see dimr weights). OUT ends in .safetensors for our names, in
+    .pth for the authors', which their code loads. The configuration goes with the weights.
 
     \b
     Examples:
       dimr convert xl2r xl2r.safetensors
-      dimr convert runs/mine/checkpoints/step-0100000/ema.safetensors mine.pth
+      dimr convert runs/mine mine.pth
     """
-    import downloads
     import runfolder
 
-    model, record = runfolder.read_weights(downloads.find(source), heads)
+    model, record = runfolder.read_weights(runfolder.find_weights(source), heads)
     runfolder.write_weights(target, model, record)
     count = sum(parameter.numel() for parameter in model.parameters())
     result = {"out": target, "params": count, "config": dataclasses.asdict(model.config)}
@@ -1244,13 +1324,14 @@ metric_options = Options(
 def metric_command(name, what):
     """Make `dimr eval NAME`, which measures `what`."""
 
-    @eval_group.command(name, help=METRIC_HELP.format(name=name, what=what))
+    @eval_group.command(name, cls=Brief, help=METRIC_HELP.format(name=name, what=what))
     @click.argument("samples", required=False, type=click.Path(path_type=Path))
     @metric_options
     @generator_options
     @settings_options
     @batch_option
     @json_option
+    @help_all_option
     def command(samples, against, as_json, **values):
         import evaluation
         import parallel

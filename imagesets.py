@@ -18,6 +18,7 @@ import glob
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -222,6 +223,17 @@ def read_sidecar(path: str | Path) -> dict:
     return about if isinstance(about, dict) else {}
 
 
+def walk(root: Path) -> Iterator[Path]:
+    """The files under a folder at any depth; links to folders are followed, but not to those that
+    they lie in."""
+    for place, folders, files in os.walk(root, followlinks=True):
+        here = Path(place).resolve()
+        around = {here, *here.parents}
+        folders[:] = [name for name in folders if Path(place, name).resolve() not in around]
+        for name in files:
+            yield Path(place, name)
+
+
 class Folder:
     """Image files under a folder, at any depth, by sorted path. `res` None demands square ones, all
     of one size."""
@@ -242,7 +254,7 @@ class Folder:
 
     def _images(self):
         """Names of the images, the hidden and the grid left out."""
-        for path in self.path.rglob("*"):
+        for path in walk(self.path):
             name = path.relative_to(self.path).as_posix()
             hidden = re.search(r"(^|/)\.", name)
             if name.lower().endswith(dataset.EXTENSIONS) and not hidden and path.name != GRID:

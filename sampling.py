@@ -11,6 +11,7 @@ alone, so neither batch size, nor number of processes, nor what else is drawn ch
 import ours
 
 import dataclasses
+import difflib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -209,14 +210,14 @@ class Generator:
 
     def images(
         self,
-        classes: Iterable[int],
+        classes: Iterable[int | str],
         seeds: Iterable[int],
         batch_size: int | None = None,
         **settings,
     ) -> np.ndarray:
-        """uint8 (N, H, W, C) images for N class indices and N seeds; keywords as in `Settings`.
-        Raises UserError."""
-        classes = list(classes)
+        """uint8 (N, H, W, C) images for N classes, by index or by name, and N seeds; keywords as in
+        `Settings`. Raises UserError."""
+        classes = [class_index(one, self) if isinstance(one, str) else one for one in classes]
         seeds = list(seeds)
         check_classes(classes, self.config)
         if len(classes) != len(seeds):
@@ -265,9 +266,20 @@ def class_index(name: str, generator: Generator) -> int:
 
         return imagenet_names.find(name)
     advice = f"use an index from 0 to {generator.config.num_classes - 1}"
-    if generator.classes:
+    near = near_names(name, generator.classes)
+    if near:
+        advice = f"near it: {', '.join(near)}; or {advice}"
+    elif generator.classes:
         advice += f" or a name such as {', '.join(generator.classes[:10])}"
     raise UserError(f"class {name!r} is not known to {generator.source}; {advice}")
+
+
+def near_names(name: str, known: Sequence[str], most: int = 5) -> list[str]:
+    """Those of `known` that contain `name`, else those that are written like it."""
+    lowered = {one.lower(): one for one in known}
+    near = [one for one in lowered if name.lower() in one]
+    near = near or difflib.get_close_matches(name.lower(), lowered, most)
+    return [lowered[one] for one in near[:most]]
 
 
 def load(

@@ -11,6 +11,7 @@ import ours
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import signal
@@ -914,6 +915,7 @@ def read_ahead(data, state, division, source, skipped):
 
     pin = state.device.type == "cuda"
     batches = dataset.loader(data, reads(), source.workers, on_bad=source.on_bad, pin=pin)
+    batches = dataset.naming_the_way_out(batches)
     for images, labels, bad in batches:
         skipped.update(bad)
         yield (

@@ -1,6 +1,7 @@
 """What a new user meets in the first hour, as they walk: training on their own folder, going on,
 starting from another run, drawing, looking."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,8 +12,11 @@ import torch
 from click.testing import CliRunner
 
 import cli
+import evaluation
+import imagesets
 import journal
 import runfolder
+import sampling
 import training
 from storage import UserError, load_tensors, read_json
 
@@ -213,3 +217,96 @@ def test_the_first_interrupt_is_answered_at_once(digits, tmp_path, capfd):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             threading.Event().wait(10)
+
+
+# looking and measuring
+
+
+def test_info_knows_runs_files_and_networks_of_ones_own(own):
+    run = json.loads(invoke("info", own, "--json").output)
+    assert run["classes"] == [str(digit) for digit in range(10)]
+    assert (run["step"], [branch["dim"] for branch in run["branches"]]) == (8, [16, 8])
+    file = runfolder.find_weights(own)
+    assert json.loads(invoke("info", file, "--json").output)["params"] == run["params"]
+    assert f"{run['params']:,} parameters" in invoke("info", own).output
+    network = "--variant demo --layers 1,1 --dims 16,8 --heads 2 --json"
+    assert json.loads(invoke("info", *network.split()).output)["params"] == run["params"]
+    both = invoke("info", own, "--variant", "demo")
+    assert both.exit_code == 2 and "leave out --variant" in both.output
+
+
+def test_convert_takes_a_run(own, tmp_path):
+    assert invoke("convert", own, tmp_path / "mine.pth").exit_code == 0
+    there, _ = runfolder.read_weights(tmp_path / "mine.pth")
+    before, _ = runfolder.read_weights(runfolder.find_weights(own))
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(there.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("arguments, status", [(["info", "no"], 1), (["info", "--dims", "a"], 2)])
+def test_what_failed_is_json_too(monkeypatch, arguments, status):
+    monkeypatch.setenv("DIMR_OFFLINE", "1")
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == status
+    said = json.loads(result.stdout)["error"]
+    assert said and said in result.stderr
+    assert invoke(*arguments).stdout == ""
+
+
+def test_bad_images_name_the_option_that_leaves_them_out(digits, tmp_path):
+    folder = shutil.copytree(digits, tmp_path / "data")
+    (folder / "3" / "0003.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="0003.png: is not .* --on-bad-image skip"):
+        train(tmp_path / "run", folder, recipe={"steps": 20})
+
+
+def test_classes_go_by_name_and_near_names_are_told(own, tmp_path, digits):
+    folder = tmp_path / "data"
+    for digit, name in enumerate(("Food & Drink", "Flags", "Animals")):
+        shutil.copytree(digits / str(digit), folder / name)
+    train(tmp_path / "named", folder, recipe={"steps": 1})
+    generator = sampling.load(tmp_path / "named", device="cpu")
+    by_name = generator.images(classes=["flags", "Food & Drink"], seeds=[3, 4], steps=2)
+    by_number = generator.images(classes=[1, 2], seeds=[3, 4], steps=2)
+    assert (by_name == by_number).all()
+    with pytest.raises(UserError, match="near it: Food & Drink; or use an index from 0 to 2"):
+        generator.images(classes=["food"], seeds=[0])
+    with pytest.raises(UserError, match="near it: Animals"):
+        generator.images(classes=["anmals"], seeds=[0])
+
+
+def test_linked_class_folders_are_measured_as_they_are_trained_on(digits, tmp_path):
+    for name in ("0", "1"):
+        (tmp_path / name).symlink_to(digits / name)
+    (tmp_path / "1b").mkdir()
+    (tmp_path / "1b" / "again").symlink_to(tmp_path)  # a circle
+    images = imagesets.open_set(tmp_path)
+    assert len(images) == sum(len(list((digits / name).iterdir())) for name in ("0", "1"))
+
+
+def test_a_balanced_set_beside_uneven_data_is_noted(digits, tmp_path):
+    folder = tmp_path / "data"
+    for name, count in (("cat", 12), ("dog", 3)):
+        (folder / name).mkdir(parents=True)
+        for k, path in enumerate(sorted((digits / "4").iterdir())[:count]):
+            shutil.copy(path, folder / name / f"{k}.png")
+    balanced = tmp_path / "balanced"
+    for name in ("cat", "dog"):
+        shutil.copytree(folder / "dog", balanced / name)
+    reference = evaluation.Reference(folder, 8)
+    (note,) = evaluation.proportions(imagesets.open_set(balanced), reference)
+    assert "from 3 (dog) to 12 (cat) images a class" in note
+    assert note.endswith("of cat 12, dog 3")
+    assert evaluation.proportions(imagesets.open_set(folder), reference) == []
+    even = evaluation.Reference(balanced, 8)
+    assert evaluation.proportions(imagesets.open_set(balanced), even) == []
+
+
+def test_the_metrics_short_help_is_a_part_of_the_long_one():
+    brief = invoke("eval", "fid", "--help").output
+    whole = invoke("eval", "fid", "--help-all").output
+    assert len(brief.splitlines()) < 0.7 * len(whole.splitlines())
+    assert "--ref" in brief and "--help-all" in brief
+    for option in cli.eval_group.commands["fid"].params:
+        for name in option.opts:
+            assert name in whole or not name.startswith("--")
