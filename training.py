@@ -30,6 +30,7 @@ import defaults
 import diffusion
 import dimr
 import imagenet_names
+import imagesets
 import journal
 import parallel
 import randomness
@@ -1038,6 +1039,7 @@ def draw_samples(out, state, log, record):
     try:
         images = ema_generator(out, state, record).images(classes, range(count))
         sampling.save_grid(path, images, captions)
+        imagesets.save_strip(path.parent, captions, count)
     except (UserError, OSError) as error:
         log.say(f"WARNING: no sample grid at step {state.step}: {error}")
     else:
