@@ -623,7 +623,10 @@ watch_options = Options(
     help="Image folder (one folder per class) or a folder that encode wrote "
     "[default: data/latents-SIZE or data/pixels-SIZE, then $DIMR_DATA, data/imagenet].",
 )
-@click.option("--out", help="Run folder; a run that is there goes on [default: runs/VARIANT].")
+@click.option(
+    "--out",
+    help="Run folder; a run that is there goes on [default: runs/VARIANT, runs/custom without].",
+)
 @click.option(
     "--init",
     help="Weights to start from, with their recipe: a name, a file or a run. Classes go by name.",

@@ -398,7 +398,7 @@ def remarks(metrics: str, samples: Measured, against: Measured | None) -> list[s
     lines = []
     if "OTHER" in samples.extractor:
         lines.append(f"{samples.extractor}: these numbers compare with nothing published")
-    if "reference" in needed(metrics):
+    if {"fid", "sfid"} & set(keys(metrics)):
         lines += _few("samples", samples)
         if against:
             lines += _few("reference images", against)
@@ -470,7 +470,7 @@ def _few(what, one):
     if one.count and one.count < len(one.mean):
         yield (
             f"{one.count:,} {what} are fewer than the {len(one.mean):,} features: "
-            "distances are biased upwards"
+            "Fréchet distances are biased upwards"
         )
 
 
