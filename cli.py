@@ -8,6 +8,7 @@ import ours
 
 import ctypes
 import dataclasses
+import difflib
 import errno
 import json
 import math
@@ -39,6 +40,10 @@ NO_ROOM = "No usable temporary directory"
 
 RUN_AGAIN = 75  # exit status of a run that was stopped: sysexits.h's EX_TEMPFAIL
 DEFAULT_VARIANT = "xl2r"
+# what is taken by name, and fetched, unless another is given
+INCEPTION = "inception"
+VAE = "sd-vae-ft-ema"
+JUDGE = "vit-b16"
 IMAGENET = ("data/imagenet/train", "data/imagenet")  # where ImageNet is looked for
 
 
@@ -62,7 +67,19 @@ class Group(click.Group):
             part(False, 1)
             raise
 
+    def parse_args(self, context, arguments):
+        context.meta["json"] = "--json" in arguments
+        return super().parse_args(context, arguments)
+
     def invoke(self, context):
+        try:
+            return self.run(context)
+        except click.ClickException as error:
+            if context.meta["json"]:
+                report({"error": error.format_message()}, True, "")
+            raise
+
+    def run(self, context):
         try:
             return super().invoke(context)
         except click.exceptions.Exit:  # after --help; it is a RuntimeError too
@@ -263,7 +280,7 @@ res_option = click.option(
 feature_options = Options(
     click.option(
         "--inception",
-        default="inception",
+        default=INCEPTION,
         show_default=True,
         help="pytorch-fid's weights: a name or a file.",
     ),
@@ -273,6 +290,39 @@ feature_options = Options(
         help="Another extractor instead: a function from uint8 images (N, H, W, 3) to "
         "features (N, D). Results are labelled with it.",
     ),
+)
+
+
+class Brief(click.Command):
+    """A command whose --help leaves out what few need, and --help-all does not."""
+
+    SHOWN = ("ref", "against", "count", "weights", "cfg", "preset", "steps", "as_json")
+
+    def format_options(self, context, formatter):
+        rows = []
+        for option in self.get_params(context):
+            row = option.get_help_record(context)
+            if row and (context.meta.get("all") or option.name in (*self.SHOWN, "help", "all")):
+                rows.append(row)
+        with formatter.section("Options"):
+            formatter.write_dl(rows)
+
+
+def show_all(context, option, value):
+    if value:
+        context.meta["all"] = True
+        click.echo(context.get_help(), color=context.color)
+        context.exit()
+
+
+help_all_option = click.option(
+    "--help-all",
+    "all",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show_all,
+    help="Show all options: how images are drawn, features, devices.",
 )
 
 
@@ -319,8 +369,19 @@ def main():
 # ---------------------------------------------------------------------------------------- dimr info
 
 
+shape_options = Options(
+    click.option("--layers", type=Numbers(int, "39,20"), help="Layers per branch, coarse to fine."),
+    click.option("--dims", type=Numbers(int, "960,480"), help="Widths per branch."),
+    click.option("--heads", type=POSITIVE),
+    click.option("--norm", type=row_of("dimr", "NORMS")),
+    click.option("--mlp", type=row_of("dimr", "MLPS")),
+)
+
+
 @main.command()
-@click.option("--variant", type=VARIANT, default=DEFAULT_VARIANT, show_default=True)
+@click.argument("what", required=False, metavar="[RUN|FILE|NAME]")
+@click.option("--variant", type=VARIANT, help=f"[default: {DEFAULT_VARIANT}]")
+@shape_options
 @click.option(
     "--micro-batch",
     type=POSITIVE,
@@ -330,17 +391,22 @@ def main():
     "--ema-profiles", type=WIDTHS, default=(), help="And with these averages, as dimr train."
 )
 @json_option
-def info(variant, micro_batch, ema_profiles, as_json):
-    """Size and cost of a network, branch by branch.
+def info(what, variant, micro_batch, ema_profiles, as_json, **shape):
+    """Size and cost of a network, branch by branch: of a variant, of one that differs from it as
+    the options say, or of a run or weights.
 
     \b
     Examples:
       dimr info --variant xl2r
       dimr info --variant xl2r --micro-batch 64
+      dimr info --variant m3r --layers 9,5 --dims 384,192 --heads 6
+      dimr info runs/mine
     """
-    import dimr
-
-    config = dimr.VARIANTS[variant]
+    if what and variant:
+        raise click.UsageError(f"{what} is a network already; leave out --variant, or {what}")
+    variant = variant or DEFAULT_VARIANT
+    config, about = network_of(what, variant, shape_options.given(shape))
+    variant = what or variant
     branches = branch_costs(config)
     result = {
         "variant": variant,
@@ -354,10 +420,33 @@ def info(variant, micro_batch, ema_profiles, as_json):
         f"{config.embeddings} class embeddings"
     ]
     lines += [branch_line(branch) for branch in branches]
+    result |= about
+    if about:
+        lines.append(
+            f"  step {about['step']}, classes: {', '.join(about['classes']) or 'no names'}"
+        )
     if micro_batch:
         result["memory"] = memory_costs(config, micro_batch, len(ema_profiles))
         lines += [memory_line(cost) for cost in result["memory"]]
     report(result, as_json, "\n".join(lines))
+
+
+def network_of(what, variant, shape):
+    """(Config of weights `what`, or None of a variant, with the fields in `shape`, what the weights
+    say of themselves). Raises UserError."""
+    import dimr
+    import runfolder
+
+    about = {}
+    config = dimr.VARIANTS[variant]
+    if what:
+        model, record = runfolder.read_weights(runfolder.find_weights(what))
+        config = model.config
+        about = {"step": record.get("step"), "classes": record.get("classes", [])}
+    try:
+        return dataclasses.replace(config, **shape), about
+    except ValueError as error:
+        raise UserError(f"this network can't be built: {error}") from None
 
 
 def branch_costs(config):
@@ -480,7 +569,7 @@ recipe_options = Options(
     click.option(
         "--flip/--no-flip",
         default=None,
-        help="Random horizontal flips [default: on; off for demo].",
+        help="Random horizontal flips [default: the variant's; off without one].",
     ),
     click.option("--grad-clip", type=ABOVE_ZERO, help="Largest gradient norm [default: off]."),
     click.option(
@@ -504,11 +593,7 @@ recipe_options = Options(
     click.option("--seed", type=NATURAL),
 )
 network_options = Options(
-    click.option("--layers", type=Numbers(int, "39,20"), help="Layers per branch, coarse to fine."),
-    click.option("--dims", type=Numbers(int, "960,480"), help="Widths per branch."),
-    click.option("--heads", type=POSITIVE),
-    click.option("--norm", type=row_of("dimr", "NORMS")),
-    click.option("--mlp", type=row_of("dimr", "MLPS")),
+    *shape_options.options,
     click.option(
         "--objective",
         type=row_of("diffusion", "OBJECTIVES"),
@@ -565,15 +650,27 @@ watch_options = Options(
 
 @main.command()
 @click.option(
-    "--variant", type=VARIANT, help="Network and recipe [default: the nearest to the data]."
+    "--variant",
+    type=VARIANT,
+    help="Network and recipe [default: in proportion to the data and --steps; without any data: "
+    f"{DEFAULT_VARIANT}].",
 )
 @click.option(
     "--data",
     help="Image folder (one folder per class) or a folder that encode wrote "
     "[default: data/latents-SIZE or data/pixels-SIZE, then $DIMR_DATA, data/imagenet].",
 )
-@click.option("--out", help="Run folder; a run that is there goes on [default: runs/VARIANT].")
-@click.option("--init", help="Weights to start from: a name, a file or a run.")
+@click.option(
+    "--out",
+    help="Run folder; a run that is there goes on [default: runs/VARIANT, runs/custom without].",
+)
+@click.option(
+    "--init",
+    help="Weights to start from, with their recipe: a name, a file or a run. Classes go by name.",
+)
+@click.option(
+    "--force", is_flag=True, help="Let a run that goes on change --lr or --grad-clip; recorded."
+)
 @source_options
 @recipe_options
 @network_options
@@ -584,23 +681,49 @@ watch_options = Options(
 def train(variant, data, out, as_json, **values):
     """Train a network; run the same command again to go on.
 
-    Defaults are the paper's recipe (Table 4). The run folder holds config.json, metrics.jsonl,
-    samples/, loss.png and checkpoints/.
+    With --variant, defaults are the paper's recipe (Table 4). Without, they are made for the data
+    and the number of steps, said at the start and kept. The run folder holds config.json,
+    metrics.jsonl, samples/, loss.png and checkpoints/.
 
     \b
     Examples:
-      dimr train --variant demo --data digits/ --out runs/digits
+      dimr train --data photos/ --res 64 --steps 20000
       torchrun --nproc-per-node 8 -m cli train --variant xl2r --micro-batch 64
       dimr train --data photos/ --res 64 --layers 9,5 --dims 384,192 --heads 6 --batch-size 64
     """
 
+    goes_on = out is not None and (Path(out) / "config.json").exists()
+    if data is None and variant is None and not goes_on:
+        refuse_mistyped(out)
+        goes_on = out is None and Path("runs/custom/config.json").exists()
+        variant = None if goes_on else DEFAULT_VARIANT
     out = out or f"runs/{variant or 'custom'}"
     if data is None and not (Path(out) / "config.json").exists():
-        data = training_data(variant or DEFAULT_VARIANT)
+        data = training_data(variant, near=out)
     result = run_training(out, data, variant, values)
     report(result, as_json, training_line(result))
     if result["stopped"]:
         raise SystemExit(RUN_AGAIN)
+
+
+def refuse_mistyped(out):
+    """Raise UserError if there is no run in folder `out`, but one beside it that is called nearly
+    so."""
+    if out is None:
+        return
+    runs = runs_beside(out)
+    near = difflib.get_close_matches(Path(out).name, [run.name for run in runs])
+    if near:
+        found = ", ".join(str(Path(out).with_name(name)) for name in near)
+        raise UserError(
+            f"{out} holds no run to go on with; near it: {found}. To begin a run there give --data "
+            "or --variant"
+        )
+
+
+def runs_beside(out):
+    """The runs in the folder that `out` is in."""
+    return sorted(path.parent for path in Path(out).parent.glob("*/config.json"))
 
 
 def run_training(out, data, variant, values):
@@ -618,6 +741,7 @@ def run_training(out, data, variant, values):
         device=values["device"],
         saving=saving_of(values),
         watch=watch_of(values),
+        force=values["force"],
     )
 
 
@@ -653,9 +777,9 @@ def watch_of(values):
     )
 
 
-def training_data(variant):
+def training_data(variant, near):
     """Where a variant's training data is: what encode wrote, then, for a pixel model, images.
-    Raises UserError."""
+    Raises UserError, which names the runs beside `near`, where none is."""
     import dimr
     import space
 
@@ -670,10 +794,14 @@ def training_data(variant):
         if place.is_dir():
             return place
     expected = " or ".join(str(place) for place in places)
-    raise UserError(
+    message = (
         f"no training data for {variant}: expected {expected}; give --data FOLDER, or run {encode} "
         "first"
     )
+    runs = ", ".join(map(str, runs_beside(near)))
+    if runs:
+        message += f". {near} is no run to go on with; there are {runs}"
+    raise UserError(message)
 
 
 def image_folders():
@@ -782,7 +910,10 @@ batch_option = click.option("--batch-size", type=POSITIVE, help="Images at once,
     is_flag=True,
     help="Write one .npz (arr_0, arr_1) instead of PNGs; an interrupted call goes on.",
 )
-@click.option("--out", help="Folder, or with --npz a file [default: samples/WEIGHTS-cfgSCALE].")
+@click.option(
+    "--out",
+    help="Folder, or with --npz a file [default: samples/WEIGHTS-STEP-cfgSCALE-SOLVER-NFE].",
+)
 @generator_options
 @settings_options
 @batch_option
@@ -924,7 +1055,7 @@ def averaging_line(result):
 @click.option(
     "--vae",
     "vae_weights",
-    default="sd-vae-ft-ema",
+    default=VAE,
     show_default=True,
     help="The VAE's weights: a name or a file.",
 )
@@ -974,6 +1105,7 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
       torchrun --nproc-per-node 8 -m cli encode --res 256
       dimr encode --res 256 --verify
     """
+    import downloads
     import encoding
 
     if out is None:
@@ -983,6 +1115,8 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
         return
     if channels is not None:
         channels = int(channels)
+    if not pixels and options["vae_weights"] == VAE:
+        downloads.ask(VAE)
     result = encoding.encode(
         data or images_to_encode(), out, res, pixels=pixels, channels=channels, **options
     )
@@ -1025,8 +1159,9 @@ def images_to_encode():
 
 
 def encoding_lines(result, out):
+    items = "images" if result["kind"] == "pixels" else result["kind"]
     line = (
-        f"{result['items']:,} {result['kind']} of {result['classes']:,} classes in "
+        f"{result['items']:,} {items} of {result['classes']:,} classes in "
         f"{result['shards']} shards, {result['bytes'] / 1e6:,.1f} MB, "
         f"{result['encoded_images']:,} images encoded in {result['seconds']:.1f} s -> {out}"
     )
@@ -1086,7 +1221,8 @@ def demo(out, seed, as_json):
         f"accuracy: real digits {result['accuracy_real']:.3f}, generated "
         f"{result['accuracy_generated']:.3f}; coverage {result['coverage']:.3f}; distance to "
         f"training digits relative to real ones {result['nearest_train']:.2f}; "
-        f"{result['seconds']:.0f} s\nlook at {result['picture']} and {result['run']}",
+        f"{result['seconds']:.0f} s\nlook at {result['picture']} and {result['run']}\n"
+        + "\n".join(["next:", *(f"  {command}" for command in result["next"])]),
     )
 
 
@@ -1157,18 +1293,17 @@ def weights_get(name, as_json):
 def convert(source, target, heads, as_json):
     """Turn released weights into ours, or ours into released ones.
 
-    IN is a name (see dimr weights) or a file. OUT ends in .safetensors for our names, in .pth for
-    the authors', which their code loads. The configuration goes with the weights either way.
+    IN is a run, a file or a name (see dimr weights). OUT ends in .safetensors for our names, in
+    .pth for the authors', which their code loads. The configuration goes with the weights.
 
     \b
     Examples:
       dimr convert xl2r xl2r.safetensors
-      dimr convert runs/mine/checkpoints/step-0100000/ema.safetensors mine.pth
+      dimr convert runs/mine mine.pth
     """
-    import downloads
     import runfolder
 
-    model, record = runfolder.read_weights(downloads.find(source), heads)
+    model, record = runfolder.read_weights(runfolder.find_weights(source), heads)
     runfolder.write_weights(target, model, record)
     count = sum(parameter.numel() for parameter in model.parameters())
     result = {"out": target, "params": count, "config": dataclasses.asdict(model.config)}
@@ -1223,13 +1358,14 @@ metric_options = Options(
 def metric_command(name, what):
     """Make `dimr eval NAME`, which measures `what`."""
 
-    @eval_group.command(name, help=METRIC_HELP.format(name=name, what=what))
+    @eval_group.command(name, cls=Brief, help=METRIC_HELP.format(name=name, what=what))
     @click.argument("samples", required=False, type=click.Path(path_type=Path))
     @metric_options
     @generator_options
     @settings_options
     @batch_option
     @json_option
+    @help_all_option
     def command(samples, against, as_json, **values):
         import evaluation
 
@@ -1298,11 +1434,14 @@ def draw_balanced(generator, count, settings, batch_size):
 
 def extractor_of(inception, features, device):
     """The extraction.Extractor that the options name, once the other processes have been joined."""
+    import downloads
     import extraction
     import parallel
 
     device = parallel.pick_device(device)
     parallel.start(device, minutes=parallel.DAY)
+    if not features and inception == INCEPTION:
+        downloads.ask(inception)
     if features:
         return extraction.custom(features, device)
     return extraction.inception(inception, device)
@@ -1361,7 +1500,7 @@ def run_measurement(folder, values):
 @click.argument("samples", type=click.Path(path_type=Path))
 @click.option(
     "--classifier",
-    default="vit-b16",
+    default=JUDGE,
     show_default=True,
     help="A Vision Transformer under timm's names: a name or a file.",
 )
@@ -1390,13 +1529,16 @@ def eval_fidelity(samples, classifier, threshold, out, res, batch_size, device, 
     224, values to [-1, 1]. Not every image marked is distorted: let people judge the contact
     sheets, and give their votes to dimr eval distortion.
 
-    Example: dimr eval fidelity samples/xl2r-cfg1.5/balanced-50000.npz
+    Example: dimr eval fidelity samples/xl2r-cfg1.5-fast-250nfe/balanced-50000.npz
     """
     import distortion
+    import downloads
     import imagesets
     import parallel
 
     images = imagesets.open_set(samples, res)
+    if classifier == JUDGE:
+        downloads.ask(classifier)
     judge = distortion.load(classifier, parallel.pick_device(device))
     out = out or samples.with_name(f"{samples.stem}-marked")
     result = distortion.mark(images, judge, out, threshold=threshold, batch_size=batch_size)

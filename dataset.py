@@ -402,6 +402,17 @@ def loader(
         atexit.unregister(kill)
 
 
+def naming_the_way_out(batches: Iterable) -> Iterator:
+    """The batches of `loader`; what is said of an image that can't be used names the option that
+    leaves it out."""
+    try:
+        yield from batches
+    except BadImage as error:
+        path, reason = error.args
+        advice = "replace or remove it, or leave such images out with --on-bad-image skip"
+        raise BadImage(path, f"{reason}; {advice}") from None
+
+
 def _share_of_cores(data):
     """How many processes read `data`, unless told otherwise."""
     if isinstance(data, Shards):

@@ -5,6 +5,7 @@ half to train on, half kept to judge by. Everything goes through the functions a
 import ours
 
 import dataclasses
+import shlex
 import time
 
 import numpy as np
@@ -52,7 +53,22 @@ def run(out, seed=0, quiet=False) -> dict:
         "seed": seed,
         "picture": drawn["picture"],
         "run": str(out / "run"),
+        "next": next_commands(out),
     }
+
+
+def next_commands(out) -> list[str]:
+    """What to try after the demo in folder `out`, as one types it."""
+    run = shlex.quote(str(out / "run"))
+    samples = shlex.quote(str(out / "samples.npz"))
+    kept = shlex.quote(str(out / "digits" / "kept"))
+    train = shlex.quote(str(out / "digits" / "train"))
+    return [
+        f"dimr sample --weights {run} --class 3",
+        f"dimr sample --weights {run} -n 100 --cfg 3",
+        f"dimr eval fid {samples} --ref {kept}",
+        f"dimr train --data {train} --steps 2000",
+    ]
 
 
 def load():

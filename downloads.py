@@ -160,6 +160,33 @@ def find(name_or_path: str | Path) -> Path:
     )
 
 
+def ask(name: str) -> None:
+    """Before a file that nobody named is fetched: say what it is and how large, and on a terminal
+    wait for a yes, which Enter is. Nothing for what is in the cache or is no name. Raises UserError
+    if the answer is no."""
+    if name not in ASSETS or place(name).is_file() or _offline():
+        return
+    asset = ASSETS[name]
+    size = ""
+    if asset.size:
+        size = f", {asset.size / 1e6:,.0f} MB"
+    _say(f"{name} is not here yet: {asset.what}{size} ({asset.licence})")
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if not (alone and sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    print(f"fetch it to {place(name).parent} now? [Y/n] ", end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline().strip().lower()
+    if answer not in ("", "y", "yes"):
+        raise UserError(
+            f"{name} was not fetched; name what to use instead, or fetch it with dimr weights get "
+            f"{name}"
+        )
+
+
+def _offline():
+    return os.environ.get("DIMR_OFFLINE", "0") not in ("", "0")
+
+
 USUAL = Limits()
 
 
@@ -212,7 +239,7 @@ class _Download:
 def _fetch(job):
     """Bring the file, or say how else it may come."""
     by_hand = f"or put {job.asset.file} from {job.asset.url} into {job.path.parent}"
-    if os.environ.get("DIMR_OFFLINE", "0") not in ("", "0"):
+    if _offline():
         raise UserError(
             f"{job.name} is not in the cache and DIMR_OFFLINE is set: unset it; {by_hand}"
         )

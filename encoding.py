@@ -345,7 +345,8 @@ def _read(job, numbers, pin):
                 yield np.asarray(items), np.zeros(len(items), bool)
 
     on_bad = "drop" if job.on_bad == "skip" else "error"
-    return dataset.loader(job.folder, steps(), job.workers, on_bad=on_bad, pin=pin)
+    batches = dataset.loader(job.folder, steps(), job.workers, on_bad=on_bad, pin=pin)
+    return dataset.naming_the_way_out(batches)
 
 
 def _skipped(folder, items, bad):

@@ -298,6 +298,7 @@ def fitting_reference(
     identifiers = [wnid for wnid, _ in imagenet_names.CLASSES]
     of_imagenet = num_classes == 1000 and list(classes) in ([], identifiers)
     if of_imagenet and f"imagenet{size}" in downloads.ASSETS:
+        downloads.ask(f"imagenet{size}")
         return Reference(f"imagenet{size}")
     record = read_json(Path(run) / "config.json").get("data", {}) if run else {}
     if record.get("kind") == "pixels" and Path(record["path"]).exists():
@@ -404,7 +405,7 @@ def remarks(metrics: str, samples: Measured, against: Measured | None) -> list[s
     lines = []
     if "OTHER" in samples.extractor:
         lines.append(f"{samples.extractor}: these numbers compare with nothing published")
-    if "reference" in needed(metrics):
+    if {"fid", "sfid"} & set(keys(metrics)):
         lines += _few("samples", samples)
         if against:
             lines += _few("reference images", against)
@@ -423,11 +424,60 @@ def remarks(metrics: str, samples: Measured, against: Measured | None) -> list[s
     return lines
 
 
+UNEVEN = 2  # times as many images in the largest class as in the smallest: not balanced
+
+
+def proportions(samples, of: Reference) -> list[str]:
+    """What to know where every class has as many samples as the others and not as many images in
+    the reference, a line; nothing where the reference has no labels."""
+    counts = _label_counts(of)
+    if not counts or max(counts.values()) < UNEVEN * min(counts.values()):
+        return []
+    if not isinstance(samples, Generation) and not _is_balanced(samples):
+        return []
+    least = min(counts, key=counts.get)
+    most = max(counts, key=counts.get)
+    return [
+        f"the samples show every class alike and the reference from {counts[least]:,} ({least}) to "
+        f"{counts[most]:,} ({most}) images a class, which alone makes them differ; a fair set has "
+        "the reference's labels: of "
+        + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    ]
+
+
+def _is_balanced(samples):
+    if samples.labels is None:
+        return False
+    counts = np.unique(samples.labels, return_counts=True)[1]
+    return len(counts) > 1 and counts.max() - counts.min() <= 1
+
+
+def _label_counts(of):
+    """Class → number of images of a reference that is a folder of images or a shard set, else
+    {}."""
+    if not Path(of.source).is_dir():
+        return {}
+    images = imagesets.open_set(of.source, of.res, of.exif)
+    if images.labels is None:
+        return {}
+    names = _names_of(images)
+    numbers, counts = np.unique(images.labels, return_counts=True)
+    return {names.get(n, str(n)): int(c) for n, c in zip(numbers.tolist(), counts, strict=True)}
+
+
+def _names_of(images):
+    """Label → name, where an image set has names for its classes."""
+    if isinstance(images, imagesets.Shards):
+        return dict(enumerate(images.shards.classes))
+    folders = {name.split("/")[0] for name in images.names if "/" in name}
+    return dict(enumerate(sorted(folders)))
+
+
 def _few(what, one):
     if one.count and one.count < len(one.mean):
         yield (
             f"{one.count:,} {what} are fewer than the {len(one.mean):,} features: "
-            "distances are biased upwards"
+            "Fréchet distances are biased upwards"
         )
 
 
@@ -462,6 +512,9 @@ def evaluate(
         found = extraction.measure(samples, extractor, batch_size=batch_size, quiet=quiet)
     if not found:
         return None
+    notes = remarks(metrics, found, against)
+    if "reference" in needs:
+        notes += proportions(samples, of)
     return {
         **compare(metrics, found, against, extractor.device),
         "label": label(found),
@@ -470,7 +523,7 @@ def evaluate(
         "features": found.extractor,
         "identity": found.identity,
         **averaged(samples),
-        "remarks": remarks(metrics, found, against),
+        "remarks": notes,
         "version": VERSION,
     }
 

@@ -20,6 +20,7 @@ import pictures
 import runfolder
 from storage import UserError, writing
 
+SMOOTH = 50  # steps that a point of loss.png is the mean of
 BAD_STEPS = 50  # consecutive non-finite steps that end training
 
 
@@ -228,17 +229,36 @@ def plot(out: Path) -> Path:
     """Write loss.png from metrics.jsonl; returns its path. Raises UserError if there are no
     metrics."""
     rows = []
+    others = {"fid": [], "validation_loss": []}  # what only some lines have
     for line, _ in metrics(out):
         if line["loss"] is not None:
             rows.append((line["step"], line["loss"], *line["loss_branches"]))
+        for key, found in others.items():
+            if line.get(key) is not None:
+                found.append((line["step"], line[key]))
     if not rows:
         raise UserError(f"{out} holds no metrics yet; expected a run folder that train wrote")
     steps, *columns = np.array(rows).T
     names = ["loss", *(f"branch {r}" for r in range(1, len(columns)))]
     series = {name: (steps, column) for name, column in zip(names, columns, strict=True)}
+    series |= _apart("validation", others["validation_loss"])
+    charts = [
+        pictures.curves(series, f"{Path(out).name}: multi-scale loss, mean of {SMOOTH} steps")
+    ]
+    if others["fid"]:
+        fid = _apart("FID", others["fid"])
+        charts.append(pictures.curves(fid, f"{Path(out).name}: FID", 1, axes=("step", "FID")))
     path = Path(out) / "loss.png"
-    pictures.save(pictures.curves(series, f"{Path(out).name}: multi-scale loss"), path)
+    pictures.save(pictures.stacked(charts), path)
     return path
+
+
+def _apart(name, points):
+    """{name: (steps, values)} of (step, value) points, {} of none."""
+    if not points:
+        return {}
+    steps, values = zip(*points, strict=True)
+    return {name: (steps, values)}
 
 
 # ------------------------------------------------------------------------------------------ talking

@@ -40,6 +40,7 @@ MODULES = (
     "pictures",
     "imagenet_names",
     "space",
+    "defaults",
     "encoding",
     "memory",
     "averaging",

@@ -14,6 +14,9 @@ COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d6a9f", "#c98b1b", "#3d3d3d")
 TILE = 64  # pixels that an image of a grid has at least
 FRAME = 2  # pixels of white around each
 CAPTION = 14  # pixels of height
+PALE = 235  # mean grey of an edge from which an image gets a hairline around it
+HAIRLINE = "#bbbbbb"
+FEW = 20  # points of a curve, up to which each is marked
 
 
 def to_image(array: np.ndarray) -> Image.Image:
@@ -46,29 +49,86 @@ def grid(
     for i, image in enumerate(images):
         x = i % columns * cell_width + FRAME
         y = i // columns * cell_height + FRAME
-        sheet.paste(to_image(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        tile_image = to_image(image)
+        sheet.paste(tile_image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        if is_pale(tile_image):
+            draw.rectangle((x - 1, y - 1, x + width, y + height), outline=HAIRLINE)
         if captions:
-            text = captions[i]
-            while len(text) > 1 and draw.textlength(text, font) > cell_width - FRAME:
-                text = text[:-2] + "…"
+            text = fitted(captions[i], cell_width - FRAME, draw, font)
             draw.text((x, y + height), text, "black", font)
     return sheet
+
+
+def fitted(text: str, width: float, draw: ImageDraw.ImageDraw, font) -> str:
+    """`text` cut to `width` pixels: what stands before its last " · ", if there is one, so that the
+    seed after it stays."""
+    head, dot, tail = text.rpartition(" · ")
+    if not dot:
+        head, tail = tail, ""
+    whole = head
+    while head and draw.textlength(_short(head, whole) + dot + tail, font) > width:
+        head = head[:-1]
+    return _short(head, whole) + dot + tail
+
+
+def _short(head, whole):
+    return head if head == whole else head + "…"
+
+
+def is_pale(image: Image.Image) -> bool:
+    """Whether the edge of an image can't be told from white paper."""
+    values = np.asarray(image.convert("L"))
+    edge = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+    return edge.mean() > PALE
+
+
+def strip(
+    sheets: Sequence[tuple[int, Image.Image]],
+    captions: Sequence[str],
+    count: int,
+) -> Image.Image:
+    """One PIL image of how pictures change: a column for each (step, sheet) of `sheets`, which
+    `grid` made of `count` images each, and a row for each of the first ones, as many as there are
+    `captions`."""
+    columns = math.ceil(count**0.5)
+    first = sheets[0][1]
+    cell = first.width // columns
+    height = first.height // math.ceil(count / columns)
+    font = ImageFont.load_default(11)
+    measure = ImageDraw.Draw(first).textlength
+    left = math.ceil(max(measure(text, font) for text in captions)) + 8
+    side = cell - 2 * FRAME
+    picture = Image.new(
+        "RGB", (left + len(sheets) * cell, CAPTION + 4 + len(captions) * cell), "white"
+    )
+    draw = ImageDraw.Draw(picture)
+    for column, (step, sheet) in enumerate(sheets):
+        x = left + column * cell
+        draw.text((x + FRAME, 2), f"{step:,}", "black", font)
+        for row in range(len(captions)):
+            corner = (row % columns * cell, row // columns * height)
+            # the hairline of pale images too
+            box = (corner[0], corner[1], corner[0] + cell, corner[1] + side + 2 * FRAME - 1)
+            picture.paste(sheet.crop(box), (x, CAPTION + 4 + row * cell))
+    for row, text in enumerate(captions):
+        draw.text((2, CAPTION + 4 + row * cell + side // 2 - 6), text, "black", font)
+    return picture
 
 
 @dataclasses.dataclass(frozen=True)
 class _Chart:
     """Where the points of a chart of `width` by `height` pixels lie: steps from 0 to `last`,
-    heights from 10^low to 10^high."""
+    logarithms of values from `low` to `high`."""
 
     last: float
     low: float
     high: float
     width: int = 900
     height: int = 480
-    left: int = 70
+    left: int = 84
     right: int = 190
-    top: int = 40
-    bottom: int = 40
+    top: int = 44
+    bottom: int = 52
 
     def x(self, step):
         return self.left + (self.width - self.left - self.right) * step / self.last
@@ -79,19 +139,24 @@ class _Chart:
 
 
 def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, smooth: int = 50
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    smooth: int = 50,
+    axes: tuple[str, str] = ("step", "loss"),
 ) -> Image.Image:
-    """A PIL line chart with logarithmic heights. `series`: name → (steps, values); a running mean
-    over `smooth` values is drawn, and where it ends is written beside the name."""
+    """A PIL line chart with logarithmic heights, which it says. `series`: name → (steps, values); a
+    running mean over the last `smooth` values is drawn (over fewer at the start), and where it ends
+    is written beside the name."""
     lines = {}
     for name, (steps, values) in series.items():
-        steps, values = _smoothed(steps, values, smooth)
+        window = 1 if len(values) <= FEW else smooth  # few are measurements of their own
+        steps, values = _smoothed(steps, values, window)
         if len(steps):
             lines[name] = steps, values
     picture = Image.new("RGB", (_Chart.width, _Chart.height), "white")
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(13)
-    draw.text((_Chart.left, 12), title, "black", font)
+    draw.text((_Chart.left, 10), title, "black", font)
     if not lines:
         return picture
     chart = _Chart(
@@ -99,15 +164,26 @@ def curves(
         low=math.log10(min(values.min() for _, values in lines.values())) - 0.02,
         high=math.log10(max(values.max() for _, values in lines.values())) + 0.02,
     )
-    _draw_axes(draw, font, chart)
+    _draw_axes(draw, font, chart, axes)
     for i, (name, (steps, values)) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
         points = [(chart.x(s), chart.y(v)) for s, v in zip(steps, values, strict=True)]
-        if len(points) == 1:
-            points = points * 2  # a line of one point is not drawn
         draw.line(points, colour, 2)
+        if len(points) <= FEW:
+            for x, y in points:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
         place = (chart.width - chart.right + 8, chart.top + 18 * i)
         draw.text(place, f"{name} {values[-1]:.4g}", colour, font)
+    return picture
+
+
+def stacked(charts: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one width, one below the other."""
+    picture = Image.new("RGB", (charts[0].width, sum(chart.height for chart in charts)), "white")
+    y = 0
+    for chart in charts:
+        picture.paste(chart, (0, y))
+        y += chart.height
     return picture
 
 
@@ -116,21 +192,54 @@ def _smoothed(steps, values, window):
     steps = np.asarray(steps)
     values = np.asarray(values, float)
     keep = np.isfinite(values) & (values > 0)
-    window = min(window, keep.sum())
-    if window == 0:
-        return steps[:0], values[:0]
-    means = np.convolve(values[keep], np.ones(window) / window, "valid")
-    return steps[keep][window - 1 :], means
+    steps = steps[keep]
+    sums = np.concatenate([[0.0], np.cumsum(values[keep])])
+    ends = np.arange(1, len(steps) + 1)
+    starts = np.maximum(0, ends - window)
+    return steps, (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _draw_axes(draw, font, chart):
-    for power in np.linspace(chart.low, chart.high, 6):
-        y = chart.y(10**power)
-        draw.line((chart.left, y, chart.width - chart.right, y), "#dddddd")
-        draw.text((6, y - 8), f"{10**power:.4g}", "black", font)
-    for step in np.linspace(0, chart.last, 5):
-        y = chart.height - chart.bottom + 8
-        draw.text((chart.x(step) - 10, y), f"{step:,.0f}", "black", font)
+def round_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten from `low` to `high`, `most` of them at most."""
+    step = 10 ** math.floor(math.log10((high - low) / most))
+    while math.floor(high / step) - math.ceil(low / step) + 1 > most:
+        step *= 2.5 if f"{step:e}"[0] == "2" else 2
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round heights between `low` and `high` for a logarithmic axis."""
+    found = []
+    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
+        for digit in (1, 2, 5):
+            if low <= digit * 10.0**power <= high:
+                found.append(digit * 10.0**power)
+    if len(found) < 3:
+        return [tick for tick in round_ticks(low, high) if tick > 0]
+    if len(found) > 9:  # powers of ten alone
+        return [tick for tick in found if f"{tick:e}"[0] == "1"]
+    return found
+
+
+def _draw_axes(draw, font, chart, axes):
+    right = chart.width - chart.right
+    base = chart.height - chart.bottom
+    for value in log_ticks(10**chart.low, 10**chart.high):
+        y = chart.y(value)
+        draw.line((chart.left, y, right, y), "#dddddd")
+        text = f"{value:.4g}"
+        draw.text((chart.left - 8 - draw.textlength(text, font), y - 8), text, "black", font)
+    for step in round_ticks(0, chart.last):
+        x = chart.x(step)
+        draw.line((x, base, x, base + 4), "black")
+        text = f"{step:,.0f}"
+        draw.text((x - draw.textlength(text, font) / 2, base + 6), text, "black", font)
+    draw.line((chart.left, base, right, base), "black")
+    across, up = axes
+    middle = (chart.left + right - draw.textlength(across, font)) / 2
+    draw.text((middle, base + 26), across, "black", font)
+    draw.text((6, chart.top - 16), f"{up} (logarithmic)", "black", font)
 
 
 def save(picture: Image.Image, path: str | Path, **options) -> None:

@@ -38,6 +38,7 @@ from storage import (
 )
 
 ROOT = Path("runs")
+RELEASED = "xl2r"  # what is drawn from where there is no run
 FILES = {"weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
 CHECKPOINT = re.compile(r"step-(\d{7,})")  # a checkpoint's folder; what is called otherwise is none
 
@@ -228,7 +229,8 @@ def find_weights(source: str | Path | None = None, ema: bool = True) -> Path:
     """Path of the weights file for a run folder, a file, a name, or (None) the newest run, else the
     released xl2r. Raises UserError."""
     if source is None:
-        source = newest() or "xl2r"
+        source = newest() or RELEASED
+        downloads.ask(source)
     path = Path(source)
     if path.is_dir():
         checkpoint = path

@@ -11,6 +11,7 @@ alone, so neither batch size, nor number of processes, nor what else is drawn ch
 import ours
 
 import dataclasses
+import difflib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +36,7 @@ from imagesets import caption, save_grid  # noqa: F401 (for those who draw and l
 from storage import VERSION, UserError, sha256
 
 ROOT = Path("samples")
+VAE = "sd-vae-ft-ema"  # of latent models that name none
 
 # also of parts of an image
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
@@ -186,7 +188,9 @@ class Generator:
         return images
 
     def _load_vae(self):
-        path = downloads.find(self.vae_source or "sd-vae-ft-ema")
+        if not self.vae_source:
+            downloads.ask(VAE)
+        path = downloads.find(self.vae_source or VAE)
         expected = self.record.get("vae_sha256")
         if self.vae_source == self.record.get("vae") and expected and sha256(path) != expected:
             raise UserError(
@@ -220,14 +224,14 @@ class Generator:
 
     def images(
         self,
-        classes: Iterable[int],
+        classes: Iterable[int | str],
         seeds: Iterable[int],
         batch_size: int | None = None,
         **settings,
     ) -> np.ndarray:
-        """uint8 (N, H, W, C) images for N class indices and N seeds; keywords as in `Settings`.
-        Raises UserError."""
-        classes = list(classes)
+        """uint8 (N, H, W, C) images for N classes, by index or by name, and N seeds; keywords as in
+        `Settings`. Raises UserError."""
+        classes = [class_index(one, self) if isinstance(one, str) else one for one in classes]
         seeds = list(seeds)
         check_classes(classes, self.config)
         if len(classes) != len(seeds):
@@ -276,9 +280,20 @@ def class_index(name: str, generator: Generator) -> int:
 
         return imagenet_names.find(name)
     advice = f"use an index from 0 to {generator.config.num_classes - 1}"
-    if generator.classes:
+    near = near_names(name, generator.classes)
+    if near:
+        advice = f"near it: {', '.join(near)}; or {advice}"
+    elif generator.classes:
         advice += f" or a name such as {', '.join(generator.classes[:10])}"
     raise UserError(f"class {name!r} is not known to {generator.source}; {advice}")
+
+
+def near_names(name: str, known: Sequence[str], most: int = 5) -> list[str]:
+    """Those of `known` that contain `name`, else those that are written like it."""
+    lowered = {one.lower(): one for one in known}
+    near = [one for one in lowered if name.lower() in one]
+    near = near or difflib.get_close_matches(name.lower(), lowered, most)
+    return [lowered[one] for one in near[:most]]
 
 
 def load(
@@ -364,7 +379,7 @@ def sample(
     begun = time.monotonic()
     check_classes(sorted(set(classes)), generator.config)
     settings = settings.resolved(generator.config)
-    out = Path(out or ROOT / f"{generator.name}-cfg{settings.cfg:g}")
+    out = Path(out or ROOT / folder_name(generator, settings))
     drawing = imagesets.Drawing(
         classes=classes,
         seeds=seeds,
@@ -396,6 +411,22 @@ def sample(
         "batch_size": drawing.batch_size,
         **drawing.about,
     }
+
+
+def folder_name(generator: Generator, settings: Settings) -> str:
+    """What tells sets apart that are drawn from the same run: the weights' step, guidance, solver
+    and NFE."""
+    words = [generator.name]
+    if generator.record.get("step") is not None:
+        words.append(f"step{generator.record['step']}")
+    words.append(f"cfg{settings.cfg:g}")
+    if settings.cfg_power:
+        words.append(f"power{settings.cfg_power:g}")
+    if settings.cfg_interval:
+        low, high = settings.cfg_interval
+        words.append(f"from{low:g}to{high:g}")
+    words += [settings.solver, f"{settings.steps}nfe"]
+    return "-".join(words)
 
 
 def sampling_bar(total: int, quiet: bool = False, what: str = "sampling") -> tqdm:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import platform
 import signal
 import sys
@@ -25,8 +26,11 @@ from tqdm import tqdm
 import averages
 import averaging
 import dataset
+import defaults
 import diffusion
 import dimr
+import imagenet_names
+import imagesets
 import journal
 import parallel
 import randomness
@@ -38,6 +42,10 @@ from storage import VERSION, UserError, open_tensors, read_json, write_json
 
 LOG_EVERY = 10  # steps between reads of the losses from the device
 GRID = {"pixel": 64, "latent": 16}  # images of a sample grid on a GPU
+# how the names of tensors end that have a row per class
+CLASS_EMBEDDING = ("class_token.weight", "embedding_table.weight", "label_emb.weight")
+NULL_CLASS = "the null class"
+STOPPING = b"\nfinishing this step and saving; Ctrl-C again ends at once\n"
 GRID_ON_CPU = {"pixel": 16, "latent": 4}
 
 
@@ -90,6 +98,9 @@ RECIPES = {
 }
 # when a run is resumed
 MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks", "ema_precision"}
+MAY_BE_FORCED = {"lr", "grad_clip"}  # with --force: they move no sample
+# of a recipe, what belongs to a machine and a run, not to the weights that come of it
+OF_THE_RUN = {*MAY_CHANGE, "precision", "seed", "ema_profiles", "ema_every"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,20 +141,35 @@ class Watch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Initial:
+    """Weights that a run starts from: their network, the names of its classes and the recipe they
+    were trained with; each of these may be empty."""
+
+    source: str
+    network: dimr.DiMR
+    classes: list
+    recipe: dict
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run is. `record`: what config.json says of it; `initial`: the network whose weights it
-    starts from, or None."""
+    """What a run is. `record`: what config.json says of it; `initial`: what it starts from, or
+    None; `chosen`: whose recipe it is, in words; `changed`: what differs from the run so far, by
+    --force, as name → [before, now]."""
 
     record: dict
     config: dimr.Config
     recipe: Recipe
     data: object
-    initial: dimr.DiMR | None
+    initial: Initial | None
+    chosen: str
+    changed: dict
 
 
-def make_plan(out, source, *, variant, recipe, network, init, device) -> Plan:
+def make_plan(out, source, *, variant, recipe, network, init, device, force=False) -> Plan:
     """What a run in folder `out` is. Everything not given comes from the run's config.json if there
-    is one, else from the variant. Raises UserError where that is no longer the same run."""
+    is one, else from the weights to start from, else from the variant, else from the data
+    (defaults.py). Raises UserError where that is no longer the same run and can't be forced."""
     before = read_json(out / "config.json") if (out / "config.json").exists() else {}
     known = before.get("data", {})
     source = dataclasses.replace(
@@ -153,21 +179,23 @@ def make_plan(out, source, *, variant, recipe, network, init, device) -> Plan:
         exif=source.exif or known.get("exif", False),
     )
     data = open_data(source, variant)
-    variant = variant or before.get("variant") or nearest_variant(data)
     init = init or before.get("init")
     initial = None
     if init and not runfolder.checkpoints(out):
-        initial, _ = runfolder.read_weights(runfolder.find_weights(init))
-    recipe = settle(before.get("recipe"), RECIPES[variant], recipe or {}, device)
-    if before:
-        base = dimr.Config(**before["config"])
-    elif initial:
-        base = initial.config
-    else:
-        base = dimr.VARIANTS[variant]
-    config = configure(base, data, recipe.label_dropout > 0, **(network or {}))
+        initial = read_initial(init)
+    recipe = recipe or {}
+    network = network or {}
+    base = first_config(before, initial, variant, data, network)
+    chosen, values = first_recipe(before, initial, variant, base, len(data), recipe)
+    recipe = settle(values, recipe, device)
+    null_class = recipe.label_dropout > 0
+    if before or initial:
+        null_class |= base.null_class
+    config = configure(base, data, null_class, **network)
+    if before and config.blocks == base.blocks:
+        config = dataclasses.replace(config, layers=base.layers)
     record = {
-        "variant": variant,
+        "variant": variant or before.get("variant") or defaults.OWN,
         "config": dataclasses.asdict(config),
         "recipe": dataclasses.asdict(recipe),
         "init": init and str(init),
@@ -181,11 +209,56 @@ def make_plan(out, source, *, variant, recipe, network, init, device) -> Plan:
         },
     }
     record = json.loads(json.dumps(record))  # as it reads back
+    changed = {}
     if before and parallel.is_main():
-        check_same(out, before, record)
+        changed = check_same(out, before, record, force)
         if recipe.deterministic:
             check_same_sums(out, before, recipe, device)
-    return Plan(record, config, recipe, data, initial)
+    if "history" in before:
+        record["history"] = before["history"]
+    return Plan(record, config, recipe, data, initial, chosen, changed)
+
+
+def read_initial(init) -> Initial:
+    """The weights that --init names: a run, a file or a name. Raises UserError."""
+    path = runfolder.find_weights(init)
+    network, record = runfolder.read_weights(path)
+    run = runfolder.run_of(path)
+    recipe = record.get("recipe", {})
+    if run:
+        recipe = read_json(run / "config.json")["recipe"]
+    recipe = {name: value for name, value in recipe.items() if name not in OF_THE_RUN}
+    classes = record.get("classes", [])
+    if not classes and network.config.num_classes == len(imagenet_names.CLASSES):
+        classes = [identifier for identifier, _ in imagenet_names.CLASSES]
+    return Initial(str(init), network, classes, recipe)
+
+
+def first_config(before, initial, variant, data, network):
+    """The Config that a run's own is made from (`configure`). Raises UserError."""
+    if before:
+        return dimr.Config(**before["config"])
+    if initial:
+        return initial.network.config
+    if variant:
+        return dimr.VARIANTS[variant]
+    try:
+        return defaults.network(data, network)
+    except ValueError as error:
+        raise UserError(f"this network can't be built: {error}") from None
+
+
+def first_recipe(before, initial, variant, config, images, given):
+    """(whose it is, values of Recipe) before what the user says, `given`, is put in."""
+    if before:
+        return "as before", before["recipe"]
+    if variant:
+        return f"{variant}'s", dataclasses.asdict(RECIPES[variant])
+    values = dataclasses.asdict(Recipe())
+    values |= defaults.recipe(config, images, given.get("steps"))
+    if initial and initial.recipe:
+        return f"that of {initial.source}", {**values, **initial.recipe}
+    return "chosen for this data and length", values
 
 
 def open_data(source, variant):
@@ -199,10 +272,8 @@ def open_data(source, variant):
     return dataset.open_data(source.path, source.res, exif=source.exif, default_size=default)
 
 
-def settle(before, default, changes, device):
-    """The Recipe of a run: as `before` (its config.json's, or None) or `default` has it, with
-    `changes`, every choice made."""
-    values = before or dataclasses.asdict(default)
+def settle(values, changes, device):
+    """The Recipe of a run: `values` with `changes`, every choice made."""
     recipe = Recipe(**{**values, **changes})
     cuda = device.type == "cuda"
     if recipe.precision is None:
@@ -264,17 +335,9 @@ def configure(base, data, null_class, **changes):
         raise UserError(f"this network can't be built: {error}") from None
 
 
-def nearest_variant(data):
-    """The variant of the data's space whose size is nearest."""
-
-    def distance(name):
-        return abs(math.log2(dimr.VARIANTS[name].size / data.size))
-
-    return min(space.variants(space.of_data(data)), key=distance)
-
-
-def check_same(out, before, now):
-    """Raise UserError where the record `now` is not of the run that `before` is of."""
+def check_same(out, before, now, force):
+    """{name: [before, now]} of what differs between two records of a run and may, being forced.
+    Raises UserError where the record `now` is not of the run that `before` is of."""
 
     def fixed(record):
         network, recipe = record["config"], record["recipe"]
@@ -284,12 +347,22 @@ def check_same(out, before, now):
         return {name: value for name, value in fields.items() if name not in MAY_CHANGE}
 
     old = fixed(before)
+    changed = {}
     for name, value in fixed(now).items():
-        if old.get(name, value) != value:
-            raise UserError(
-                f"{out} was trained with {name} {old[name]}, not {value}; give what it had, or "
-                "choose another --out"
-            )
+        if old.get(name, value) == value:
+            continue
+        if force and name in MAY_BE_FORCED:
+            changed[name] = [old[name], value]
+            continue
+        advice = "give what it had"
+        if name in MAY_BE_FORCED:
+            advice += ", change it from here on with --force"
+        raise UserError(
+            f"{out} was trained with {name} {old[name]}, not {value}; {advice}, or choose another "
+            f"--out (with --init {out} it starts from these weights: the steps, the optimiser and "
+            "the metrics begin anew)"
+        )
+    return changed
 
 
 def check_same_sums(out, before, recipe, device):
@@ -351,6 +424,16 @@ def new_network(config, seed) -> dimr.DiMR:
     """A network with fresh weights, which the seed alone decides."""
     torch.manual_seed(seed)
     return dimr.DiMR(config)
+
+
+def class_rows(config, classes, initial):
+    """Row of our class embedding → row of the initial network's: by name, and null to null."""
+    theirs = initial.network.config
+    known = {name: row for row, name in enumerate(initial.classes)}
+    rows = {row: known[name] for row, name in enumerate(classes) if name in known}
+    if config.null_class and theirs.null_class:
+        rows[config.num_classes] = theirs.num_classes
+    return rows
 
 
 class State:
@@ -432,19 +515,28 @@ class State:
         self.averages.update(self.step, bad)
         return norm, bad
 
-    def take(self, initial):
-        """Start from another network's weights; returns the names of the tensors that keep their
-        fresh values."""
-        theirs = initial.state_dict()
+    def take(self, initial, classes):
+        """Start from other weights, an `Initial`; class embeddings go by the names of `classes`.
+        Returns the names of the tensors and of the classes that keep their fresh values."""
+        theirs = initial.network.state_dict()
+        rows = class_rows(self.network.config, classes, initial)
         fresh = []
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                if name not in theirs or theirs[name].shape != parameter.shape:
+                if name not in theirs:
                     fresh.append(name)
-                    continue
-                parameter.copy_(theirs[name])
-                self.ema[name].copy_(theirs[name])
-        return fresh
+                elif (
+                    name.endswith(CLASS_EMBEDDING) and theirs[name].shape[1:] == parameter.shape[1:]
+                ):
+                    parameter[list(rows)] = theirs[name][list(rows.values())].to(parameter)
+                    self.ema[name].copy_(parameter)
+                elif theirs[name].shape != parameter.shape:
+                    fresh.append(name)
+                else:
+                    parameter.copy_(theirs[name])
+                    self.ema[name].copy_(theirs[name])
+        named = [*classes, NULL_CLASS][: self.network.config.embeddings]
+        return fresh, [name for row, name in enumerate(named) if row not in rows]
 
     def files(self, record):
         """A checkpoint's files: name → (tensors, metadata)."""
@@ -592,13 +684,15 @@ def train(
     watch=None,
     sinks=(),
     quiet=False,
+    force=False,
 ) -> dict:
     """Train into the run folder `out`, or go on from its newest whole checkpoint.
 
-    `variant`: a key of VARIANTS (None: the nearest to the data); `recipe` and `network`: what to
-    change of its Recipe and Config, as dicts; `init`: weights to start from (name, path or run);
-    `watch`: a Watch, or None; `sinks`: see journal.Sink. A resumed run takes whatever is not given
-    from its config.json.
+    `variant`: a key of VARIANTS (None: what defaults.py makes of the data); `recipe` and `network`:
+    what to change of its Recipe and Config, as dicts; `init`: weights to start from (name, path or
+    run), whose recipe is taken over; `watch`: a Watch, or None; `sinks`: see journal.Sink; `force`:
+    whether MAY_BE_FORCED may change. A resumed run takes whatever is not given from its
+    config.json.
 
     Returns a summary; `stopped` names the reason if the run is not at its end. Raises UserError."""
     begun = time.monotonic()
@@ -616,6 +710,7 @@ def train(
             network=network,
             init=init,
             device=device,
+            force=force,
         )
         recipe = plan.recipe
         division = divide(recipe.batch_size, recipe.micro_batch)
@@ -624,17 +719,21 @@ def train(
         if parallel.is_main():
             stack.enter_context(storage.locked(out))
         state = begin(out, plan, device, say)
+        for line in introduction(out, plan, state, division):
+            say(line)
         log = journal.Journal(out, state, say, record_start(out, plan, state, say), sinks)
         measure = watch and watch_fid(out, plan, extractor, watch)
         every = save_every(saving, recipe)
         draw_every = every if saving.sample_every is None else saving.sample_every
-        record = weights_record(plan.data)
+        record = weights_record(plan.data, recipe)
         state.start(division.micro)
         skipped = set()
         batches = read_ahead(plan.data, state, division, source, skipped)
         bar = stack.enter_context(progress(out, state, quiet))
         stop = stack.enter_context(Stop())
         stopped = None
+        first = state.step
+        estimated = False
         while state.step < recipe.steps and not stopped:
             log.add(*train_step(state, batches, division))
             bar.update()
@@ -650,6 +749,9 @@ def train(
             snapshot_now = recipe.ema_profiles and (at_end or state.step % recipe.ema_every == 0)
             if save_now or watch_now or snapshot_now or state.step % LOG_EVERY == 0:
                 bar.set_postfix(log.flush(), refresh=False)
+                if not estimated and state.step - first >= 2 * LOG_EVERY and not at_end:
+                    say(expectation(state, log))
+                    estimated = True
             if snapshot_now:
                 save_averages(out, state, log, record)
                 log.restart_clock()
@@ -709,12 +811,12 @@ def begin(out, plan, device, say) -> State:
     checkpoint = parallel.broadcast(newest)
     if checkpoint:
         state.load(checkpoint)
+        check_ahead(out, state)
         say(f"going on from {checkpoint}")
     elif plan.initial:
-        fresh = state.take(plan.initial)
-        taken = len(state.parameters) - len(fresh)
-        names = f"fresh: {', '.join(fresh)}" if fresh else "none fresh"
-        say(f"starting from {plan.record['init']}: {taken} tensors taken, {names}")
+        fresh = state.take(plan.initial, plan.data.classes)
+        for line in inheritance(state, plan, *fresh):
+            say(line)
     idle = parallel.idle_gpus(device)
     if idle:
         say(
@@ -722,6 +824,126 @@ def begin(out, plan, device, say) -> State:
             f"{torch.cuda.device_count()} -m cli train …"
         )
     return state
+
+
+def check_ahead(out, state):
+    """Raise UserError if a run has gone further than it is to go."""
+    steps = state.recipe.steps
+    if state.step > steps:
+        raise UserError(
+            f"{out} is at step {state.step:,} already, beyond --steps {steps:,}; give more, leave "
+            "it as it is, or choose another --out"
+        )
+
+
+def inheritance(state, plan, tensors, classes):
+    """Lines that say what came from the initial weights: all but `tensors` and `classes`."""
+    taken = len(state.parameters) - len(tensors)
+    fresh = ", ".join(tensors) or "none"
+    yield f"starting from {plan.initial.source}: {taken} tensors taken; fresh: {fresh}"
+    known = state.network.config.embeddings - len(classes)
+    fresh = in_short(classes) or "none"
+    yield f"class embeddings: {known:,} taken by name; fresh: {fresh}"
+    if plan.initial.recipe:
+        yield "its recipe is taken over where no option says otherwise"
+    else:
+        yield "its recipe is not known"
+
+
+def in_short(names, most=10):
+    """Comma-separated names; of many, the first and how many there are."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[:most])}, … ({len(names):,} in all)"
+
+
+def introduction(out, plan, state, division):
+    """Lines that say what is about to be trained on what, where and how."""
+    data = plan.data
+    config = plan.config
+    recipe = plan.recipe
+    items = "images" if data.kind == "pixels" else data.kind
+    yield (
+        f"data     {len(data):,} {items} of {len(data.classes):,} classes, {config.channels}×"
+        f"{config.size}×{config.size}, {plan.record['data']['path']}"
+    )
+    parameters = sum(p.numel() for p in state.parameters.values())
+    yield (
+        f"network  {plan.record['variant']}: {shape_words(config)}; {parameters:,} parameters, "
+        f"{sum(config.macs) / 1e9:,.4f} GMAC an image"
+    )
+    yield f"recipe   {plan.chosen}: {recipe_words(recipe)}"
+    yield (
+        f"         {recipe.steps:,} steps of batch {recipe.batch_size:,} = processes "
+        f"{parallel.world_size()} × passes {division.passes} × micro-batch {division.micro:,}"
+    )
+    yield from warnings_of(recipe)
+    compiled = ", compiled" if recipe.compile else ""
+    yield f"device   {state.device}, {recipe.precision}{compiled}"
+    begun = f"goes on from step {state.step:,}" if state.step else "a new run"
+    yield f"run      {out}: {begun}; config.json keeps all this"
+    for name, (before, now) in plan.changed.items():
+        yield f"         {name} is {now} from here on, it was {before} (--force)"
+
+
+def shape_words(config):
+    """A network's branches in words, coarse to fine."""
+    blocks = ", ".join(map(str, config.blocks))
+    widths = ", ".join(map(str, config.dims))
+    words = f"{blocks} blocks of widths {widths}"
+    if config.layers != config.blocks:
+        words += f" (layers {', '.join(map(str, config.layers))}: even ones get one more)"
+    return words
+
+
+def recipe_words(recipe):
+    """Rate, average and labels in words."""
+    guidance = "no guidance (no label is dropped)"
+    if recipe.label_dropout:
+        guidance = f"guidance ({recipe.label_dropout:.0%} of labels dropped)"
+    flips = "flips" if recipe.flip else "no flips"
+    if recipe.grad_clip:
+        flips += f", gradients clipped at {recipe.grad_clip:g}"
+    return (
+        f"rate {recipe.lr:g} after {recipe.warmup:,} steps of warm-up, EMA {recipe.ema:g} (about "
+        f"{average_span(recipe):,.0f} steps), {guidance}, {flips}"
+    )
+
+
+def average_span(recipe):
+    """Steps that the average of the weights reaches back."""
+    return 1 / (1 - recipe.ema)
+
+
+def warnings_of(recipe):
+    """Lines on a recipe whose beginning lasts as long as the run."""
+    if recipe.warmup >= recipe.steps:
+        yield (
+            f"WARNING: the warm-up of {recipe.warmup:,} steps is as long as the run of "
+            f"{recipe.steps:,}: the rate ends at {recipe.learning_rate(recipe.steps - 1):.2g}; "
+            f"--warmup {recipe.steps // defaults.WARMUP} would do"
+        )
+    if average_span(recipe) >= recipe.steps:
+        yield (
+            f"WARNING: the average of the weights (EMA {recipe.ema:g}) reaches back "
+            f"{average_span(recipe):,.0f} steps and the run has {recipe.steps:,}: it still holds "
+            f"the start; --ema {defaults.decay(recipe.steps / defaults.AVERAGE)} would do"
+        )
+
+
+def expectation(state, log):
+    """How long the rest of a run is likely to take."""
+    left = (state.recipe.steps - state.step) * state.recipe.batch_size
+    speed = log.last["images_per_second"]
+    return f"about {duration(left / speed)} to the end, at {speed:,.1f} images a second"
+
+
+def duration(seconds):
+    """In the unit that fits."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def record_start(out, plan, state, say):
@@ -740,6 +962,10 @@ def record_start(out, plan, state, say):
         "versions": versions(),
         "command": sys.argv,
     }
+    history = plan.record.get("history", [])
+    if plan.changed:
+        history = [*history, {"step": state.step, "changed": plan.changed}]
+        start["history"] = history
     write_json(out / "config.json", {**plan.record, **start})
     return journal.truncate_metrics(out, state.step)
 
@@ -757,9 +983,13 @@ def averages_line(out, state):
     )
 
 
-def weights_record(data):
+def weights_record(data, recipe):
     """What weights files say of a run besides its network."""
-    record = {"classes": list(data.classes)}
+    lasting = {}
+    for name, value in dataclasses.asdict(recipe).items():
+        if name not in OF_THE_RUN:
+            lasting[name] = value
+    record = {"classes": list(data.classes), "recipe": lasting}
     if data.kind == "latents":
         record |= {key: data.index[key] for key in ("vae", "vae_sha256")}
     return record
@@ -789,6 +1019,7 @@ def read_ahead(data, state, division, source, skipped):
 
     pin = state.device.type == "cuda"
     batches = dataset.loader(data, reads(), source.workers, on_bad=source.on_bad, pin=pin)
+    batches = dataset.naming_the_way_out(batches)
     for images, labels, bad in batches:
         skipped.update(bad)
         yield (
@@ -832,6 +1063,9 @@ class Stop(contextlib.AbstractContextManager):
     def note(self, number, frame):
         if self.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.reason is None and parallel.is_main():
+            with contextlib.suppress(OSError):
+                os.write(2, STOPPING)  # print might be in the middle of another line
         self.interrupted |= number == signal.SIGINT
         self.reason = self.reason or signal.Signals(number).name
 
@@ -908,6 +1142,7 @@ def draw_samples(out, state, log, record):
     try:
         images = ema_generator(out, state, record).images(classes, range(count))
         sampling.save_grid(path, images, captions)
+        imagesets.save_strip(path.parent, captions, count)
     except (UserError, OSError) as error:
         log.say(f"WARNING: no sample grid at step {state.step}: {error}")
     else:

@@ -27,6 +27,7 @@ PARTS = [
     "pictures",
     "imagenet_names",
     "space",
+    "defaults",
 ]
 # each may import those before it
 JOBS = [

@@ -76,7 +76,8 @@ def train_finds_the_latents(place):
 def sample_finds_the_run_and_its_vae(place):
     line = "sample --class animals --cfg 1.5 -n 1 --steps 3 --device cpu"
     assert "runs/xl2r" in run(place, line)
-    picture = place / "samples" / "xl2r-cfg1.5" / "class0000-seed000000.png"
+    folder = place / "samples" / "xl2r-step4-cfg1.5-2m-3nfe"
+    picture = folder / "class0000-animals-seed000000.png"
     with Image.open(picture) as image:
         facts = json.loads(image.text["dimr"])
         assert image.size == (256, 256)

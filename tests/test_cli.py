@@ -130,6 +130,7 @@ def test_train_tells_the_job_only_what_was_given(told):
         "device": "auto",
         "saving": training.Saving(),
         "watch": None,
+        "force": False,
     }
 
 
@@ -139,7 +140,7 @@ def test_train_tells_the_job_all_that_was_given(told):
     source = "--data photos --res 32 --exif --on-bad-image skip --workers 0"
     saving = "--save-every 7 --keep 3 --sample-every 0 --max-time 2"
     watch = "--eval-every 5 --eval-images 20 --ref photos --inception i --features a:b"
-    rest = "--variant demo --out run --init weights --device cpu"
+    rest = "--variant demo --out run --init weights --device cpu --force"
     line = f"train {recipe} {network} {source} {saving} {watch} {rest}"
     assert invoke(*line.split()).exit_code == 0
     assert told == {
@@ -166,6 +167,7 @@ def test_train_tells_the_job_all_that_was_given(told):
         "device": "cpu",
         "saving": training.Saving(every=7, keep=3, sample_every=0, max_time=120),
         "watch": training.Watch(5, 20, ref="photos", inception="i", features="a:b"),
+        "force": True,
     }
 
 

@@ -1,9 +1,12 @@
 """The demo: the main job on real digits, through the command line, with the figures it promises."""
 
 import json
+import shlex
 
 import pytest
+import torch
 from conftest import dimr_command
+from inception_weights import weights
 from PIL import Image
 
 import runfolder
@@ -23,6 +26,22 @@ def test_the_demo_draws_digits_that_a_classifier_of_other_digits_recognises(tmp_
     assert len(list((tmp_path / "demo" / "digits").rglob("*.png"))) == 1797
     assert runfolder.checkpoints(tmp_path / "demo" / "run")
     assert Image.open(tmp_path / result["picture"]).width > 300
+    check_next_commands(result["next"], tmp_path)
+
+
+def check_next_commands(commands, cwd):
+    """What the demo says to try works as it stands, Inception's weights and patience aside."""
+    inception = cwd / "inception.pth"
+    torch.save(weights(), inception)
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "dimr"
+        if arguments[0] == "eval":
+            arguments += ["--inception", inception]
+        if arguments[0] == "train":
+            arguments[-1] = "2"  # steps
+        dimr_command(*arguments, cwd=cwd, timeout=1200)
+    assert len(list((cwd / "samples").rglob("class0003*.png"))) >= 16
 
 
 def test_the_demo_leaves_a_folder_alone_that_holds_something(tmp_path):

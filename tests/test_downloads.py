@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import hashlib
 import http.server
+import io
 import json
 import os
 import socket
@@ -581,3 +582,57 @@ def test_loading_released_weights_takes_little_more_memory_than_the_file(tmp_pat
     command = [sys.executable, "-c", LOAD, str(path)]
     loading = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(loading.stdout) < 1.2 * size
+
+
+# what nobody named
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("answer, agreed", [("\n", True), ("y\n", True), ("No\n", False)])
+def test_what_nobody_named_is_asked_for_on_a_terminal(monkeypatch, tmp_path, answer, agreed):
+    monkeypatch.setenv("DIMR_HOME", str(tmp_path))
+    monkeypatch.delenv("DIMR_OFFLINE", raising=False)
+    said = Terminal()
+    monkeypatch.setattr(sys, "stdin", Terminal(answer))
+    monkeypatch.setattr(sys, "stderr", said)
+    if agreed:
+        downloads.ask("imagenet256")
+    else:
+        with pytest.raises(UserError, match="dimr weights get imagenet256"):
+            downloads.ask("imagenet256")
+    assert "imagenet256 is not here yet: ADM's reference for FID at 256×256, 2,037 MB" in (
+        said.getvalue()
+    )
+    assert said.getvalue().endswith("now? [Y/n] ")
+
+
+def test_without_a_terminal_it_is_said_and_goes_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("DIMR_HOME", str(tmp_path))
+    monkeypatch.delenv("DIMR_OFFLINE", raising=False)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+    downloads.ask("xl2r")
+    assert "about 2.0 GB" in capsys.readouterr().err
+    downloads.place("xl2r").parent.mkdir(parents=True)
+    downloads.place("xl2r").touch()
+    downloads.ask("xl2r")  # is here
+    downloads.ask("runs/mine")  # is no name
+    assert capsys.readouterr().err == ""
+
+
+def test_sampling_without_any_run_asks_before_it_fetches(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(downloads, "ask", asked.append)
+    monkeypatch.setenv("DIMR_OFFLINE", "1")
+    monkeypatch.setenv("DIMR_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="xl2r is not in the cache"):
+        runfolder.find_weights()
+    assert asked == ["xl2r"]
+    asked.clear()
+    with pytest.raises(UserError):
+        runfolder.find_weights("g2r")  # named
+    assert asked == []

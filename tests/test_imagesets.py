@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+import imagenet_names
 import imagesets
 import parallel
 import storage
@@ -319,3 +320,66 @@ def test_its_digest_is_not_taken_where_it_could_not_tell_seeds_apart(out):
     storage.write_json(out.with_suffix(".json"), {**facts, "plan": old_plan(wanted)})
     with pytest.raises(UserError, match="drawn otherwise"):
         write(out, wanted)
+
+
+# images of their own
+
+
+NAMES = ("cat/dog", "flags", "Food & Drink: 100%", "sea", "über", "..", "a" * 200, "8", "x", "")
+
+
+def write_pngs(out, wanted):
+    with imagesets.writer(out, wanted, False) as target:
+        for k in range(wanted.batches):
+            target.add(*batch(wanted, k))
+        target.finish()
+        return target.result
+
+
+def test_names_of_files_tell_the_class_in_words_and_are_read_again(tmp_path):
+    write_pngs(tmp_path, drawing(names=NAMES))
+    names = sorted(path.name for path in tmp_path.iterdir() if path.name != "grid.png")
+    assert names == [
+        "class0000-cat%2Fdog-seed000000.png",
+        "class0001-flags-seed000001.png",
+        "class0002-Food & Drink%3A 100%25-seed000002.png",
+        "class0003-sea-seed000003.png",
+        "class0004-über-seed000004.png",
+        "class0005-..-seed000005.png",
+        f"class0006-{'a' * imagesets.LONGEST}-seed000006.png",
+        "class0007-8-seed000007.png",
+        "class0008-x-seed000008.png",
+        "class0009-seed000009.png",
+    ]
+    found = imagesets.open_set(tmp_path)
+    assert found.labels.tolist() == list(range(10))
+    assert found.about["cfg"] == 1.5
+
+
+@pytest.mark.parametrize("names", [(), [identifier for identifier, _ in imagenet_names.CLASSES]])
+def test_imagenets_classes_are_told_in_words(tmp_path, names):
+    about = {**ABOUT, "num_classes": 1000}
+    wanted = dataclasses.replace(drawing(1, names=names, about=about), classes=[388])
+    write_pngs(tmp_path, wanted)
+    assert (tmp_path / "class0388-giant panda-seed000000.png").exists()
+
+
+def test_images_drawn_otherwise_are_left_alone(tmp_path):
+    write_pngs(tmp_path, drawing(names=NAMES))
+    before = contents(tmp_path)
+    for change in ({"cfg": 3.0}, {"weights": "0b"}, {"interval": (1, 3)}):
+        other = drawing(names=NAMES, about={**ABOUT, **change})
+        with pytest.raises(UserError, match="holds images drawn otherwise .*another --out"):
+            write_pngs(tmp_path, other)
+    assert contents(tmp_path) == before
+    more = dataclasses.replace(drawing(names=NAMES), seeds=range(10, 20))
+    write_pngs(tmp_path, dataclasses.replace(more, about={**ABOUT, "dimr": "9", "source": "b"}))
+    assert len(contents(tmp_path)) == 21
+
+
+def test_an_image_that_has_its_name_of_0_1_keeps_it(tmp_path):
+    write_pngs(tmp_path, drawing())
+    before = set(contents(tmp_path))
+    assert "class0001-seed000001.png" in before
+    write_pngs(tmp_path, drawing(names=NAMES))
+    assert set(contents(tmp_path)) == before

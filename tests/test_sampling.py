@@ -355,7 +355,7 @@ def test_the_newest_run_is_the_default(trained, tmp_path):
     done = dimr_command("sample", "--class", "1", "-n", "1", "--device", "cpu", cwd=tmp_path)
     assert (
         "runs/small" in done.stdout
-        and (tmp_path / "samples" / "small-cfg1.5" / "grid.png").exists()
+        and (tmp_path / "samples" / "small-step12-cfg1.5-2m-25nfe" / "grid.png").exists()
     )
 
 
@@ -435,3 +435,23 @@ def test_weights_that_hold_nan_are_refused(trained, tmp_path):
     save_tensors(tmp_path / "nan.safetensors", tensors, about)
     with pytest.raises(UserError, match="branches.0.position"):
         sampling.load(tmp_path / "nan.safetensors", device="cpu")
+
+
+def test_the_name_of_a_folder_tells_how_its_images_were_drawn(trained):
+    generator = sampling.load(trained, device="cpu")
+
+    def name(**settings):
+        return sampling.folder_name(
+            generator, sampling.Settings(**settings).resolved(generator.config)
+        )
+
+    assert name() == "small-step12-cfg1.5-2m-25nfe"
+    told = {
+        name(),
+        name(cfg=2),
+        name(cfg_power=2),
+        name(cfg_interval=(0.3, 5)),
+        name(solver="euler"),
+        name(steps=10),
+    }
+    assert len(told) == 6

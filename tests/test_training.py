@@ -11,7 +11,6 @@ from conftest import DATA, SMALL, dimr_command, relative
 from PIL import Image
 from safetensors.torch import load_file
 
-import dataset
 import dimr
 import journal
 import randomness
@@ -441,6 +440,8 @@ def test_fine_tuning_takes_what_fits_and_says_what_starts_fresh(trained, digits,
         tmp_path / "tuned",
         "--init",
         trained,
+        "--layers",
+        "5,2",
         "--steps",
         "1",
         "--warmup",
@@ -458,7 +459,8 @@ def test_fine_tuning_takes_what_fits_and_says_what_starts_fresh(trained, digits,
         "--device",
         "cpu",
     )
-    assert "fresh: branches.0.class_token.weight" in done.stderr
+    assert "fresh: branches.0.blocks.3." in done.stderr
+    assert "class embeddings: 4 taken by name; fresh: none" in done.stderr
     tuned, before = weights(tmp_path / "tuned", 1), weights(trained, 12, "ema")
     assert tuned["branches.0.class_token.weight"].shape == (4, 16)
     torch.testing.assert_close(
@@ -521,8 +523,3 @@ def test_training_ends_after_a_run_of_bad_steps(digits, tmp_path):
         and "1e+30" in done.stderr
         and "Traceback" not in done.stderr
     )
-
-
-def test_the_nearest_variant_fills_in_what_is_not_given(digits):
-    assert training.nearest_variant(dataset.open_data(digits)) == "demo"
-    assert training.nearest_variant(dataset.open_data(digits, size=48)) in ("m3r", "l3r")
