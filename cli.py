@@ -174,7 +174,9 @@ POSITIVE = click.IntRange(min=1)
 NATURAL = click.IntRange(min=0)
 ABOVE_ZERO = Real(min=0, min_open=True)
 SHARE = Real(0, 1, max_open=True)
-VARIANT = row_of("dimr", "VARIANTS")
+VARIANT = click.Choice(ours.keys("dimr", "VARIANTS") + ours.keys("peers", "VARIANTS"))
+# what a variant's paper prints where it differs from what was built as it says
+PRINTED = {"table2-2": "the paper prints 202.4M and doesn't say what else its own holds"}
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -227,6 +229,16 @@ on_bad_option = click.option(
 )
 res_option = click.option(
     "--res", type=POSITIVE, help="Crop the images of folders to this size, as ADM does."
+)
+kind_option = click.option(
+    "--kind",
+    type=click.Choice(["dit", "sit"]),
+    help="What a file under its authors' names holds, where no tensor tells.",
+)
+heads_option = click.option(
+    "--heads",
+    type=POSITIVE,
+    help="Attention heads of a network whose file doesn't say [default: the published number].",
 )
 feature_options = Options(
     click.option(
@@ -288,67 +300,102 @@ def main():
 
 
 @main.command()
-@click.option("--variant", type=VARIANT, default=DEFAULT_VARIANT, show_default=True)
+@click.option("--variant", type=VARIANT, help=f"[default: {DEFAULT_VARIANT}]")
+@click.option("--weights", help="The network of a run, a weights file or a name instead.")
+@kind_option
+@heads_option
 @click.option(
     "--micro-batch",
     type=POSITIVE,
     help="Compute as well what training with so many images per GPU and pass takes of its memory.",
 )
 @json_option
-def info(variant, micro_batch, as_json):
+def info(variant, weights, kind, heads, micro_batch, as_json):
     """Size and cost of a network, branch by branch.
 
     \b
     Examples:
       dimr info --variant xl2r
       dimr info --variant xl2r --micro-batch 64
+      dimr info --weights dit-xl2-256
     """
-    import dimr
+    import networks
 
-    config = dimr.VARIANTS[variant]
-    branches = branch_costs(config)
-    result = {
-        "variant": variant,
-        "params": sum(branch["params"] for branch in branches),
-        "gmacs": round(sum(config.macs) / 1e9, 4),
-        "branches": branches,
-    }
-    lines = [
-        f"{variant}: {result['params']:,} parameters, {result['gmacs']:,.4f} GMAC per image and "
-        f"forward pass, {config.channels}×{config.size}×{config.size} {config.space} input, "
-        f"{config.embeddings} class embeddings"
-    ]
-    lines += [branch_line(branch) for branch in branches]
+    if variant and weights:
+        raise click.UsageError("--variant and --weights both name a network; give one of the two")
+    if weights:
+        import runfolder
+
+        model, _ = runfolder.read_weights(runfolder.find_weights(weights), heads, kind)
+        config = model.config
+    else:
+        config = networks.VARIANTS[variant or DEFAULT_VARIANT]
+    result = {"variant": weights or variant or DEFAULT_VARIANT, **costs(config)}
+    lines = info_lines(result, config)
     if micro_batch:
         result["memory"] = memory_costs(config, micro_batch)
         lines += [memory_line(cost) for cost in result["memory"]]
     report(result, as_json, "\n".join(lines))
 
 
+def costs(config):
+    """What `dimr info --json` says of a network."""
+    branches = branch_costs(config)
+    return {
+        "params": sum(branch["params"] for branch in branches),
+        "gmacs": round(sum(config.macs) / 1e9, 4),
+        "branches": branches,
+    }
+
+
+def info_lines(result, config):
+    """The same for people."""
+    import networks
+
+    line = (
+        f"{result['variant']}: {result['params']:,} parameters, {result['gmacs']:,.4f} GMAC per "
+        f"image and forward pass, {config.channels}×{config.size}×{config.size} {config.space} "
+        f"input, {config.embeddings} class embeddings"
+    )
+    if networks.kind(config) != "dimr":
+        line += f", {config.objective} on the {config.noise_schedule} schedule"
+    lines = [line]
+    if result["variant"] in PRINTED:
+        lines[0] += f"; {PRINTED[result['variant']]}"
+    return lines + [branch_line(branch) for branch in result["branches"]]
+
+
 def branch_costs(config):
-    """A dict per branch, coarse to fine: what it is made of, how many parameters it has, and what
-    a forward pass of an image costs."""
+    """A dict per branch, coarse to fine, of which a peer has one: what it is made of, how many
+    parameters it has, and what a forward pass of an image costs."""
     import torch
 
-    import dimr
+    import networks
 
     with torch.device("meta"):
-        model = dimr.DiMR(config)
-    costs = []
+        model = networks.new(config)
+    if networks.kind(config) != "dimr":
+        shape = (config.depth, "transformer", config.width, config.grid, model.TOKENS)
+        return [branch_cost(0, *shape, config.macs[0], model)]
+    rows = []
     for r, branch in enumerate(model.branches):
-        costs.append(
-            {
-                "branch": r + 1,
-                "blocks": config.blocks[r],
-                "kind": "transformer" if r == 0 else "convnext",
-                "dim": config.dims[r],
-                "grid": config.grids[r],
-                "tokens": config.grids[r] ** 2 + (r == 0),
-                "gmacs": round(config.macs[r] / 1e9, 4),
-                "params": sum(parameter.numel() for parameter in branch.parameters()),
-            }
-        )
-    return costs
+        shape = (config.blocks[r], config.branch_kinds[r], config.dims[r], config.grids[r])
+        rows.append(branch_cost(r, *shape, branch.tokens, config.macs[r], branch))
+    return rows
+
+
+def branch_cost(r, blocks, kind, dim, grid, tokens, macs, module):
+    """The row of branch r; `tokens` stand in front of its grid's cells."""
+    return {
+        "branch": r + 1,
+        "blocks": blocks,
+        "kind": kind,
+        "dim": dim,
+        "grid": grid,
+        "tokens": grid**2 + tokens,
+        "gmacs": round(macs / 1e9, 4),
+        "params": sum(parameter.numel() for parameter in module.parameters()),
+    }
 
 
 def branch_line(cost):
@@ -430,6 +477,11 @@ recipe_options = Options(
         type=row_of("diffusion", "TARGET_SCALES"),
         help="Pooled noise targets: unit variance (release) or plain mean (paper).",
     ),
+    click.option(
+        "--loss",
+        type=row_of("diffusion", "LOSSES"),
+        help="Of all branches' predictions (multi), or of the last one alone (output).",
+    ),
     precision_option,
     click.option("--compile/--no-compile", default=None, help="torch.compile [default: on CUDA]."),
     click.option(
@@ -440,9 +492,14 @@ recipe_options = Options(
     click.option("--seed", type=NATURAL),
 )
 network_options = Options(
-    click.option("--layers", type=Numbers(int, "39,20"), help="Layers per branch, coarse to fine."),
+    click.option(
+        "--layers",
+        type=Numbers(int, "39,20"),
+        help="Layers per branch, coarse to fine; of a peer, its depth.",
+    ),
     click.option("--dims", type=Numbers(int, "960,480"), help="Widths per branch."),
     click.option("--heads", type=POSITIVE),
+    click.option("--patch", type=POSITIVE, help="Side of a peer's patches."),
     click.option("--norm", type=row_of("dimr", "NORMS")),
     click.option("--mlp", type=row_of("dimr", "MLPS")),
     click.option(
@@ -510,6 +567,7 @@ watch_options = Options(
 )
 @click.option("--out", help="Run folder; a run that is there goes on [default: runs/VARIANT].")
 @click.option("--init", help="Weights to start from: a name, a file or a run.")
+@kind_option
 @source_options
 @recipe_options
 @network_options
@@ -528,6 +586,7 @@ def train(variant, data, out, as_json, **values):
       dimr train --variant demo --data digits/ --out runs/digits
       torchrun --nproc-per-node 8 -m cli train --variant xl2r --micro-batch 64
       dimr train --data photos/ --res 64 --layers 9,5 --dims 384,192 --heads 6 --batch-size 64
+      dimr train --data photos/ --res 64 --variant uvit-m4 --layers 9 --dims 384 --heads 6
     """
     import parallel
 
@@ -555,6 +614,7 @@ def run_training(out, data, variant, values):
         recipe=recipe_options.given(values),
         network=network_options.given(values),
         init=values["init"],
+        kind=values["kind"],
         device=values["device"],
         saving=saving_of(values),
         watch=watch_of(values),
@@ -596,10 +656,10 @@ def watch_of(values):
 def training_data(variant):
     """Where a variant's training data is: what encode wrote, then, for a pixel model, images.
     Raises UserError."""
-    import dimr
+    import networks
     import space
 
-    config = dimr.VARIANTS[variant]
+    config = networks.VARIANTS[variant]
     side = space.side(config)
     places = [space.folder(space.of(config), side)]
     encode = f"dimr encode --res {side}"
@@ -649,6 +709,8 @@ generator_options = Options(
         "--vae",
         help="The VAE of latent models: a name or a file [default: the run's, else sd-vae-ft-ema].",
     ),
+    kind_option,
+    heads_option,
     precision_option,
     click.option(
         "--compile",
@@ -1035,19 +1097,15 @@ def weights_get(name, as_json):
 @main.command()
 @click.argument("source", metavar="IN")
 @click.argument("target", metavar="OUT")
-@click.option(
-    "--heads",
-    type=POSITIVE,
-    default=16,
-    show_default=True,
-    help="Attention heads of the network in IN; only for the authors' .pth, which doesn't say.",
-)
+@kind_option
+@heads_option
 @json_option
-def convert(source, target, heads, as_json):
+def convert(source, target, kind, heads, as_json):
     """Turn released weights into ours, or ours into released ones.
 
     IN is a name (see dimr weights) or a file. OUT ends in .safetensors for our names, in .pth for
-    the authors', which their code loads. The configuration goes with the weights either way.
+    the authors' of DiMR, which their code loads. The configuration goes with the weights either
+    way.
 
     \b
     Examples:
@@ -1057,7 +1115,7 @@ def convert(source, target, heads, as_json):
     import downloads
     import runfolder
 
-    model, record = runfolder.read_weights(downloads.find(source), heads)
+    model, record = runfolder.read_weights(downloads.find(source), heads, kind)
     runfolder.write_weights(target, model, record)
     count = sum(parameter.numel() for parameter in model.parameters())
     result = {"out": target, "params": count, "config": dataclasses.asdict(model.config)}

@@ -211,10 +211,14 @@ def span(schedule, objective, in_lam):
 
 TARGET_SCALES = {"unit": float, "mean": lambda k: 1.0}
 
+# The weight α_r of a branch's loss by k = 2^(R−r). Where it is 0, every parameter still gets a
+# gradient.
+LOSSES = {"multi": lambda k: 1 / k**2, "output": lambda k: float(k == 1)}
 
-def multi_scale_loss(predictions, target, target_scale="unit"):
+
+def multi_scale_loss(predictions, target, target_scale="unit", weights="multi"):
     """The multi-scale loss (paper, Sec. 4.3, eq. 8): Σ_r α_r · mean((D_r(ε) − ε̂_r)²), α_r = 1/k²,
-    k = 2^(R−r).
+    k = 2^(R−r); or with `weights` "output" that of the last prediction alone (Table 2).
 
     `predictions`: R tensors (B, C, H/k, W/k), coarse to fine; `target`: what the objective makes of
     image and noise, ε in the paper, (B, C, H, W). D_r averages k × k cells; "unit" multiplies by k,
@@ -230,7 +234,7 @@ def multi_scale_loss(predictions, target, target_scale="unit"):
             pooled = F.avg_pool2d(target, k) * TARGET_SCALES[target_scale](k)
         loss = (pooled.float() - prediction.float()).square().flatten(1).mean(1)
         branches.append(loss)
-        total = total + loss / k**2
+        total = total + loss * LOSSES[weights](k)
     return total, torch.stack(branches)
 
 

@@ -610,16 +610,22 @@ def initialise(module):
 SPACES = {"latent": "scaled_linear", "pixel": "linear"}  # and the paper's noise schedule for each
 
 _PIXEL = dict(size=64, channels=3, heads=12, num_classes=1000, null_class=False, space="pixel")
+_MEDIUM = dict(layers=(15, 8, 8), dims=(768, 384, 192), **_PIXEL)
 _LATENT = dict(size=32, channels=4, heads=16, num_classes=1000, null_class=True, space="latent")
 _DIGITS = dict(size=8, channels=1, heads=4, num_classes=10, null_class=True, space="pixel")
 
 VARIANTS = {  # paper, Table 3; g2r is on the release's page only
-    "m3r": Config(layers=(15, 8, 8), dims=(768, 384, 192), **_PIXEL),
+    "m3r": Config(**_MEDIUM),
     "l3r": Config(layers=(33, 17, 17), dims=(768, 384, 192), **_PIXEL),
     "xl2r": Config(layers=(39, 20), dims=(960, 480), **_LATENT),
     "xl3r": Config(layers=(39, 20, 20), dims=(960, 480, 240), **{**_LATENT, "size": 64}),
     "g2r": Config(layers=(57, 29), dims=(1152, 576), **_LATENT),
     "demo": Config(layers=(3, 2), dims=(64, 32), **_DIGITS),
+    # Table 2 from its third row on, whose last is m3r; the first two are U-ViTs, in peers.py
+    "table2-3": Config(**_MEDIUM, norm="adaln", mlp="mlp"),
+    "table2-4": Config(**_MEDIUM, mlp="mlp"),
+    "table2-5": Config(**_MEDIUM),
+    "table2-6": Config(**_MEDIUM),
 }
 
 

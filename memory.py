@@ -11,13 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import diffusion
-import dimr
+import networks
 
 STATE = 20  # bytes a parameter, fp32: weights, gradients, AdamW's two moments, EMA
+FIXED = 8  # of one that is not trained: weights, EMA
 
 
 def training_memory(
-    config: dimr.Config,
+    config: networks.Config,
     micro_batch: int,
     checkpoint_blocks: bool = False,
     precision: str = "bf16",
@@ -28,20 +29,25 @@ def training_memory(
     Without torch.compile, which fuses some of the activations away, and without the allocator's
     slack and CUDA's own context (about 1 GB together)."""
     with torch.device("meta"):
-        model = dimr.DiMR(config).train()
+        model = networks.new(config).train()
     model.checkpoint_blocks = checkpoint_blocks
     with FakeTensorMode():
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
+                empty = torch.empty(parameter.shape)
+                setattr(module, name, torch.nn.Parameter(empty, parameter.requires_grad))
         peak = activations(model, config, micro_batch, precision)
-    return STATE * sum(p.numel() for p in model.parameters()), peak
+    state = sum(p.numel() * (STATE if p.requires_grad else FIXED) for p in model.parameters())
+    return state, peak
 
 
-def activations(model: dimr.DiMR, config: dimr.Config, batch: int, precision: str) -> int:
+def activations(
+    model: networks.Network, config: networks.Config, batch: int, precision: str
+) -> int:
     """Most bytes that a forward and a backward pass hold at once besides weights and gradients."""
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with Live() as live:
         images = torch.zeros(batch, config.channels, config.size, config.size)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

@@ -38,6 +38,7 @@ MODULES = (
     "journal",
     "pictures",
     "imagenet_names",
+    "networks",
     "space",
     "encoding",
     "memory",

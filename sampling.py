@@ -21,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 import diffusion
-import dimr
 import downloads
 import imagesets
+import networks
 import parallel
 import randomness
 import runfolder
@@ -53,7 +53,7 @@ class Settings:
     grid: str | None = None
     steps: int | None = None
 
-    def resolved(self, config: dimr.Config) -> "Settings":
+    def resolved(self, config: networks.Config) -> "Settings":
         """These settings with every default filled in for a network of `config`. Raises UserError
         if they can't work."""
         solver_name, grid, steps = space.PRESETS[self.preset][config.space]
@@ -86,7 +86,7 @@ class Settings:
 
 
 def solve(
-    model: dimr.DiMR,
+    model: networks.Network,
     classes: Sequence[int],
     seeds: Sequence[int],
     settings: Settings,
@@ -130,7 +130,7 @@ def solve(
 class Generator:
     """A loaded network and what it takes to draw images with it."""
 
-    model: dimr.DiMR
+    model: networks.Network
     device: torch.device
     precision: str
     classes: list  # names; may be empty
@@ -142,7 +142,7 @@ class Generator:
     compiled: bool = False
 
     @property
-    def config(self) -> dimr.Config:
+    def config(self) -> networks.Config:
         return self.model.config
 
     @property
@@ -236,7 +236,7 @@ def _advance(progress, count, steps):
     return callback
 
 
-def check_classes(classes: Iterable[int], config: dimr.Config) -> None:
+def check_classes(classes: Iterable[int], config: networks.Config) -> None:
     wrong = [c for c in classes if not 0 <= c < config.num_classes]
     if wrong:
         raise UserError(
@@ -270,15 +270,16 @@ def load(
     device: str = "auto",
     precision: str | None = None,
     vae: str | Path | None = None,
-    heads: int = 16,
+    kind: str | None = None,
+    heads: int | None = None,
     compiled: bool = False,
 ) -> Generator:
-    """A Generator from a run folder, a weights file (ours, or a released state dict with `heads`),
-    or a name; None takes the newest run under runs/, else the released xl2r. `vae`: name or path,
-    for latent models. Raises UserError."""
+    """A Generator from a run folder, a weights file, or a name; None takes the newest run under
+    runs/, else the released xl2r. `vae`: name or path, for latent models. `kind` and `heads`: what
+    a file of others' doesn't tell (runfolder.read_weights). Raises UserError."""
     device = parallel.pick_device(device)
     path = runfolder.find_weights(source, ema)
-    model, record = runfolder.read_weights(path, heads)
+    model, record = runfolder.read_weights(path, heads, kind)
     if precision is None:
         precision = "bf16" if device.type == "cuda" else "fp32"
     return Generator(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-import dimr
+import networks
 import vae
 
 
@@ -57,7 +57,7 @@ PRESETS = {
 }
 
 
-def of(config: dimr.Config) -> Space:
+def of(config: networks.Config) -> Space:
     """The space of a network's Config."""
     return SPACES[config.space]
 
@@ -65,11 +65,6 @@ def of(config: dimr.Config) -> Space:
 def of_data(data) -> Space:
     """The space of a dataset."""
     return next(space for space in SPACES.values() if space.kind == data.kind)
-
-
-def variants(space: Space) -> list[str]:
-    """Names of the variants that work in this space."""
-    return [name for name, config in dimr.VARIANTS.items() if config.space == space.name]
 
 
 def folder(space: Space, side: int) -> Path:
@@ -83,6 +78,6 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return unit.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def side(config: dimr.Config) -> int:
+def side(config: networks.Config) -> int:
     """Height and width in pixels of a network's images."""
     return config.size * of(config).cell

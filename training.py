@@ -26,6 +26,7 @@ import dataset
 import diffusion
 import dimr
 import journal
+import networks
 import parallel
 import randomness
 import runfolder
@@ -55,6 +56,7 @@ class Recipe:
     flip: bool = True  # random horizontal flips
     grad_clip: float | None = None
     target_scale: str = "unit"
+    loss: str = "multi"  # or "output": of the last prediction alone (Table 2)
     precision: str | None = None  # None: bf16 on CUDA, else fp32
     compile: bool | None = None  # None: on CUDA
     checkpoint_blocks: bool = False
@@ -71,6 +73,8 @@ class Recipe:
 
 
 _PIXELS = Recipe(lr=3e-4, steps=300_000, label_dropout=0)
+_OUTPUT = dataclasses.replace(_PIXELS, loss="output")
+_DIT = dict(lr=1e-4, batch_size=256, warmup=0, weight_decay=0, betas=(0.9, 0.999))
 _DIGITS = dict(batch_size=32, warmup=200, betas=(0.9, 0.98), ema=0.998, weight_decay=0.01)
 
 RECIPES = {
@@ -80,6 +84,25 @@ RECIPES = {
     "xl3r": Recipe(),
     "g2r": Recipe(),
     "demo": Recipe(lr=8e-3, steps=3800, flip=False, **_DIGITS),
+    "table2-1": _PIXELS,
+    "table2-2": _PIXELS,
+    "table2-3": _OUTPUT,
+    "table2-4": _OUTPUT,
+    "table2-5": _OUTPUT,
+    "table2-6": _PIXELS,
+    # U-ViT's own (arXiv:2209.12152, App. A), whose rates and steps the paper takes over
+    "uvit-m4": _PIXELS,
+    "uvit-l4": _PIXELS,
+    "uvit-l2": Recipe(steps=300_000, label_dropout=0.15),
+    "uvit-h2": Recipe(steps=500_000),
+    "uvit-l4-512": Recipe(steps=500_000, label_dropout=0.15),
+    "uvit-h4": Recipe(steps=500_000),
+    # DiT's (arXiv:2212.09748, Sec. 4), which SiT took over: B/2 400K steps as in its comparison of
+    # sizes, XL/2 as long as the released weights
+    "dit-b2": Recipe(steps=400_000, **_DIT),
+    "dit-xl2": Recipe(steps=7_000_000, **_DIT),
+    "dit-xl2-512": Recipe(steps=3_000_000, **_DIT),
+    "sit-xl2": Recipe(steps=7_000_000, **_DIT),
 }
 MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks"}  # when a run is resumed
 
@@ -127,15 +150,16 @@ class Plan:
     starts from, or None."""
 
     record: dict
-    config: dimr.Config
+    config: networks.Config
     recipe: Recipe
     data: object
-    initial: dimr.DiMR | None
+    initial: networks.Network | None
 
 
-def make_plan(out, source, *, variant, recipe, network, init, device) -> Plan:
+def make_plan(out, source, *, variant, recipe, network, init, device, kind=None) -> Plan:
     """What a run in folder `out` is. Everything not given comes from the run's config.json if there
-    is one, else from the variant. Raises UserError where that is no longer the same run."""
+    is one, else from the variant; `kind` is that of `init`, where its file doesn't tell. Raises
+    UserError where that is no longer the same run."""
     before = read_json(out / "config.json") if (out / "config.json").exists() else {}
     known = before.get("data", {})
     source = dataclasses.replace(
@@ -145,19 +169,22 @@ def make_plan(out, source, *, variant, recipe, network, init, device) -> Plan:
         exif=source.exif or known.get("exif", False),
     )
     data = open_data(source, variant)
-    variant = variant or before.get("variant") or nearest_variant(data)
+    network = network or {}
     init = init or before.get("init")
     initial = None
     if init and not runfolder.checkpoints(out):
-        initial, _ = runfolder.read_weights(runfolder.find_weights(init))
+        path = runfolder.find_weights(init)
+        initial, _ = runfolder.read_weights(path, network.get("heads"), kind)
+        check_kind(variant, init, initial.config)
+    variant = variant or before.get("variant") or nearest_variant(data, initial)
     recipe = settle(before.get("recipe"), RECIPES[variant], recipe or {}, device)
     if before:
-        base = dimr.Config(**before["config"])
+        base = networks.config_of(before["config"])
     elif initial:
         base = initial.config
     else:
-        base = dimr.VARIANTS[variant]
-    config = configure(base, data, recipe.label_dropout > 0, **(network or {}))
+        base = networks.in_space(networks.VARIANTS[variant], space.of_data(data).name)
+    config = configure(base, data, recipe.label_dropout > 0, **network)
     record = {
         "variant": variant,
         "config": dataclasses.asdict(config),
@@ -184,8 +211,8 @@ def open_data(source, variant):
     if source.path is None:
         raise UserError("no training data: give --data FOLDER, or run dimr encode first")
     default = None
-    if variant and dimr.VARIANTS[variant].space == "pixel":
-        default = dimr.VARIANTS[variant].size
+    if variant and networks.VARIANTS[variant].space == "pixel":
+        default = networks.VARIANTS[variant].size
     return dataset.open_data(source.path, source.res, exif=source.exif, default_size=default)
 
 
@@ -209,28 +236,47 @@ def configure(base, data, null_class, **changes):
     if base.space != theirs.name:
         raise UserError(
             f"this network works in {base.space} space and {data.root} holds {data.kind}; choose "
-            f"one of {', '.join(space.variants(theirs))}, or other data (dimr encode)"
+            f"one of {', '.join(networks.variants(theirs.name))}, or other data (dimr encode)"
         )
     try:
-        return dataclasses.replace(
+        return networks.changed(
             base,
+            changes,
             size=data.size,
             channels=data.channels,
             num_classes=len(data.classes),
             null_class=null_class,
-            **changes,
         )
     except ValueError as error:
         raise UserError(f"this network can't be built: {error}") from None
 
 
-def nearest_variant(data):
-    """The variant of the data's space whose size is nearest."""
+def nearest_variant(data, initial=None):
+    """The variant of the data's space whose size is nearest: DiMR's, or of the kind of the network
+    `initial`."""
+    kind = networks.kind(initial.config) if initial else "dimr"
+    same = [name for name, config in networks.VARIANTS.items() if networks.kind(config) == kind]
+    theirs = space.of_data(data).name
+    here = [name for name in same if networks.VARIANTS[name].space == theirs]
 
     def distance(name):
-        return abs(math.log2(dimr.VARIANTS[name].size / data.size))
+        return abs(math.log2(networks.VARIANTS[name].size / data.size))
 
-    return min(space.variants(space.of_data(data)), key=distance)
+    return min(here or same, key=distance)
+
+
+def check_kind(variant, init, config):
+    """Raise UserError where `init`, whose network has `config`, is of another kind than the variant
+    that was asked for."""
+    if variant is None:
+        return
+    asked = networks.kind(networks.VARIANTS[variant])
+    found = networks.kind(config)
+    if found != asked:
+        raise UserError(
+            f"{init} holds a network of kind {found}, and --variant {variant} is of kind {asked}; "
+            "leave out --variant, or give --init weights of that kind"
+        )
 
 
 def check_same(out, before, now):
@@ -286,10 +332,10 @@ def divide(batch_size, micro_batch) -> Division:
 # ---------------------------------------------------------------------------------------- the state
 
 
-def new_network(config, seed) -> dimr.DiMR:
+def new_network(config, seed) -> networks.Network:
     """A network with fresh weights, which the seed alone decides."""
     torch.manual_seed(seed)
-    return dimr.DiMR(config)
+    return networks.new(config)
 
 
 class State:
@@ -328,7 +374,7 @@ class State:
         norm and 1.0 where it was not finite. Then nothing changes: the fused kernel skips for
         `found_inf`, and the EMA's weight is 0."""
         recipe = self.recipe
-        gradients = [p.grad for p in self.parameters.values()]
+        gradients = [p.grad for p in self.parameters.values() if p.requires_grad]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         bad = 1 - norm.isfinite().float()
         if recipe.grad_clip:
@@ -365,7 +411,7 @@ class State:
         metadata = runfolder.metadata(self.network.config, step=self.step, **record)
         moments = {}
         for name, parameter in self.parameters.items():
-            for kind, value in self.optimizer.state[parameter].items():
+            for kind, value in self.optimizer.state.get(parameter, {}).items():
                 moments[f"{kind}/{name}"] = value
         return {
             "weights": (self.parameters, metadata),
@@ -419,7 +465,7 @@ def losses(state, images, labels, first):
     with parallel.autocast(device, recipe.precision):
         predictions = state.model(schedule.noised(x0, noise, t), tau, labels)
     target = state.objective.target(x0, noise)
-    return diffusion.multi_scale_loss(predictions, target, recipe.target_scale)
+    return diffusion.multi_scale_loss(predictions, target, recipe.target_scale, recipe.loss)
 
 
 def train_step(state, batches, division):
@@ -453,6 +499,7 @@ def train(
     recipe=None,
     network=None,
     init=None,
+    kind=None,
     device="auto",
     saving=Saving(),  # noqa: B008 (frozen)
     watch=None,
@@ -462,7 +509,8 @@ def train(
     """Train into the run folder `out`, or go on from its newest whole checkpoint.
 
     `variant`: a key of VARIANTS (None: the nearest to the data); `recipe` and `network`: what to
-    change of its Recipe and Config, as dicts; `init`: weights to start from (name, path or run);
+    change of its Recipe and Config, as dicts; `init`: weights to start from (name, path or run), of
+    the `kind` that their file doesn't tell;
     `watch`: a Watch, or None; `sinks`: see journal.Sink. A resumed run takes whatever is not given
     from its config.json.
 
@@ -478,6 +526,7 @@ def train(
         recipe=recipe,
         network=network,
         init=init,
+        kind=kind,
         device=device,
     )
     recipe = plan.recipe
@@ -564,6 +613,8 @@ def begin(out, plan, device, say) -> State:
         taken = len(state.parameters) - len(fresh)
         names = f"fresh: {', '.join(fresh)}" if fresh else "none fresh"
         say(f"starting from {plan.record['init']}: {taken} tensors taken, {names}")
+    if networks.kind(plan.config) == "dit":
+        say("DiT's learned variance is not trained here: of its output the noise alone")
     idle = parallel.idle_gpus(device)
     if idle:
         say(
@@ -689,7 +740,7 @@ def save(out, state, log, record, keep, must):
 
 def ema_generator(out, state, record):
     """Draws images with the EMA's weights as they are now."""
-    model = dimr.from_config(state.network.config, state.ema).requires_grad_(False)
+    model = networks.from_config(state.network.config, state.ema).requires_grad_(False)
     return sampling.Generator(
         model,
         state.device,

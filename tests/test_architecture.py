@@ -26,6 +26,7 @@ PARTS = [
     "journal",
     "pictures",
     "imagenet_names",
+    "networks",
     "space",
 ]
 # each may import those before it

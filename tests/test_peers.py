@@ -27,6 +27,8 @@ COUNTS = {  # parameters; the Gflops that the paper prints, Tables 1, 5, 6, 7 (D
     "dit-xl2": (675_129_632, 119),
     "dit-xl2-512": (676_014_368, 525),
     "sit-xl2": (675_129_632, 119),
+    "table2-1": (130_940_292, 35),
+    "table2-2": (193_095_300, 35),  # the paper prints 202.4M
 }
 RELEASED = {  # file: its variant, and the kind that has to be told
     "imagenet64_uvit_mid": ("uvit-m4", None),
@@ -55,6 +57,7 @@ SMALL = {
     )
     for name in ("uvit", "uvit-convolution", "dit", "sit")
 }
+SMALL["uvit-adaln"] = dataclasses.replace(SMALL["uvit-convolution"], kind="uvit-adaln")
 
 
 def build(config):
@@ -256,7 +259,7 @@ def test_macs_are_what_pytorch_counts(name):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(kind="unet"), "kind 'unet' is not one of uvit, dit, sit"),
+        (dict(kind="unet"), "kind 'unet' is not one of uvit, uvit-adaln, dit, sit"),
         (dict(space="audio"), "space 'audio' is neither 'latent' nor 'pixel'"),
         (dict(heads=0), "heads 0 is not at least 1"),
         (dict(num_classes=0), "num_classes 0 is not at least 1"),
@@ -265,6 +268,8 @@ def test_macs_are_what_pytorch_counts(name):
         (dict(heads=3), "heads 3 does not divide the width 32"),
         (dict(depth=4), "depth 4 is even: .* use 3 or 5"),
         (dict(kind="dit", convolution=True), "a final convolution is U-ViT's; dit has none"),
+        (dict(learned_variance=True), "a learned variance is DiT's; uvit has none"),
+        (dict(kind="uvit-adaln", depth=4), "depth 4 is even"),
     ],
 )
 def test_a_configuration_without_sense_is_refused(change, message):
@@ -279,6 +284,7 @@ def test_a_configuration_without_sense_is_refused(change, message):
         ("uvit-h2", "epsilon", "scaled_linear", [0, 1, 1000]),
         ("dit-xl2", "epsilon", "ddpm", [-1, 0, 999]),
         ("sit-xl2", "velocity", "straight", [1, 0.999, 0]),
+        ("table2-2", "epsilon", "linear", [0, 1, 1000]),
     ],
 )
 def test_each_network_is_told_its_own_time(variant, objective, schedule, times):
@@ -306,6 +312,31 @@ def test_every_adaln_zero_block_begins_as_the_identity_and_the_network_at_zero(n
         assert torch.equal(block(x, condition), x)
     assert not model.raw(*inputs).any()
     assert not torch.equal(shaken(SMALL[name]).blocks[0](x, condition), x)
+
+
+def test_u_vit_under_adaln_zero_takes_time_from_its_norms_alone():
+    """Row 2 of Table 2: at the start the blocks add nothing and time has no part; trained, it
+    has."""
+    config = SMALL["uvit-adaln"]
+    fresh = build(config)
+    inputs = random_inputs(config)
+    x, condition = torch.randn(2, 17, 32), torch.randn(2, 32)
+    for block in fresh.in_blocks:
+        assert torch.equal(block(x, condition), x)
+    assert fresh.pos_embed.shape == (1, 17, 32)  # the class token and 16 patches
+    later = (inputs[0], inputs[1] / 2, inputs[2])
+    assert torch.equal(fresh(*later)[-1], fresh(*inputs)[-1])
+    assert relative(shaken(config)(*later)[-1], shaken(config)(*inputs)[-1]) > 1e-3
+
+
+def test_modulations_of_u_vit_are_by_block_and_depend_on_time_alone():
+    config = SMALL["uvit-adaln"]
+    model = shaken(config)
+    _, time, y = random_inputs(config)
+    vectors = model.modulations(time, y)
+    assert [tuple(v.shape) for v in vectors] == [(2, 6, 32)] * 3
+    assert torch.equal(vectors[0], model.modulations(time, y.flip(0))[0])
+    assert relative(vectors[0][1], vectors[0][0]) > 1e-3
 
 
 def test_initial_values_of_dit():
@@ -354,13 +385,14 @@ def test_the_released_files_are_recognised(file):
     assert all(state[name].shape == tensor.shape for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "uvit-adaln"])
 @pytest.mark.parametrize("size", [2, 8])
 def test_a_shape_is_read_off_the_tensors(name, size):
     config = dataclasses.replace(SMALL[name], size=size)
     tensors = build(config).state_dict()
     told = dict(kind=config.kind, heads=2, null_class=True)
-    assert peers.from_state_dict(tensors, **told).config == config
+    expected = dataclasses.replace(config, learned_variance=config.kind == "dit")
+    assert peers.from_state_dict(tensors, **told).config == expected
 
 
 @pytest.mark.parametrize("name", SMALL)
