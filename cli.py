@@ -738,18 +738,25 @@ settings_options = Options(
         help="Guide only at noise levels LOW < sigma/alpha <= HIGH.",
     ),
     click.option(
+        "--cfg-channels",
+        type=POSITIVE,
+        help="Guide only the first channels: 3 as DiT's and SiT's own code [default: all].",
+    ),
+    click.option(
         "--preset",
         type=row_of("space", "PRESETS"),
         default="everyday",
         show_default=True,
-        help="everyday: 2m at 25 NFE. paper: fast, 250 NFE (latent) or dpm-fast, 50 NFE (pixel).",
+        help="everyday: 2m at 25 NFE. paper: fast, 250 NFE (latent) or dpm-fast, 50 NFE (pixel); "
+        "for a peer its own paper's: ddpm or sde, 250 NFE (DiT, SiT).",
     ),
     click.option("--steps", type=POSITIVE, help="Network evaluations (NFE)."),
     click.option(
         "--solver",
         type=row_of("solver", "SOLVERS"),
         help="Order and kind; plain predicts data (DPM-Solver++), dpm- noise (DPM-Solver); euler, "
-        "heun and ancestral are what they are called.",
+        "heun and ancestral are what they are called; ddpm takes DiT's learned variance, sde is "
+        "SiT's. SiT's dopri5 is left out: its steps depend on the whole batch.",
     ),
     click.option("--grid", type=row_of("solver", "GRIDS"), help="Spacing of the solver's times."),
 )

@@ -70,6 +70,11 @@ def from_released(
     )
 
 
+def has_variance(config: Config) -> bool:
+    """Whether the network has learned its variance, as the released DiT has."""
+    return getattr(config, "learned_variance", False)
+
+
 def variants(space: str) -> list[str]:
     """Names of the variants that work in this space ("latent" or "pixel")."""
     return [name for name, config in VARIANTS.items() if config.space == space]

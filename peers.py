@@ -331,13 +331,16 @@ class Peer(nn.Module):
         # recompute each block in the backward pass instead of keeping activations
         self.checkpoint_blocks = False
 
-    def forward(self, x, time, y):
+    def forward(self, x, time, y, whole=False):
         """x (B, C, H, W) noisy images; time (B,) as `self.time` gives it, or (1,) when all
         share it; y (B,) class indices. Returns a tuple of one: the noise, or SiT's velocity (data −
-        noise), (B, C, H, W).
+        noise), (B, C, H, W); or with `whole` all that the network puts out (`raw`).
 
         Raises ValueError for wrong shapes; values are the caller's to check."""
-        return (self.raw(x, time, y)[:, : self.config.channels],)
+        output = self.raw(x, time, y)
+        if whole:
+            return (output,)
+        return (output[:, : self.config.channels],)
 
     def raw(self, x, time, y):
         """All that the network puts out: U-ViT's noise (B, C, H, W); 2C channels of the others,
@@ -696,49 +699,3 @@ def _published_heads(network, width, depth):
             f"{width} and depth {depth}; give it with --heads"
         )
     return PUBLISHED_HEADS[network, width, depth]
-
-
-# -------------------------------------------------------------------------------- DiT's own sampler
-
-
-def ddpm_timesteps(steps):
-    """Which of DDPM's n = 999 … 0 are taken, evenly spaced from end to end and rounded as the
-    release does, which adds up the stride. Raises ValueError unless 2 ≤ steps ≤ 1000."""
-    if not 2 <= steps <= 1000:
-        raise ValueError(f"{steps} steps of DDPM are not between 2 and 1000")
-    exact, taken = 0.0, []
-    for _ in range(steps):
-        taken.append(round(exact))
-        exact += 999 / (steps - 1)
-    return taken[::-1]
-
-
-@torch.no_grad()
-def ddpm(output, x, timesteps, noise, callback=None):
-    """DDPM's ancestral sampling with learned variance (arXiv:2102.09672, eq. 15), DiT's sampler.
-
-    `output(x, t)` gives the network's own 2C channels (`Peer.raw`), guided or not, for x (B, C, H,
-    W) at t = (n + 1)/1000; `timesteps` are the n, falling; `noise(k)` is step k's, shaped as x. The
-    last step takes none: it returns its mean. `callback(k + 1, x)` follows each step. Raises
-    ValueError for timesteps that do not fall within 999 … 0."""
-    falling = sorted(set(timesteps) & set(range(1000)), reverse=True)
-    if not falling or falling != list(timesteps):
-        raise ValueError(f"timesteps {list(timesteps)} do not fall from at most 999 to at least 0")
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    alpha_bar = (1 - betas).cumprod(0)[falling].tolist() + [1.0]
-    for k, n in enumerate(falling):
-        here, after = alpha_bar[k : k + 2]
-        beta = 1 - here / after
-        epsilon, interpolation = output(x, (n + 1) / 1000).chunk(2, dim=1)
-        x0 = (x - (1 - here) ** 0.5 * epsilon) / here**0.5
-        from_x0 = after**0.5 * beta / (1 - here)
-        from_x = (1 - beta) ** 0.5 * (1 - after) / (1 - here)
-        x = from_x0 * x0 + from_x * x
-        if k + 1 < len(falling):
-            # from −1 to 1 it interpolates log σ² between the posterior's variance and β
-            low = math.log(beta * (1 - after) / (1 - here))
-            log_variance = low + (interpolation + 1) / 2 * (math.log(beta) - low)
-            x = x + (log_variance / 2).exp() * noise(k)
-        if callback:
-            callback(k + 1, x)
-    return x

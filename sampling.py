@@ -48,6 +48,7 @@ class Settings:
     cfg: float | None = None
     cfg_power: float | None = None
     cfg_interval: tuple[float, float] | None = None
+    cfg_channels: int | None = None
     preset: str = "everyday"
     solver: str | None = None
     grid: str | None = None
@@ -56,7 +57,11 @@ class Settings:
     def resolved(self, config: networks.Config) -> "Settings":
         """These settings with every default filled in for a network of `config`. Raises UserError
         if they can't work."""
-        solver_name, grid, steps = space.PRESETS[self.preset][config.space]
+        solver_name, grid, steps = space.preset(self.preset, config)
+        if solver.SOLVERS[self.solver or solver_name].times:
+            grid = space.OWN
+        elif grid == space.OWN:
+            grid = "time"
         default = {
             "cfg": 1.5 if config.null_class else 1.0,
             "solver": solver_name,
@@ -72,9 +77,15 @@ class Settings:
                     f"guidance {full.cfg:g} needs a null class and this network has none; use "
                     "--cfg 1, or train with --label-dropout 0.1"
                 )
+            if (full.cfg_channels or 1) > config.channels:
+                raise ValueError(
+                    f"guidance of {full.cfg_channels} channels: this network has "
+                    f"{config.channels}; give --cfg-channels 1 to {config.channels}, or none for "
+                    "all"
+                )
             if full.steps < 1:
                 raise ValueError(f"steps {full.steps} is not at least 1")
-            solver.SOLVERS[full.solver].updates(full.steps)
+            check_solver(full, config)
         except ValueError as error:
             raise UserError(str(error)) from None
         return full
@@ -82,7 +93,23 @@ class Settings:
     @property
     def guidance(self) -> diffusion.Guidance:
         """Raises ValueError for values that make no sense."""
-        return diffusion.Guidance(self.cfg, self.cfg_power, self.cfg_interval)
+        return diffusion.Guidance(
+            self.cfg, self.cfg_power, self.cfg_interval, channels=self.cfg_channels
+        )
+
+
+def check_solver(settings: Settings, config: networks.Config) -> None:
+    """Raise ValueError where the solver can't take these steps, this grid or this network."""
+    row = solver.SOLVERS[settings.solver]
+    row.updates(settings.steps)
+    if row.times and settings.grid != space.OWN:
+        raise ValueError(f"solver {settings.solver} lays its times itself; leave out --grid")
+    if row.learned_variance and not networks.has_variance(config):
+        raise ValueError(
+            f"solver {settings.solver} takes a learned variance, which this network of kind "
+            f"{networks.kind(config)} does not have (the released DiT has); use another --solver, "
+            "such as ancestral"
+        )
 
 
 def solve(
@@ -113,7 +140,7 @@ def solve(
     x = torch.stack([randomness.start_noise(shape, seed) for seed in seeds]).to(device)
     with torch.inference_mode(), parallel.autocast(device, precision):
         return solver.sample(
-            diffusion.denoiser(model, schedule, y, settings.guidance),
+            diffusion.denoiser(model, schedule, y, settings.guidance, row.learned_variance),
             x,
             schedule,
             settings.steps,

@@ -48,13 +48,29 @@ class Latents:
 
 
 Space = Pixels | Latents
+OWN = "own"  # the grid of a solver that lays its times itself
 SPACES = {"pixel": Pixels(), "latent": Latents()}
 
-# Solver, time grid and NFE by space. The paper's: Table 4 and its release.
+# Solver, time grid and NFE by space. The paper's: Table 4 and its release; that of a peer is its
+# own paper's.
 PRESETS = {
     "everyday": {"latent": ("2m", "time", 25), "pixel": ("2m", "logsnr", 25)},
     "paper": {"latent": ("fast", "time", 250), "pixel": ("dpm-fast", "logsnr", 50)},
 }
+_U_VIT = {"latent": ("fast", "time", 50), "pixel": ("dpm-fast", "logsnr", 50)}
+PEERS = {
+    "uvit": _U_VIT,
+    "uvit-adaln": _U_VIT,
+    "dit": dict.fromkeys(("latent", "pixel"), ("ddpm", OWN, 250)),
+    "sit": dict.fromkeys(("latent", "pixel"), ("sde", OWN, 250)),
+}
+
+
+def preset(name: str, config: networks.Config) -> tuple[str, str, int]:
+    """(solver, time grid, NFE) of one of PRESETS for a network of `config`."""
+    if name == "paper" and networks.kind(config) in PEERS:
+        return PEERS[networks.kind(config)][config.space]
+    return PRESETS[name][config.space]
 
 
 def of(config: networks.Config) -> Space:

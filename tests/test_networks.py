@@ -253,6 +253,20 @@ def test_without_a_variant_initial_weights_choose_the_nearest_of_their_kind():
     assert training.nearest_variant(data, small("sit-xl2", null_class=True)) == "sit-xl2"
 
 
+def test_released_dit_draws_with_its_learned_variance_from_each_images_own_seed(tmp_path):
+    dit_file(tmp_path / "x.pt")
+    model, _ = runfolder.read_weights(tmp_path / "x.pt", heads=3, kind="dit")
+    settings = sampling.Settings(preset="paper", steps=6, cfg=1.5, cfg_channels=3)
+    settings = settings.resolved(model.config)
+    assert (settings.solver, settings.grid) == ("ddpm", "own")
+    alone = sampling.solve(model, [3], [12], settings, device=CPU)
+    among = sampling.solve(model, [1, 3, 5], [4, 12, 9], settings, device=CPU)
+    torch.testing.assert_close(among[1:2], alone, rtol=1e-4, atol=1e-4)
+    trained = dataclasses.replace(model.config, learned_variance=False)
+    with pytest.raises(UserError, match="ddpm takes a learned variance"):
+        dataclasses.replace(settings).resolved(trained)
+
+
 # -------------------------------------------------------------------------------------------- files
 
 
