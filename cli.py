@@ -856,6 +856,99 @@ def sampling_line(result):
     )
 
 
+# ------------------------------------------------------------------------------------- dimr analyse
+
+
+@main.group()
+def analyse():
+    """What a network's norms make of time: the paper's Figures 3 and 6, and what TD-LN learned.
+
+    \b
+    Examples:
+      dimr analyse pca --weights dit-xl2-256
+      dimr analyse time --weights runs/m3r
+    """
+
+
+analysis_options = Options(
+    click.option(
+        "--weights",
+        help="A run, a weights file or a name [default: the newest run under runs/, else xl2r].",
+    ),
+    click.option(
+        "--layers",
+        type=Numbers(int, "7,14,21,28"),
+        help="Blocks to look at, counted from 1 [default: at each quarter of the depth].",
+    ),
+    click.option(
+        "--out", type=click.Path(path_type=Path), help="Folder [default: analysis/WEIGHTS]."
+    ),
+    click.option(
+        "--ema/--raw", default=True, help="Averaged weights, or the raw ones  [default: ema]."
+    ),
+    kind_option,
+    heads_option,
+    device_option,
+)
+
+
+def analysis_target(values):
+    """The analysis.Target that the options of `dimr analyse` say."""
+    import analysis
+    import sampling
+
+    options = analysis_options.take(values)
+    layers, out = options.pop("layers"), options.pop("out")
+    generator = sampling.load(options.pop("weights"), precision="fp32", **options)
+    return analysis.Target(generator, layers, out)
+
+
+@analyse.command("pca")
+@analysis_options
+@click.option(
+    "-n",
+    "samples",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Classes, spread over all.",
+)
+@settings_options
+@json_option
+def analyse_pca(samples, as_json, **values):
+    """Principal components of the vectors that adaLN-Zero emits along sampling (Figs. 3, 6).
+
+    For γ and β of attention (1) and of the MLP (2), at some depths, over the sampler's steps and
+    some classes: pca.png with the share of the variance that each component explains, and pca.json.
+    For DiT, SiT, and networks trained with --norm adaln.
+
+    Example: dimr analyse pca --weights dit-xl2-256 --layers 7,14,21,28
+    """
+    import analysis
+    import sampling
+
+    settings = sampling.Settings(**settings_options.take(values))
+    found = analysis.pca(analysis_target(values), settings, samples)
+    report(found, as_json, analysis.pca_lines(found))
+
+
+@analyse.command("time")
+@analysis_options
+@json_option
+def analyse_time(as_json, **values):
+    """What TD-LN's two vectors learned: γ(τ) and β(τ) over time, per branch and depth.
+
+    time.png has a panel per vector, from noise to data, and time.json the numbers. --layers count
+    within each branch.
+
+    Example: dimr analyse time --weights runs/m3r
+    """
+    import analysis
+
+    found = analysis.time_dependence(analysis_target(values))
+    report(found, as_json, analysis.time_lines(found))
+
+
 # -------------------------------------------------------------------------------------- dimr encode
 
 

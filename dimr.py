@@ -572,6 +572,24 @@ class DiMR(nn.Module):
         itself where it is embedded as in DiT."""
         return t if NORMS[self.config.norm].embedder else schedule.tau(t)
 
+    def modulations(self, t, y):
+        """What adaLN-Zero emits, a list over the blocks of all branches, coarse to fine, of (B, 6,
+        D): shift β, scale γ and gate α of the first residual, then of the MLP, at times t (B,) or
+        (1,) as `forward` takes them. The class y (B,) has no part in it. Raises ValueError for
+        another norm."""
+        if self.config.norm != "adaln":
+            raise ValueError(f"norm {self.config.norm} emits nothing; adaln does")
+        found = []
+        for branch in self.branches:
+            condition = Condition(t, y, branch.embedder(t))
+            for block in branch.blocks:
+                parts = []
+                for norm in (part for part in block.children() if isinstance(part, AdaLNZero)):
+                    gamma, beta, alpha = norm.vectors(condition)
+                    parts += [beta, gamma, alpha]
+                found.append(torch.cat(parts, dim=1).expand(len(y), -1, -1))
+        return found
+
     def parameter_groups(self, weight_decay):
         """For AdamW: everything decays, biases and embeddings included, but TD-LN's w and b."""
         exempt = set()

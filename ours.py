@@ -46,6 +46,7 @@ MODULES = (
     "extraction",
     "evaluation",
     "distortion",
+    "analysis",
     "training",
     "digits_demo",
 )

@@ -37,6 +37,7 @@ JOBS = [
     "extraction",
     "evaluation",
     "distortion",
+    "analysis",
     "training",
     "digits_demo",
 ]
