@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import averages
-import dimr
+import networks
 import parallel
 import runfolder
 from storage import UserError, load_tensors, read_json, save_tensors
@@ -122,7 +122,7 @@ class Rebuilt:
     `place`: where it is written to if not told otherwise; `facts`: how it was made, for
     programs."""
 
-    model: dimr.DiMR
+    model: networks.Network
     record: dict
     place: Path
     facts: dict
@@ -272,7 +272,7 @@ def range_text(span):
 def read_mix(mix, known):
     """(network in eval mode, record, precisions that were read) of a Mix of the run that `known` is
     of. Raises Damaged."""
-    config = dimr.Config(**known["config"])
+    config = networks.config_of(known["config"])
     record = {}
     precisions = set()
 
@@ -285,7 +285,7 @@ def read_mix(mix, known):
     bar = tqdm(mix.snapshots, desc="averaging", unit="snapshot", leave=False, disable=None)
     reads = (functools.partial(read, snapshot) for snapshot in bar)
     tensors = averages.combine(reads, mix.shares)
-    return dimr.from_config(config, tensors), record, precisions
+    return networks.from_config(config, tensors), record, precisions
 
 
 def read_snapshot(snapshot, config):
@@ -294,7 +294,7 @@ def read_snapshot(snapshot, config):
     try:
         tensors, about = load_tensors(snapshot.path)
         about = {key: json.loads(value) for key, value in about.items()}
-        theirs = dimr.Config(**about.pop("config"))
+        theirs = networks.config_of(about.pop("config"))
         content = about.pop("content")
         itself = (about.pop("step"), about.pop("width"))
     except (UserError, ValueError, TypeError, KeyError) as error:

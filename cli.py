@@ -222,8 +222,10 @@ POSITIVE = click.IntRange(min=1)
 NATURAL = click.IntRange(min=0)
 ABOVE_ZERO = Real(min=0, min_open=True)
 SHARE = Real(0, 1, max_open=True)
-VARIANT = row_of("dimr", "VARIANTS")
+VARIANT = click.Choice(ours.keys("dimr", "VARIANTS") + ours.keys("peers", "VARIANTS"))
 WIDTHS = Numbers(float, "0.05,0.10")  # of averages
+# what a variant's paper prints where it differs from what was built as it says
+PRINTED = {"table2-2": "the paper prints 202.4M and doesn't say what else its own holds"}
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -276,6 +278,16 @@ on_bad_option = click.option(
 )
 res_option = click.option(
     "--res", type=POSITIVE, help="Crop the images of folders to this size, as ADM does."
+)
+kind_option = click.option(
+    "--kind",
+    type=click.Choice(["dit", "sit"]),
+    help="What a file under its authors' names holds, where no tensor tells.",
+)
+heads_option = click.option(
+    "--heads",
+    type=POSITIVE,
+    help="Attention heads of a network whose file doesn't say [default: the published number].",
 )
 feature_options = Options(
     click.option(
@@ -382,6 +394,7 @@ shape_options = Options(
 @click.argument("what", required=False, metavar="[RUN|FILE|NAME]")
 @click.option("--variant", type=VARIANT, help=f"[default: {DEFAULT_VARIANT}]")
 @shape_options
+@kind_option
 @click.option(
     "--micro-batch",
     type=POSITIVE,
@@ -391,7 +404,7 @@ shape_options = Options(
     "--ema-profiles", type=WIDTHS, default=(), help="And with these averages, as dimr train."
 )
 @json_option
-def info(what, variant, micro_batch, ema_profiles, as_json, **shape):
+def info(what, variant, kind, micro_batch, ema_profiles, as_json, **shape):
     """Size and cost of a network, branch by branch: of a variant, of one that differs from it as
     the options say, or of a run or weights.
 
@@ -405,74 +418,95 @@ def info(what, variant, micro_batch, ema_profiles, as_json, **shape):
     if what and variant:
         raise click.UsageError(f"{what} is a network already; leave out --variant, or {what}")
     variant = variant or DEFAULT_VARIANT
-    config, about = network_of(what, variant, shape_options.given(shape))
-    variant = what or variant
-    branches = branch_costs(config)
-    result = {
-        "variant": variant,
-        "params": sum(branch["params"] for branch in branches),
-        "gmacs": round(sum(config.macs) / 1e9, 4),
-        "branches": branches,
-    }
-    lines = [
-        f"{variant}: {result['params']:,} parameters, {result['gmacs']:,.4f} GMAC per image and "
-        f"forward pass, {config.channels}×{config.size}×{config.size} {config.space} input, "
-        f"{config.embeddings} class embeddings"
-    ]
-    lines += [branch_line(branch) for branch in branches]
-    result |= about
+    config, about = network_of(what, variant, kind, shape_options.given(shape))
+    result = {"variant": what or variant, **costs(config), **about}
+    lines = info_lines(result, config)
     if about:
-        lines.append(
-            f"  step {about['step']}, classes: {', '.join(about['classes']) or 'no names'}"
-        )
+        classes = ", ".join(about["classes"]) or "no names"
+        lines.append(f"  step {about['step']}, classes: {classes}")
     if micro_batch:
         result["memory"] = memory_costs(config, micro_batch, len(ema_profiles))
         lines += [memory_line(cost) for cost in result["memory"]]
     report(result, as_json, "\n".join(lines))
 
 
-def network_of(what, variant, shape):
+def network_of(what, variant, kind, shape):
     """(Config of weights `what`, or None of a variant, with the fields in `shape`, what the weights
     say of themselves). Raises UserError."""
-    import dimr
+    import networks
     import runfolder
 
     about = {}
-    config = dimr.VARIANTS[variant]
+    config = networks.VARIANTS[variant]
     if what:
-        model, record = runfolder.read_weights(runfolder.find_weights(what))
+        path = runfolder.find_weights(what)
+        model, record = runfolder.read_weights(path, shape.get("heads"), kind)
         config = model.config
         about = {"step": record.get("step"), "classes": record.get("classes", [])}
     try:
-        return dataclasses.replace(config, **shape), about
+        return networks.changed(config, shape), about
     except ValueError as error:
         raise UserError(f"this network can't be built: {error}") from None
 
 
+def costs(config):
+    """What `dimr info --json` says of a network."""
+    branches = branch_costs(config)
+    return {
+        "params": sum(branch["params"] for branch in branches),
+        "gmacs": round(sum(config.macs) / 1e9, 4),
+        "branches": branches,
+    }
+
+
+def info_lines(result, config):
+    """The same for people."""
+    import networks
+
+    line = (
+        f"{result['variant']}: {result['params']:,} parameters, {result['gmacs']:,.4f} GMAC per "
+        f"image and forward pass, {config.channels}×{config.size}×{config.size} {config.space} "
+        f"input, {config.embeddings} class embeddings"
+    )
+    if networks.kind(config) != "dimr":
+        line += f", {config.objective} on the {config.noise_schedule} schedule"
+    lines = [line]
+    if result["variant"] in PRINTED:
+        lines[0] += f"; {PRINTED[result['variant']]}"
+    return lines + [branch_line(branch) for branch in result["branches"]]
+
+
 def branch_costs(config):
-    """A dict per branch, coarse to fine: what it is made of, how many parameters it has, and what
-    a forward pass of an image costs."""
+    """A dict per branch, coarse to fine, of which a peer has one: what it is made of, how many
+    parameters it has, and what a forward pass of an image costs."""
     import torch
 
-    import dimr
+    import networks
 
     with torch.device("meta"):
-        model = dimr.DiMR(config)
-    costs = []
+        model = networks.new(config)
+    if networks.kind(config) != "dimr":
+        shape = (config.depth, "transformer", config.width, config.grid, model.TOKENS)
+        return [branch_cost(0, *shape, config.macs[0], model)]
+    rows = []
     for r, branch in enumerate(model.branches):
-        costs.append(
-            {
-                "branch": r + 1,
-                "blocks": config.blocks[r],
-                "kind": "transformer" if r == 0 else "convnext",
-                "dim": config.dims[r],
-                "grid": config.grids[r],
-                "tokens": config.grids[r] ** 2 + (r == 0),
-                "gmacs": round(config.macs[r] / 1e9, 4),
-                "params": sum(parameter.numel() for parameter in branch.parameters()),
-            }
-        )
-    return costs
+        shape = (config.blocks[r], config.branch_kinds[r], config.dims[r], config.grids[r])
+        rows.append(branch_cost(r, *shape, branch.tokens, config.macs[r], branch))
+    return rows
+
+
+def branch_cost(r, blocks, kind, dim, grid, tokens, macs, module):
+    """The row of branch r; `tokens` stand in front of its grid's cells."""
+    return {
+        "branch": r + 1,
+        "blocks": blocks,
+        "kind": kind,
+        "dim": dim,
+        "grid": grid,
+        "tokens": grid**2 + tokens,
+        "gmacs": round(macs / 1e9, 4),
+        "params": sum(parameter.numel() for parameter in module.parameters()),
+    }
 
 
 def branch_line(cost):
@@ -577,6 +611,11 @@ recipe_options = Options(
         type=row_of("diffusion", "TARGET_SCALES"),
         help="Pooled noise targets: unit variance (release) or plain mean (paper).",
     ),
+    click.option(
+        "--loss",
+        type=row_of("diffusion", "LOSSES"),
+        help="Of all branches' predictions (multi), or of the last one alone (output).",
+    ),
     precision_option,
     click.option("--compile/--no-compile", default=None, help="torch.compile [default: on CUDA]."),
     click.option(
@@ -594,6 +633,7 @@ recipe_options = Options(
 )
 network_options = Options(
     *shape_options.options,
+    click.option("--patch", type=POSITIVE, help="Side of a peer's patches."),
     click.option(
         "--objective",
         type=row_of("diffusion", "OBJECTIVES"),
@@ -671,6 +711,7 @@ watch_options = Options(
 @click.option(
     "--force", is_flag=True, help="Let a run that goes on change --lr or --grad-clip; recorded."
 )
+@kind_option
 @source_options
 @recipe_options
 @network_options
@@ -690,6 +731,7 @@ def train(variant, data, out, as_json, **values):
       dimr train --data photos/ --res 64 --steps 20000
       torchrun --nproc-per-node 8 -m cli train --variant xl2r --micro-batch 64
       dimr train --data photos/ --res 64 --layers 9,5 --dims 384,192 --heads 6 --batch-size 64
+      dimr train --data photos/ --res 64 --variant uvit-m4 --layers 9 --dims 384 --heads 6
     """
 
     goes_on = out is not None and (Path(out) / "config.json").exists()
@@ -738,6 +780,7 @@ def run_training(out, data, variant, values):
         recipe=recipe_options.given(values),
         network=network_options.given(values),
         init=values["init"],
+        kind=values["kind"],
         device=values["device"],
         saving=saving_of(values),
         watch=watch_of(values),
@@ -780,10 +823,10 @@ def watch_of(values):
 def training_data(variant, near):
     """Where a variant's training data is: what encode wrote, then, for a pixel model, images.
     Raises UserError, which names the runs beside `near`, where none is."""
-    import dimr
+    import networks
     import space
 
-    config = dimr.VARIANTS[variant]
+    config = networks.VARIANTS[variant]
     side = space.side(config)
     places = [space.folder(space.of(config), side)]
     encode = f"dimr encode --res {side}"
@@ -843,6 +886,8 @@ generator_options = Options(
         "--vae",
         help="The VAE of latent models: a name or a file [default: the run's, else sd-vae-ft-ema].",
     ),
+    kind_option,
+    heads_option,
     precision_option,
     click.option(
         "--compile",
@@ -870,18 +915,25 @@ settings_options = Options(
         help="Guide only at noise levels LOW < sigma/alpha <= HIGH.",
     ),
     click.option(
+        "--cfg-channels",
+        type=POSITIVE,
+        help="Guide only the first channels: 3 as DiT's and SiT's own code [default: all].",
+    ),
+    click.option(
         "--preset",
         type=row_of("space", "PRESETS"),
         default="everyday",
         show_default=True,
-        help="everyday: 2m at 25 NFE. paper: fast, 250 NFE (latent) or dpm-fast, 50 NFE (pixel).",
+        help="everyday: 2m at 25 NFE. paper: fast, 250 NFE (latent) or dpm-fast, 50 NFE (pixel); "
+        "for a peer its own paper's: ddpm or sde, 250 NFE (DiT, SiT).",
     ),
     click.option("--steps", type=POSITIVE, help="Network evaluations (NFE)."),
     click.option(
         "--solver",
         type=row_of("solver", "SOLVERS"),
         help="Order and kind; plain predicts data (DPM-Solver++), dpm- noise (DPM-Solver); euler, "
-        "heun and ancestral are what they are called.",
+        "heun and ancestral are what they are called; ddpm takes DiT's learned variance, sde is "
+        "SiT's. SiT's dopri5 is left out: its steps depend on the whole batch.",
     ),
     click.option("--grid", type=row_of("solver", "GRIDS"), help="Spacing of the solver's times."),
 )
@@ -1025,6 +1077,99 @@ def averaging_line(result):
         f"width {result['width']:g} at step {result['step']:,}, of {result['snapshots']} snapshots "
         f"(mismatch {result['mismatch']:.2%}) -> {result['out']}"
     )
+
+
+# ------------------------------------------------------------------------------------- dimr analyse
+
+
+@main.group()
+def analyse():
+    """What a network's norms make of time: the paper's Figures 3 and 6, and what TD-LN learned.
+
+    \b
+    Examples:
+      dimr analyse pca --weights dit-xl2-256
+      dimr analyse time --weights runs/m3r
+    """
+
+
+analysis_options = Options(
+    click.option(
+        "--weights",
+        help="A run, a weights file or a name [default: the newest run under runs/, else xl2r].",
+    ),
+    click.option(
+        "--layers",
+        type=Numbers(int, "7,14,21,28"),
+        help="Blocks to look at, counted from 1 [default: at each quarter of the depth].",
+    ),
+    click.option(
+        "--out", type=click.Path(path_type=Path), help="Folder [default: analysis/WEIGHTS]."
+    ),
+    click.option(
+        "--ema/--raw", default=True, help="Averaged weights, or the raw ones  [default: ema]."
+    ),
+    kind_option,
+    heads_option,
+    device_option,
+)
+
+
+def analysis_target(values):
+    """The analysis.Target that the options of `dimr analyse` say."""
+    import analysis
+    import sampling
+
+    options = analysis_options.take(values)
+    layers, out = options.pop("layers"), options.pop("out")
+    generator = sampling.load(options.pop("weights"), precision="fp32", **options)
+    return analysis.Target(generator, layers, out)
+
+
+@analyse.command("pca")
+@analysis_options
+@click.option(
+    "-n",
+    "samples",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Classes, spread over all.",
+)
+@settings_options
+@json_option
+def analyse_pca(samples, as_json, **values):
+    """Principal components of the vectors that adaLN-Zero emits along sampling (Figs. 3, 6).
+
+    For γ and β of attention (1) and of the MLP (2), at some depths, over the sampler's steps and
+    some classes: pca.png with the share of the variance that each component explains, and pca.json.
+    For DiT, SiT, and networks trained with --norm adaln.
+
+    Example: dimr analyse pca --weights dit-xl2-256 --layers 7,14,21,28
+    """
+    import analysis
+    import sampling
+
+    settings = sampling.Settings(**settings_options.take(values))
+    found = analysis.pca(analysis_target(values), settings, samples)
+    report(found, as_json, analysis.pca_lines(found))
+
+
+@analyse.command("time")
+@analysis_options
+@json_option
+def analyse_time(as_json, **values):
+    """What TD-LN's two vectors learned: γ(τ) and β(τ) over time, per branch and depth.
+
+    time.png has a panel per vector, from noise to data, and time.json the numbers. --layers count
+    within each branch.
+
+    Example: dimr analyse time --weights runs/m3r
+    """
+    import analysis
+
+    found = analysis.time_dependence(analysis_target(values))
+    report(found, as_json, analysis.time_lines(found))
 
 
 # -------------------------------------------------------------------------------------- dimr encode
@@ -1282,19 +1427,14 @@ def weights_get(name, as_json):
 @main.command()
 @click.argument("source", metavar="IN")
 @click.argument("target", metavar="OUT")
-@click.option(
-    "--heads",
-    type=POSITIVE,
-    default=16,
-    show_default=True,
-    help="Attention heads of the network in IN; only for the authors' .pth, which doesn't say.",
-)
+@kind_option
+@heads_option
 @json_option
-def convert(source, target, heads, as_json):
+def convert(source, target, kind, heads, as_json):
     """Turn released weights into ours, or ours into released ones.
 
     IN is a run, a file or a name (see dimr weights). OUT ends in .safetensors for our names, in
-    .pth for the authors', which their code loads. The configuration goes with the weights.
+    .pth for the authors' of DiMR, which their code loads. The configuration goes with the weights.
 
     \b
     Examples:
@@ -1303,7 +1443,7 @@ def convert(source, target, heads, as_json):
     """
     import runfolder
 
-    model, record = runfolder.read_weights(runfolder.find_weights(source), heads)
+    model, record = runfolder.read_weights(runfolder.find_weights(source), heads, kind)
     runfolder.write_weights(target, model, record)
     count = sum(parameter.numel() for parameter in model.parameters())
     result = {"out": target, "params": count, "config": dataclasses.asdict(model.config)}

@@ -211,10 +211,14 @@ def span(schedule, objective, in_lam):
 
 TARGET_SCALES = {"unit": float, "mean": lambda k: 1.0}
 
+# The weight α_r of a branch's loss by k = 2^(R−r). Where it is 0, every parameter still gets a
+# gradient.
+LOSSES = {"multi": lambda k: 1 / k**2, "output": lambda k: float(k == 1)}
 
-def multi_scale_loss(predictions, target, target_scale="unit"):
+
+def multi_scale_loss(predictions, target, target_scale="unit", weights="multi"):
     """The multi-scale loss (paper, Sec. 4.3, eq. 8): Σ_r α_r · mean((D_r(ε) − ε̂_r)²), α_r = 1/k²,
-    k = 2^(R−r).
+    k = 2^(R−r); or with `weights` "output" that of the last prediction alone (Table 2).
 
     `predictions`: R tensors (B, C, H/k, W/k), coarse to fine; `target`: what the objective makes of
     image and noise, ε in the paper, (B, C, H, W). D_r averages k × k cells; "unit" multiplies by k,
@@ -230,7 +234,7 @@ def multi_scale_loss(predictions, target, target_scale="unit"):
             pooled = F.avg_pool2d(target, k) * TARGET_SCALES[target_scale](k)
         loss = (pooled.float() - prediction.float()).square().flatten(1).mean(1)
         branches.append(loss)
-        total = total + loss / k**2
+        total = total + loss * LOSSES[weights](k)
     return total, torch.stack(branches)
 
 
@@ -242,12 +246,14 @@ class Guidance:
     """Classifier-free guidance ε = ε_u + s·(ε_c − ε_u), s ≥ 1, 1 meaning none.
 
     `power` p makes s power-cosine in time, 1 + (scale − 1)·(1 − cos(π·(1 − t)^p))/2. `interval`
-    (low, high) limits it to noise levels low < σ/α ≤ high (arXiv:2404.07724). Raises ValueError for
-    values that make no sense."""
+    (low, high) limits it to noise levels low < σ/α ≤ high (arXiv:2404.07724). `channels` limits it
+    to the first ones of the output, as DiT and SiT guide three of four; the others are conditional.
+    Raises ValueError for values that make no sense."""
 
     scale: float = 1.0
     power: float | None = None
     interval: tuple[float, float] | None = None
+    channels: int | None = None
 
     def __post_init__(self):
         if not 1 <= self.scale < math.inf:
@@ -261,6 +267,8 @@ class Guidance:
             raise ValueError(
                 f"guidance interval {self.interval} is not 0 <= low < high (values of sigma/alpha)"
             )
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"guidance of {self.channels} channels is not of at least 1")
 
     def at(self, schedule, t):
         """The scale s at time t, a float."""
@@ -272,13 +280,24 @@ class Guidance:
             return self.scale
         return 1 + (self.scale - 1) * (1 - math.cos(math.pi * (1 - float(t)) ** self.power)) / 2
 
+    def mix(self, conditional, unconditional, scale):
+        """The guided output (B, C', H, W) of two, C' ≥ `channels`, at scale s."""
+        count = self.channels or conditional.shape[1]
+        first = unconditional[:, :count]
+        guided = first + scale * (conditional[:, :count] - first)
+        if count == conditional.shape[1]:
+            return guided
+        return torch.cat([guided, conditional[:, count:]], dim=1)
+
 
 NO_GUIDANCE = Guidance()
 
 
-def denoiser(model, schedule, y, guidance=NO_GUIDANCE):
+def denoiser(model, schedule, y, guidance=NO_GUIDANCE, variance=False):
     """The function (x (B, C, H, W), t) → Prediction that the solvers take, for class indices y
-    (B,); `model` is a network with a `config` and a `time` (see dimr.DiMR).
+    (B,); `model` is a network with a `config` and a `time` (see dimr.DiMR). With `variance` it
+    gives (x_0, ε, v), v (B, C, H, W) being what a network with a learned variance puts out beside
+    the noise; it is not guided.
 
     Where guidance is on, conditional and unconditional run as one batch; where s = 1, the
     conditional alone. Raises ValueError if guidance is asked of a network without a null class."""
@@ -288,20 +307,31 @@ def denoiser(model, schedule, y, guidance=NO_GUIDANCE):
             "be guided; use a guidance scale of 1"
         )
     objective = OBJECTIVES[model.config.objective]
+    channels = model.config.channels
+    if guidance.channels is None:
+        guidance = dataclasses.replace(guidance, channels=channels)
     both = torch.cat([y, torch.full_like(y, model.config.embeddings - 1)])
+
+    def output(x, tau, y):
+        if variance:
+            return model(x, tau, y, whole=True)[-1]
+        return model(x, tau, y)[-1]
 
     def predict(x, t):
         tau = torch.full((1,), float(model.time(schedule, t)), device=x.device)
         scale = guidance.at(schedule, t)
         if scale == 1:
-            return model(x, tau, y)[-1].to(x.dtype)
-        outputs = model(torch.cat([x, x]), tau, both)[-1].to(x.dtype)
-        conditional, unconditional = outputs.chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+            return output(x, tau, y).to(x.dtype)
+        outputs = output(torch.cat([x, x]), tau, both).to(x.dtype)
+        return guidance.mix(*outputs.chunk(2), scale)
 
     def denoise(x, t):
         alpha = float(schedule.alpha(t))
         sigma = float(schedule.sigma(t))
-        return objective.split(predict(x, t), x, alpha, sigma)
+        predicted = predict(x, t)
+        found = objective.split(predicted[:, :channels], x, alpha, sigma)
+        if variance:
+            return *found, predicted[:, channels:]
+        return found
 
     return denoise

@@ -572,6 +572,24 @@ class DiMR(nn.Module):
         itself where it is embedded as in DiT."""
         return t if NORMS[self.config.norm].embedder else schedule.tau(t)
 
+    def modulations(self, t, y):
+        """What adaLN-Zero emits, a list over the blocks of all branches, coarse to fine, of (B, 6,
+        D): shift β, scale γ and gate α of the first residual, then of the MLP, at times t (B,) or
+        (1,) as `forward` takes them. The class y (B,) has no part in it. Raises ValueError for
+        another norm."""
+        if self.config.norm != "adaln":
+            raise ValueError(f"norm {self.config.norm} emits nothing; adaln does")
+        found = []
+        for branch in self.branches:
+            condition = Condition(t, y, branch.embedder(t))
+            for block in branch.blocks:
+                parts = []
+                for norm in (part for part in block.children() if isinstance(part, AdaLNZero)):
+                    gamma, beta, alpha = norm.vectors(condition)
+                    parts += [beta, gamma, alpha]
+                found.append(torch.cat(parts, dim=1).expand(len(y), -1, -1))
+        return found
+
     def parameter_groups(self, weight_decay):
         """For AdamW: everything decays, biases and embeddings included, but TD-LN's w and b."""
         exempt = set()
@@ -610,16 +628,22 @@ def initialise(module):
 SPACES = {"latent": "scaled_linear", "pixel": "linear"}  # and the paper's noise schedule for each
 
 _PIXEL = dict(size=64, channels=3, heads=12, num_classes=1000, null_class=False, space="pixel")
+_MEDIUM = dict(layers=(15, 8, 8), dims=(768, 384, 192), **_PIXEL)
 _LATENT = dict(size=32, channels=4, heads=16, num_classes=1000, null_class=True, space="latent")
 _DIGITS = dict(size=8, channels=1, heads=4, num_classes=10, null_class=True, space="pixel")
 
 VARIANTS = {  # paper, Table 3; g2r is on the release's page only
-    "m3r": Config(layers=(15, 8, 8), dims=(768, 384, 192), **_PIXEL),
+    "m3r": Config(**_MEDIUM),
     "l3r": Config(layers=(33, 17, 17), dims=(768, 384, 192), **_PIXEL),
     "xl2r": Config(layers=(39, 20), dims=(960, 480), **_LATENT),
     "xl3r": Config(layers=(39, 20, 20), dims=(960, 480, 240), **{**_LATENT, "size": 64}),
     "g2r": Config(layers=(57, 29), dims=(1152, 576), **_LATENT),
     "demo": Config(layers=(3, 2), dims=(64, 32), **_DIGITS),
+    # Table 2 from its third row on, whose last is m3r; the first two are U-ViTs, in peers.py
+    "table2-3": Config(**_MEDIUM, norm="adaln", mlp="mlp"),
+    "table2-4": Config(**_MEDIUM, mlp="mlp"),
+    "table2-5": Config(**_MEDIUM),
+    "table2-6": Config(**_MEDIUM),
 }
 
 

@@ -35,6 +35,7 @@ class Asset:
     licence: str
     size: int | None = None  # bytes
     sha256: str | None = None  # hex, or its first digits
+    kind: str | None = None  # of network, where the file's tensors don't tell
 
     @property
     def file(self) -> str:
@@ -50,6 +51,8 @@ class Asset:
 
 _HUB_RELEASE = "{hub}/QHL067/DiMR/resolve/main/"
 _RESEARCH = "code Apache-2.0, weights 'for research purposes'; see huggingface.co/QHL067/DiMR"
+_DIT = "https://dl.fbaipublicfiles.com/DiT/models/"
+_DIT_LICENCE = "CC BY-NC 4.0: not for commercial use; see github.com/facebookresearch/DiT"
 _PYTORCH_FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 _REFERENCES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/"
 _IMAGENET = "photographs of ImageNet, non-commercial research only; see image-net.org"
@@ -64,6 +67,18 @@ ASSETS = {
         address=_HUB_RELEASE + "DiMR-G_2R_800epochs.pth",
         what="DiMR-G/2R for 256×256, 800 epochs, about 4.2 GB",
         licence=_RESEARCH,
+    ),
+    "dit-xl2-256": Asset(
+        address=_DIT + "DiT-XL-2-256x256.pt",
+        what="DiT-XL/2 for 256×256, 7M steps, about 2.7 GB",
+        licence=_DIT_LICENCE,
+        kind="dit",
+    ),
+    "dit-xl2-512": Asset(
+        address=_DIT + "DiT-XL-2-512x512.pt",
+        what="DiT-XL/2 for 512×512, 3M steps, about 2.7 GB",
+        licence=_DIT_LICENCE,
+        kind="dit",
     ),
     "sd-vae-ft-ema": Asset(
         address="{hub}/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.safetensors",
@@ -126,6 +141,14 @@ def cache() -> Path:
 def place(name: str) -> Path:
     """Where the file of this name is kept, fetched or not."""
     return cache() / name / ASSETS[name].file
+
+
+def asset_of(path: str | Path) -> Asset | None:
+    """The row of ASSETS whose file in the cache `path` is, or None."""
+    for name, asset in ASSETS.items():
+        if place(name) == Path(path):
+            return asset
+    return None
 
 
 def listing() -> list[dict]:

@@ -429,12 +429,13 @@ class Drawing:
 
     def same_plan(self, plan: object) -> bool:
         """Whether the `plan` noted with a set asks for this one. The version of dimr is noted, and
-        not compared."""
+        not compared; what is None is as what an earlier version didn't know."""
         if not isinstance(plan, dict) or plan.get("drawn") not in self.digests:
             return False
 
         def compared(plan):
-            return {key: plan[key] for key in plan if key not in ("drawn", "dimr")}
+            known = {key: value for key, value in plan.items() if value is not None}
+            return {key: known[key] for key in known if key not in ("drawn", "dimr")}
 
         return compared(plan) == compared(self.plan)
 

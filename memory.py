@@ -11,14 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import diffusion
-import dimr
+import networks
 
 STATE = 20  # bytes a parameter, fp32: weights, gradients, AdamW's two moments, EMA
 PROFILE = 4  # and for each power-function average; one's update needs no more than gradients did
+FIXED = 8  # of one that is not trained: weights, EMA
 
 
 def training_memory(
-    config: dimr.Config,
+    config: networks.Config,
     micro_batch: int,
     checkpoint_blocks: bool = False,
     precision: str = "bf16",
@@ -30,21 +31,28 @@ def training_memory(
     Without torch.compile, which fuses some of the activations away, and without the allocator's
     slack and CUDA's own context (about 1 GB together)."""
     with torch.device("meta"):
-        model = dimr.DiMR(config).train()
+        model = networks.new(config).train()
     model.checkpoint_blocks = checkpoint_blocks
     with FakeTensorMode():
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
+                empty = torch.empty(parameter.shape)
+                setattr(module, name, torch.nn.Parameter(empty, parameter.requires_grad))
         peak = activations(model, config, micro_batch, precision)
-    state = STATE + PROFILE * profiles
-    return state * sum(p.numel() for p in model.parameters()), peak
+    state = 0
+    for parameter in model.parameters():
+        a_number = STATE + PROFILE * profiles if parameter.requires_grad else FIXED
+        state += parameter.numel() * a_number
+    return state, peak
 
 
-def activations(model: dimr.DiMR, config: dimr.Config, batch: int, precision: str) -> int:
+def activations(
+    model: networks.Network, config: networks.Config, batch: int, precision: str
+) -> int:
     """Most bytes that a forward and a backward pass hold at once besides weights and gradients."""
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with Live() as live:
         images = torch.zeros(batch, config.channels, config.size, config.size)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

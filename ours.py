@@ -39,6 +39,7 @@ MODULES = (
     "journal",
     "pictures",
     "imagenet_names",
+    "networks",
     "space",
     "defaults",
     "encoding",
@@ -48,6 +49,7 @@ MODULES = (
     "extraction",
     "evaluation",
     "distortion",
+    "analysis",
     "training",
     "digits_demo",
 )

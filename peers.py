@@ -1,11 +1,12 @@
 """The peers that the paper compares with: U-ViT (arXiv:2209.12152), DiT (arXiv:2212.09748) and SiT
 (arXiv:2401.08740), in the order data flows: configuration, embeddings, blocks, networks, loading.
-At the end DiT's own sampler. It stands alone.
+It stands alone.
 
 All three cut the image into patches and run Transformer blocks over them. U-ViT takes class and
 time as two more tokens and joins its blocks by long skips; DiT modulates every block by class and
 time (adaLN-Zero). SiT is DiT's network read as a velocity. Parameters are named as in the released
-files, so that these load as they are."""
+files, so that these load as they are. A fourth stands between them, the second row of the paper's
+Table 2: U-ViT with adaLN-Zero."""
 
 import dataclasses
 import math
@@ -34,6 +35,8 @@ class Reading(NamedTuple):
 READINGS = {
     ("uvit", "pixel"): Reading("epsilon", "linear", 999, 0),
     ("uvit", "latent"): Reading("epsilon", "scaled_linear", 1000, 0),
+    ("uvit-adaln", "pixel"): Reading("epsilon", "linear", 1000, 0),
+    ("uvit-adaln", "latent"): Reading("epsilon", "scaled_linear", 1000, 0),
     ("dit", "pixel"): Reading("epsilon", "ddpm", 1000, -1),
     ("dit", "latent"): Reading("epsilon", "ddpm", 1000, -1),
     ("sit", "pixel"): Reading("velocity", "straight", -1, 1),
@@ -56,6 +59,7 @@ class PeerConfig:
     null_class: bool  # one more embedding, for classifier-free guidance
     space: str  # "latent" or "pixel"
     convolution: bool = False  # U-ViT ends on a 3×3 convolution
+    learned_variance: bool = False  # DiT's variance channels have been trained
 
     def __post_init__(self):
         for fault in _faults(self):
@@ -92,18 +96,18 @@ class PeerConfig:
         call Gflops."""
         width, cells = self.width, self.grid**2
         pixels = cells * self.patch**2 * self.channels
-        if self.kind == "uvit":
-            tokens = cells + 2
-            ends = 2 * pixels * width
+        network = NETWORKS[self.kind]
+        tokens = network.TOKENS + cells
+        count = self.depth * tokens * (12 * width**2 + 2 * tokens * width)
+        if issubclass(network, UViT):
+            count += 2 * pixels * width + self.depth // 2 * tokens * 2 * width**2  # the long skips
             if self.convolution:
-                ends += 9 * pixels * self.channels
-            conditioning = self.depth // 2 * tokens * 2 * width**2  # the long skips
+                count += 9 * pixels * self.channels
         else:
-            tokens = cells
-            ends = 3 * pixels * width
-            conditioning = (256 + width) * width + (6 * self.depth + 2) * width**2
-        block = tokens * (12 * width**2 + 2 * tokens * width)
-        return (ends + conditioning + self.depth * block,)
+            count += 3 * pixels * width
+        if network.MODULATED:
+            count += (256 + width) * width + (6 * self.depth + 2) * width**2
+        return (count,)
 
 
 def _faults(c):
@@ -121,13 +125,15 @@ def _faults(c):
         yield f"width {c.width} is not a multiple of 4, as sines and cosines need"
     if c.width % c.heads:
         yield f"heads {c.heads} does not divide the width {c.width}"
-    if c.kind == "uvit" and c.depth % 2 == 0:
+    if issubclass(NETWORKS[c.kind], UViT) and c.depth % 2 == 0:
         yield (
             f"depth {c.depth} is even: U-ViT's long skips pair blocks around a middle one; "
             f"use {c.depth - 1} or {c.depth + 1}"
         )
-    if c.kind != "uvit" and c.convolution:
+    if not issubclass(NETWORKS[c.kind], UViT) and c.convolution:
         yield f"a final convolution is U-ViT's; {c.kind} has none"
+    if c.kind != "dit" and c.learned_variance:
+        yield f"a learned variance is DiT's; {c.kind} has none"
 
 
 # --------------------------------------------------------------------------------------- embeddings
@@ -255,36 +261,59 @@ class DiTBlock(nn.Module):
     """Pre-norm attention and MLP under adaLN-Zero: the condition emits shift, scale and gate of
     each. The gates begin at zero, and the block as the identity (DiT, Sec. 3.2)."""
 
-    def __init__(self, config):
+    def __init__(self, config, bias=True, approximate="tanh"):
         super().__init__()
         dim = config.width
-        self.attn = Attention(dim, config.heads, bias=True)
-        self.mlp = MLP(dim, approximate="tanh")
+        self.attn = Attention(dim, config.heads, bias)
+        self.mlp = MLP(dim, approximate)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def modulation(self, condition):
         """(B, D) → (B, 6, D): shift, scale and gate of attention, then of the MLP."""
         return self.adaLN_modulation(condition).unflatten(-1, (6, -1))
 
-    def forward(self, x, condition):  # (B, cells, D), (B, D)
+    def forward(self, x, condition):  # (B, tokens, D), (B, D)
         vectors = self.modulation(condition)[:, :, None]  # (B, 6, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors.unbind(1)
         x = x + gate1 * self.attn(modulated(x, shift1, scale1))
         return x + gate2 * self.mlp(modulated(x, shift2, scale2))
 
 
-class FinalLayer(nn.Module):
+class UViTZeroBlock(DiTBlock):
+    """U-ViT's block under adaLN-Zero; the long skip joins before it, unmodulated."""
+
+    def __init__(self, config, skip=False):
+        super().__init__(config, bias=False, approximate="none")
+        if skip:
+            self.skip_linear = nn.Linear(2 * config.width, config.width)
+
+    def forward(self, x, condition, skip=None):
+        if skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        return super().forward(x, condition)
+
+
+class ModulatedNorm(nn.Module):
+    """LN without weights of its own, its shift and scale emitted by the condition."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x, condition):  # (B, tokens, D), (B, D)
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        return modulated(x, shift, scale)
+
+
+class FinalLayer(ModulatedNorm):
     """Modulated norm and the Linear to the pixels of a patch, twice C channels each."""
 
     def __init__(self, config):
-        super().__init__()
-        dim = config.width
-        self.linear = nn.Linear(dim, config.patch**2 * 2 * config.channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        super().__init__(config.width)
+        self.linear = nn.Linear(config.width, config.patch**2 * 2 * config.channels)
 
     def forward(self, x, condition):  # (B, cells, D), (B, D)
-        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.linear(modulated(x, shift, scale))
+        return self.linear(super().forward(x, condition))
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -293,19 +322,25 @@ class FinalLayer(nn.Module):
 class Peer(nn.Module):
     """What the networks share. They are called as `dimr.DiMR` is."""
 
+    TOKENS = 0  # in front of the image's own
+    MODULATED = False  # whether its norms are adaLN-Zero's
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         # recompute each block in the backward pass instead of keeping activations
         self.checkpoint_blocks = False
 
-    def forward(self, x, time, y):
+    def forward(self, x, time, y, whole=False):
         """x (B, C, H, W) noisy images; time (B,) as `self.time` gives it, or (1,) when all
         share it; y (B,) class indices. Returns a tuple of one: the noise, or SiT's velocity (data −
-        noise), (B, C, H, W).
+        noise), (B, C, H, W); or with `whole` all that the network puts out (`raw`).
 
         Raises ValueError for wrong shapes; values are the caller's to check."""
-        return (self.raw(x, time, y)[:, : self.config.channels],)
+        output = self.raw(x, time, y)
+        if whole:
+            return (output,)
+        return (output[:, : self.config.channels],)
 
     def raw(self, x, time, y):
         """All that the network puts out: U-ViT's noise (B, C, H, W); 2C channels of the others,
@@ -345,16 +380,22 @@ class UViT(Peer):
     """U-ViT: class, time and patches all are tokens, and long skips join the first half of the
     blocks to the second, the last to the first (U-ViT, Sec. 3)."""
 
+    TOKENS = 2
+    BLOCK = UViTBlock
+    NORM = nn.LayerNorm
+
     def __init__(self, config):
         super().__init__(config)
         width, half = config.width, config.depth // 2
         self.patch_embed = PatchEmbedder(config)
         self.label_emb = nn.Embedding(config.embeddings, width)
-        self.pos_embed = nn.Parameter(torch.empty(1, 2 + config.grid**2, width))
-        self.in_blocks = nn.ModuleList(UViTBlock(config) for _ in range(half))
-        self.mid_block = UViTBlock(config)
-        self.out_blocks = nn.ModuleList(UViTBlock(config, skip=True) for _ in range(half))
-        self.norm = nn.LayerNorm(width)
+        self.pos_embed = nn.Parameter(torch.empty(1, self.TOKENS + config.grid**2, width))
+        self.in_blocks = nn.ModuleList(self.BLOCK(config) for _ in range(half))
+        self.mid_block = self.BLOCK(config)
+        self.out_blocks = nn.ModuleList(self.BLOCK(config, skip=True) for _ in range(half))
+        self.norm = self.NORM(width)
+        if self.MODULATED:
+            self.t_embedder = TimeEmbedder(width)
         self.decoder_pred = nn.Linear(width, config.patch**2 * config.channels)
         self.final_layer = nn.Identity()
         if config.convolution:
@@ -371,25 +412,60 @@ class UViT(Peer):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def conditions(self, label, time):
+        """The tokens in front, each (B, 1, D), of that of the class, and what else the blocks are
+        given."""
+        clock = sinusoid(time, label.shape[-1])[:, None].to(label.dtype).expand_as(label)
+        return [label, clock], ()
+
     def network(self, image, time, y):
-        x = self.patch_embed(image)
-        label = self.label_emb(y)[:, None]
-        clock = sinusoid(time, x.shape[-1])[:, None].to(label.dtype).expand_as(label)
-        x = torch.cat([label, clock, x], dim=1) + self.pos_embed  # (B, 2 + cells, D)
+        front, given = self.conditions(self.label_emb(y)[:, None], time)
+        x = torch.cat([*front, self.patch_embed(image)], dim=1) + self.pos_embed
         skips = []
         for block in self.in_blocks:
-            x = self.run(block, x)
+            x = self.run(block, x, *given)
             skips.append(x)
-        x = self.run(self.mid_block, x)
+        x = self.run(self.mid_block, x, *given)
         for block in self.out_blocks:
-            x = self.run(block, x, skips.pop())
-        x = self.decoder_pred(self.norm(x[:, 2:]))
+            x = self.run(block, x, *given, skips.pop())
+        x = self.decoder_pred(self.norm(x[:, self.TOKENS :], *given))
         return self.final_layer(unpatchify(x, self.config.channels))
+
+
+class UViTZero(UViT):
+    """U-ViT with adaLN-Zero in place of LN, and time in no token; the class still is one (the
+    paper, Table 2, row 2). Built as DiT's, it has 193,095,300 parameters at M/4's shape; the paper
+    prints 202.4M and doesn't say what else its own holds."""
+
+    TOKENS = 1
+    MODULATED = True
+    BLOCK = UViTZeroBlock
+    NORM = ModulatedNorm
+
+    def initialise(self):
+        """As U-ViT's, and all of adaLN-Zero 0."""
+        super().initialise()
+        for block in self.blocks():
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.norm.adaLN_modulation[1].weight)
+
+    def blocks(self):
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
+
+    def conditions(self, label, time):
+        return [label], (self.t_embedder(time).expand(len(label), -1),)
+
+    def modulations(self, time, y):
+        """As DiT's; here the class has no part in it either."""
+        condition = self.t_embedder(time).expand(len(y), -1)
+        return [block.modulation(condition) for block in self.blocks()]
 
 
 class DiT(Peer):
     """DiT, and SiT's network: patches at fixed positions, and class and time, added, as the
     condition of every block's adaLN-Zero (DiT, Sec. 3.2)."""
+
+    MODULATED = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -425,7 +501,8 @@ class DiT(Peer):
 
     def modulations(self, time, y):
         """What adaLN-Zero emits, a list over blocks of (B, 6, D): shift, scale and gate of
-        attention, then of the MLP. The image has no part in it."""
+        attention, then of the MLP, at times (B,) or (1,) as `forward` takes them. The image has no
+        part in it."""
         condition = self.condition(time, y)
         return [block.modulation(condition) for block in self.blocks]
 
@@ -437,7 +514,7 @@ class DiT(Peer):
         return unpatchify(self.final_layer(x, condition), 2 * self.config.channels)
 
 
-NETWORKS = {"uvit": UViT, "dit": DiT, "sit": DiT}
+NETWORKS = {"uvit": UViT, "uvit-adaln": UViTZero, "dit": DiT, "sit": DiT}
 
 _PIXEL = dict(size=64, channels=3, num_classes=1000, null_class=False, space="pixel")
 _LATENT = dict(size=32, channels=4, num_classes=1000, null_class=True, space="latent")
@@ -447,6 +524,7 @@ _LARGE = dict(kind="uvit", width=1024, depth=21, heads=16, convolution=True)
 _HUGE = dict(kind="uvit", width=1152, depth=29, heads=16)
 _BASE = dict(patch=2, width=768, depth=12, heads=12)
 _XLARGE = dict(patch=2, width=1152, depth=28, heads=16)
+_DIT = dict(kind="dit", learned_variance=True)
 
 VARIANTS = {  # U-ViT, Table 1; DiT, Table 1; `depth` counts U-ViT's middle block
     "uvit-m4": PeerConfig(patch=4, **_MEDIUM, **_PIXEL),
@@ -455,10 +533,13 @@ VARIANTS = {  # U-ViT, Table 1; DiT, Table 1; `depth` counts U-ViT's middle bloc
     "uvit-h2": PeerConfig(patch=2, **_HUGE, **_LATENT),
     "uvit-l4-512": PeerConfig(patch=4, **_LARGE, **_LATENT_512),
     "uvit-h4": PeerConfig(patch=4, **_HUGE, **_LATENT_512),
-    "dit-b2": PeerConfig(kind="dit", **_BASE, **_LATENT),
-    "dit-xl2": PeerConfig(kind="dit", **_XLARGE, **_LATENT),
-    "dit-xl2-512": PeerConfig(kind="dit", **_XLARGE, **_LATENT_512),
+    "dit-b2": PeerConfig(**_DIT, **_BASE, **_LATENT),
+    "dit-xl2": PeerConfig(**_DIT, **_XLARGE, **_LATENT),
+    "dit-xl2-512": PeerConfig(**_DIT, **_XLARGE, **_LATENT_512),
     "sit-xl2": PeerConfig(kind="sit", **_XLARGE, **_LATENT),
+    # the paper, Table 2
+    "table2-1": PeerConfig(patch=4, **_MEDIUM, **_PIXEL),
+    "table2-2": PeerConfig(patch=4, **{**_MEDIUM, "kind": "uvit-adaln"}, **_PIXEL),
 }
 
 
@@ -523,15 +604,31 @@ def from_state_dict(tensors, kind=None, heads=None, space=None, null_class=None)
     return from_config(_released_config(shapes, kind, heads, space, null_class), tensors)
 
 
-def _kind(shapes, kind):
+RELEASED = ("uvit", "dit", "sit")  # kinds that files of the authors' own hold
+
+
+def recognises(names):
+    """Whether tensors of these names are a peer's."""
+    return _are_uvits(names) or _are_dits(names)
+
+
+def _are_uvits(names):
+    return any(name.startswith(("in_blocks.", "mid_block.", "out_blocks.")) for name in names)
+
+
+def _are_dits(names):
+    return any(re.match(r"blocks\.\d+\.adaLN_modulation\.", name) for name in names)
+
+
+def _kind(names, kind):
     """`kind` if the names allow it, or what they tell by themselves."""
-    if kind is not None and kind not in NETWORKS:
-        raise ValueError(f"--kind {kind} is not one of {', '.join(NETWORKS)}")
-    if any(name.startswith(("in_blocks.", "mid_block.", "out_blocks.")) for name in shapes):
+    if kind is not None and kind not in RELEASED:
+        raise ValueError(f"--kind {kind} is not one of {', '.join(RELEASED)}")
+    if _are_uvits(names):
         if kind not in (None, "uvit"):
             raise ValueError(f"--kind {kind}: these are a U-ViT's tensors; leave --kind out")
         return "uvit"
-    if not any(re.match(r"blocks\.\d+\.adaLN_modulation\.", name) for name in shapes):
+    if not _are_dits(names):
         raise ValueError(
             "these are no U-ViT's, DiT's or SiT's tensors: no name begins with 'in_blocks.' or "
             "has the form 'blocks.0.adaLN_modulation.…'"
@@ -585,6 +682,7 @@ def _released_config(shapes, kind, heads, space, null_class):
         null_class=null_class,
         space=space,
         convolution=kind == "uvit" and any(name.startswith("final_layer.") for name in shapes),
+        learned_variance=kind == "dit",
     )
 
 
@@ -601,49 +699,3 @@ def _published_heads(network, width, depth):
             f"{width} and depth {depth}; give it with --heads"
         )
     return PUBLISHED_HEADS[network, width, depth]
-
-
-# -------------------------------------------------------------------------------- DiT's own sampler
-
-
-def ddpm_timesteps(steps):
-    """Which of DDPM's n = 999 … 0 are taken, evenly spaced from end to end and rounded as the
-    release does, which adds up the stride. Raises ValueError unless 2 ≤ steps ≤ 1000."""
-    if not 2 <= steps <= 1000:
-        raise ValueError(f"{steps} steps of DDPM are not between 2 and 1000")
-    exact, taken = 0.0, []
-    for _ in range(steps):
-        taken.append(round(exact))
-        exact += 999 / (steps - 1)
-    return taken[::-1]
-
-
-@torch.no_grad()
-def ddpm(output, x, timesteps, noise, callback=None):
-    """DDPM's ancestral sampling with learned variance (arXiv:2102.09672, eq. 15), DiT's sampler.
-
-    `output(x, t)` gives the network's own 2C channels (`Peer.raw`), guided or not, for x (B, C, H,
-    W) at t = (n + 1)/1000; `timesteps` are the n, falling; `noise(k)` is step k's, shaped as x. The
-    last step takes none: it returns its mean. `callback(k + 1, x)` follows each step. Raises
-    ValueError for timesteps that do not fall within 999 … 0."""
-    falling = sorted(set(timesteps) & set(range(1000)), reverse=True)
-    if not falling or falling != list(timesteps):
-        raise ValueError(f"timesteps {list(timesteps)} do not fall from at most 999 to at least 0")
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    alpha_bar = (1 - betas).cumprod(0)[falling].tolist() + [1.0]
-    for k, n in enumerate(falling):
-        here, after = alpha_bar[k : k + 2]
-        beta = 1 - here / after
-        epsilon, interpolation = output(x, (n + 1) / 1000).chunk(2, dim=1)
-        x0 = (x - (1 - here) ** 0.5 * epsilon) / here**0.5
-        from_x0 = after**0.5 * beta / (1 - here)
-        from_x = (1 - beta) ** 0.5 * (1 - after) / (1 - here)
-        x = from_x0 * x0 + from_x * x
-        if k + 1 < len(falling):
-            # from −1 to 1 it interpolates log σ² between the posterior's variance and β
-            low = math.log(beta * (1 - after) / (1 - here))
-            log_variance = low + (interpolation + 1) / 2 * (math.log(beta) - low)
-            x = x + (log_variance / 2).exp() * noise(k)
-        if callback:
-            callback(k + 1, x)
-    return x

@@ -1,4 +1,4 @@
-"""Pictures to look at: grids of images and curves of a run, drawn with Pillow alone."""
+"""Pictures to look at: grids of images, curves, bars and colours, drawn with Pillow alone."""
 
 import dataclasses
 import math
@@ -240,6 +240,66 @@ def _draw_axes(draw, font, chart, axes):
     middle = (chart.left + right - draw.textlength(across, font)) / 2
     draw.text((middle, base + 26), across, "black", font)
     draw.text((6, chart.top - 16), f"{up} (logarithmic)", "black", font)
+
+
+BAR_CHART = (220, 150)  # pixels of each chart of `bars`, its texts included
+
+
+def bars(charts: Sequence[Sequence[tuple[str, Sequence[float]]]], title: str) -> Image.Image:
+    """A PIL picture of rows of bar charts: (title, heights between 0 and 1) each, the bars numbered
+    from 1, the first two with their heights in per cent."""
+    width, height = BAR_CHART
+    columns = max(len(row) for row in charts)
+    picture = Image.new("RGB", (columns * width + 20, len(charts) * height + 40), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((10, 10), title, "black", ImageFont.load_default(14))
+    for i, row in enumerate(charts):
+        for j, (name, heights) in enumerate(row):
+            _draw_bars(draw, (10 + j * width, 36 + i * height), name, heights)
+    return picture
+
+
+def _draw_bars(draw, corner, name, heights):
+    left, top = corner
+    font = ImageFont.load_default(11)
+    first, last = left + 30, left + BAR_CHART[0] - 12
+    ceiling, floor = top + 32, top + BAR_CHART[1] - 22
+
+    def y(share):
+        return floor - (floor - ceiling) * share
+
+    draw.text((first, top), name, "black", ImageFont.load_default(12))
+    for share in (0, 0.5, 1):
+        draw.line((first, y(share), last, y(share)), "#dddddd")
+        draw.text((left, y(share) - 7), f"{share:g}", "black", font)
+    step = (last - first) / max(1, len(heights))
+    for k, share in enumerate(heights):
+        x = first + k * step
+        draw.rectangle((x + 3, min(y(share), floor - 1), x + step - 3, floor), COLOURS[0])
+        draw.text((x + step / 2 - 3, floor + 3), str(k + 1), "black", font)
+        if k < 2:
+            draw.text((x + 2, y(share) - 13), f"{100 * share:.0f}%", "black", font)
+
+
+def diverging(values: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) of values (H, W): white at 0, red at 1 and above, blue at −1 and below."""
+    strength = np.clip(np.abs(values), 0, 1)[..., None]
+    end = np.where(values[..., None] > 0, (178, 24, 43), (33, 102, 172))
+    return np.round(255 + (end - 255) * strength).astype(np.uint8)
+
+
+def titled(picture: Image.Image, lines: Sequence[str]) -> Image.Image:
+    """The picture under some lines of text, widened if need be."""
+    font = ImageFont.load_default(13)
+    measure = ImageDraw.Draw(picture)
+    width = max(picture.width, *(math.ceil(measure.textlength(line, font)) + 20 for line in lines))
+    above = 10 + 18 * len(lines)
+    sheet = Image.new("RGB", (width, picture.height + above), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(lines):
+        draw.text((10, 4 + 18 * i), line, "black", font)
+    sheet.paste(picture, (0, above))
+    return sheet
 
 
 def save(picture: Image.Image, path: str | Path, **options) -> None:

@@ -26,6 +26,8 @@ import torch
 
 import dimr
 import downloads
+import networks
+import peers
 from storage import (
     UserError,
     load_tensors,
@@ -150,31 +152,47 @@ def newest_whole(run, say=lambda line: print(line, file=sys.stderr)):
 # ------------------------------------------------------------------------------------ weights files
 
 
-def metadata(config: dimr.Config, **record) -> dict[str, str]:
+def metadata(config: networks.Config, **record) -> dict[str, str]:
     """What a weights file says of itself: the network's configuration and whatever else JSON can
     hold."""
     values = {"config": dataclasses.asdict(config), **record}
     return {name: json.dumps(value) for name, value in values.items()}
 
 
-def read_weights(path: Path, heads: int = 16) -> tuple[dimr.DiMR, dict]:
-    """(network in eval mode, record) from a weights file: ours, or a state dict under the authors'
-    released names, whose `heads` have to be told unless `write_weights` wrote it.
+def read_weights(
+    path: Path, heads: int | None = None, kind: str | None = None
+) -> tuple[networks.Network, dict]:
+    """(network in eval mode, record) from a weights file: ours, or one under its authors' names, a
+    training checkpoint of theirs included. `kind` ("dit" or "sit") and `heads` have to be told
+    where nothing in the file tells them.
 
     Raises UserError when it is neither, doesn't fit, or holds values that are not finite."""
     tensors, about = load_tensors(path)
     try:
         record = _record(about)
-        config = dimr.Config(**record.pop("config")) if record else None
+        config = networks.config_of(record.pop("config")) if record else None
         if config and not any(name.startswith("stages.") for name in tensors):
-            model = dimr.from_config(config, tensors)
+            if kind not in (None, networks.kind(config)):
+                raise ValueError(f"--kind {kind}: it says that it is {networks.kind(config)}")
+            model = networks.from_config(config, tensors)
         else:
-            model = dimr.from_released(tensors, heads, config=config)
+            kind = kind or kind_of(path, about)
+            model = networks.from_released(tensors, kind, heads, config)
         model.float()  # a half-precision file's
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} does not fit: {error}") from None
     check_finite(path, model)
     return model, record
+
+
+def kind_of(path: Path, about: dict) -> str | None:
+    """What is known of the kind of a network besides its tensors: from the name that its file was
+    fetched by, or from the model's name in a training checkpoint ("DiT-XL/2")."""
+    asset = downloads.asset_of(path)
+    if asset and asset.kind:
+        return asset.kind
+    family = about.get("model", "").partition("-")[0].lower()
+    return family if family in peers.RELEASED else None
 
 
 def _record(about):
@@ -198,7 +216,7 @@ def check_finite(path, model):
         )
 
 
-def write_weights(path: Path, model: dimr.DiMR, record: dict) -> None:
+def write_weights(path: Path, model: networks.Network, record: dict) -> None:
     """Write what `read_weights` reads: `.safetensors` under our names, `.pth` under the authors'
     released ones, so that their code loads it too. Both carry the configuration and `record`.
     Raises UserError for another extension, and for a network that the release has no names for."""
@@ -207,6 +225,11 @@ def write_weights(path: Path, model: dimr.DiMR, record: dict) -> None:
     if path.suffix == ".safetensors":
         save_tensors(path, model.state_dict(), about)
     elif path.suffix == ".pth":
+        if networks.kind(model.config) != "dimr":
+            raise UserError(
+                f"{path} would hold DiMR's released names, and this network is of kind "
+                f"{model.config.kind}; write {path.with_suffix('.safetensors')} instead"
+            )
         try:
             state = OrderedDict(dimr.to_released(model))
         except ValueError as error:

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import averaging
 import diffusion
-import dimr
 import downloads
 import imagesets
+import networks
 import parallel
 import randomness
 import runfolder
@@ -52,15 +52,20 @@ class Settings:
     cfg: float | None = None
     cfg_power: float | None = None
     cfg_interval: tuple[float, float] | None = None
+    cfg_channels: int | None = None
     preset: str = "everyday"
     solver: str | None = None
     grid: str | None = None
     steps: int | None = None
 
-    def resolved(self, config: dimr.Config) -> "Settings":
+    def resolved(self, config: networks.Config) -> "Settings":
         """These settings with every default filled in for a network of `config`. Raises UserError
         if they can't work."""
-        solver_name, grid, steps = space.PRESETS[self.preset][config.space]
+        solver_name, grid, steps = space.preset(self.preset, config)
+        if solver.SOLVERS[self.solver or solver_name].times:
+            grid = space.OWN
+        elif grid == space.OWN:
+            grid = "time"
         default = {
             "cfg": 1.5 if config.null_class else 1.0,
             "solver": solver_name,
@@ -76,9 +81,15 @@ class Settings:
                     f"guidance {full.cfg:g} needs a null class and this network has none; use "
                     "--cfg 1, or train with --label-dropout 0.1"
                 )
+            if (full.cfg_channels or 1) > config.channels:
+                raise ValueError(
+                    f"guidance of {full.cfg_channels} channels: this network has "
+                    f"{config.channels}; give --cfg-channels 1 to {config.channels}, or none for "
+                    "all"
+                )
             if full.steps < 1:
                 raise ValueError(f"steps {full.steps} is not at least 1")
-            solver.SOLVERS[full.solver].updates(full.steps)
+            check_solver(full, config)
         except ValueError as error:
             raise UserError(str(error)) from None
         return full
@@ -86,11 +97,27 @@ class Settings:
     @property
     def guidance(self) -> diffusion.Guidance:
         """Raises ValueError for values that make no sense."""
-        return diffusion.Guidance(self.cfg, self.cfg_power, self.cfg_interval)
+        return diffusion.Guidance(
+            self.cfg, self.cfg_power, self.cfg_interval, channels=self.cfg_channels
+        )
+
+
+def check_solver(settings: Settings, config: networks.Config) -> None:
+    """Raise ValueError where the solver can't take these steps, this grid or this network."""
+    row = solver.SOLVERS[settings.solver]
+    row.updates(settings.steps)
+    if row.times and settings.grid != space.OWN:
+        raise ValueError(f"solver {settings.solver} lays its times itself; leave out --grid")
+    if row.learned_variance and not networks.has_variance(config):
+        raise ValueError(
+            f"solver {settings.solver} takes a learned variance, which this network of kind "
+            f"{networks.kind(config)} does not have (the released DiT has); use another --solver, "
+            "such as ancestral"
+        )
 
 
 def solve(
-    model: dimr.DiMR,
+    model: networks.Network,
     classes: Sequence[int],
     seeds: Sequence[int],
     settings: Settings,
@@ -117,7 +144,7 @@ def solve(
     x = torch.stack([randomness.start_noise(shape, seed) for seed in seeds]).to(device)
     with torch.inference_mode(), parallel.autocast(device, precision):
         return solver.sample(
-            diffusion.denoiser(model, schedule, y, settings.guidance),
+            diffusion.denoiser(model, schedule, y, settings.guidance, row.learned_variance),
             x,
             schedule,
             settings.steps,
@@ -134,7 +161,7 @@ def solve(
 class Generator:
     """A loaded network and what it takes to draw images with it."""
 
-    model: dimr.DiMR
+    model: networks.Network
     device: torch.device
     precision: str
     classes: list  # names; may be empty
@@ -146,7 +173,7 @@ class Generator:
     compiled: bool = False
 
     @property
-    def config(self) -> dimr.Config:
+    def config(self) -> networks.Config:
         return self.model.config
 
     @property
@@ -257,7 +284,7 @@ def _advance(progress, count, steps):
     return callback
 
 
-def check_classes(classes: Iterable[int], config: dimr.Config) -> None:
+def check_classes(classes: Iterable[int], config: networks.Config) -> None:
     wrong = [c for c in classes if not 0 <= c < config.num_classes]
     if wrong:
         raise UserError(
@@ -302,18 +329,20 @@ def load(
     device: str = "auto",
     precision: str | None = None,
     vae: str | Path | None = None,
-    heads: int = 16,
+    kind: str | None = None,
+    heads: int | None = None,
     compiled: bool = False,
     ema_width: float | None = None,
 ) -> Generator:
-    """A Generator from a run folder, a weights file (ours, or a released state dict with `heads`),
+    """A Generator from a run folder, a weights file,
     or a name; None takes the newest run under runs/, else the released xl2r. `vae`: name or path,
     for latent models. `ema_width`: the average of that width at the end of the run, which is made
-    in memory of the run's snapshots (averaging.py). Raises UserError."""
+    in memory of the run's snapshots (averaging.py). `kind` and `heads`: what a
+    file of others' doesn't tell (runfolder.read_weights). Raises UserError."""
     device = parallel.pick_device(device)
     if ema_width is None:
         path = runfolder.find_weights(source, ema)
-        model, record = runfolder.read_weights(path, heads)
+        model, record = runfolder.read_weights(path, heads, kind)
         content = sha256(path)
     else:
         made = averaging.rebuild(averaging.find_run(source), ema_width)

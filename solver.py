@@ -11,7 +11,8 @@ stochastic one draws `draw(k)`, standard normal like x, in update k. `callback(e
 follows each update.
 
 DPM-Solver: arXiv:2206.00927 (noise prediction). DPM-Solver++: arXiv:2211.01095 (data prediction).
-Heun's method: arXiv:2206.00364, algorithm 1. Ancestral sampling: arXiv:2006.11239, eq. 7."""
+Heun's method: arXiv:2206.00364, algorithm 1. Ancestral sampling: arXiv:2006.11239, eq. 7; with a
+learned variance: arXiv:2102.09672, eq. 15. The SDE: arXiv:2401.08740, Sec. 2.3."""
 
 import dataclasses
 import functools
@@ -175,6 +176,42 @@ def ancestral(denoise, x, times, schedule, *, draw, callback=None):
     return x
 
 
+def ddpm(denoise, x, times, schedule, *, draw, callback=None):
+    """DDPM's sampler with a learned variance, which is DiT's: `denoise` gives (x_0, ε, v), where v
+    (B, …) from −1 to 1 interpolates log σ² between the posterior's variance and β. The last update
+    takes no noise: it returns its mean, x_0."""
+    for i, span in enumerate(times):
+        x0, _, v = denoise(x, float(span[0]))
+        if i + 1 == len(times):
+            x = x0
+        else:
+            here, after = (float(schedule.alpha(t)) ** 2 for t in span)
+            beta = 1 - here / after
+            from_x0 = after**0.5 * beta / (1 - here)
+            from_x = (1 - beta) ** 0.5 * (1 - after) / (1 - here)
+            low = math.log(beta * (1 - after) / (1 - here))
+            log_variance = low + (v + 1) / 2 * (math.log(beta) - low)
+            x = from_x0 * x0 + from_x * x + (log_variance / 2).exp() * draw(i)
+        if callback:
+            callback(i + 1, x)
+    return x
+
+
+def sde(denoise, x, times, schedule, *, draw, callback=None):
+    """Euler and Maruyama's method along the reverse SDE whose diffusion coefficient is σ, SiT's
+    sampler: the velocity, σ times the score −ε/σ, and noise of variance 2σ·|dσ|. The last update
+    takes no noise: it returns its mean."""
+    for i, span in enumerate(times):
+        (s, alpha_s, sigma_s), (_, alpha_t, sigma_t) = _ends(schedule, span)
+        x0, eps = denoise(x, s)
+        x = x + (alpha_t - alpha_s) * x0 + 2 * (sigma_t - sigma_s) * eps
+        if i + 1 < len(times):
+            x = x + math.sqrt(2 * sigma_s * (sigma_s - sigma_t)) * draw(i)
+        if callback:
+            callback(i + 1, x)
+    return x
+
+
 # --------------------------------------------------------------------------------------- the tables
 
 
@@ -199,16 +236,47 @@ def fast(steps):
     return [3] * (steps // 3) + [remainder]
 
 
+def ddpm_updates(steps):
+    """One evaluation each, of DDPM's 1000 steps."""
+    if not 2 <= steps <= 1000:
+        raise ValueError(f"{steps} steps of DDPM are not between 2 and 1000")
+    return [1] * steps
+
+
+def ddpm_times(steps, start, end):
+    """From t = (n + 1)/1000 of n = 999 … 0, evenly spaced from end to end and rounded as DiT's
+    release does, which adds up the stride; then to 0."""
+    exact, ns = 0.0, []
+    for _ in range(steps):
+        ns.append(round(exact))
+        exact += 999 / (steps - 1)
+    points = torch.tensor([-1, *ns], dtype=torch.float64).flip(0) + 1
+    return list((points / 1000).unfold(0, 2, 1))
+
+
+LAST_STEP = 0.04  # of t, SiT's
+
+
+def sde_times(steps, start, end):
+    """Equal steps from `start` on, and a last one of LAST_STEP to `end`."""
+    points = torch.linspace(start, end + LAST_STEP, steps, dtype=torch.float64)
+    points = torch.cat([points, torch.tensor([end], dtype=torch.float64)])
+    return list(points.unfold(0, 2, 1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Solver:
     """`updates(steps)` lists the evaluations of each update, their sum being `steps` (NFE), or
     raises ValueError. `in_lam`: whether its equations need λ to be finite at both ends.
-    `stochastic`: whether it draws noise."""
+    `stochastic`: whether it draws noise. `times(steps, start, end)`: those of each update where it
+    lays them itself, whatever the grid. `learned_variance`: whether it takes the network's."""
 
     solve: Callable
     updates: Callable[[int], list[int]]
     in_lam: bool = True
     stochastic: bool = False
+    times: Callable | None = None
+    learned_variance: bool = False
 
 
 def _row(solve, updates, **options):
@@ -233,6 +301,10 @@ SOLVERS = {
     "euler": Solver(euler, _ONE, in_lam=False),
     "heun": Solver(heun, _TWO, in_lam=False),
     "ancestral": Solver(ancestral, _ONE, stochastic=True),
+    "ddpm": Solver(
+        ddpm, ddpm_updates, in_lam=False, stochastic=True, times=ddpm_times, learned_variance=True
+    ),
+    "sde": Solver(sde, _ONE, in_lam=False, stochastic=True, times=sde_times),
 }
 
 
@@ -291,11 +363,12 @@ def sample(
     """Solve the reverse process from t = `start` to `end` (by default the schedule's `t_start` and
     `t_end`).
 
-    `denoise(x, t)` gives (x_0, ε) (see diffusion.denoiser) for x (B, …) at a float t; `steps` is
-    the NFE; `solver` a key of SOLVERS, `grid` of GRIDS; `draw(k)` what a stochastic solver draws
-    in update k. Returns x at `end`: no thresholding, no final denoising step.
-    `callback(evaluations, x)` follows each update. Raises ValueError for steps < 1 or steps that
-    the solver can't divide, and for a stochastic solver without noise."""
+    `denoise(x, t)` gives (x_0, ε) (see diffusion.denoiser) for x (B, …) at a float t, and the
+    learned variance where the solver takes it; `steps` is the NFE; `solver` a key of SOLVERS,
+    `grid` of GRIDS; `draw(k)` what a stochastic solver draws in update k. Returns x at `end`: no
+    thresholding, no final denoising step. `callback(evaluations, x)` follows each update. Raises
+    ValueError for steps < 1 or steps that the solver can't divide, and for a stochastic solver
+    without noise."""
     if steps < 1:
         raise ValueError(f"steps {steps} is not at least 1")
     row = SOLVERS[solver]
@@ -303,5 +376,9 @@ def sample(
         raise ValueError(f"solver {solver} draws noise; give `draw`")
     start = schedule.t_start if start is None else start
     end = schedule.t_end if end is None else end
-    times = lay_times(schedule, row.updates(steps), grid, start, end)
+    updates = row.updates(steps)
+    if row.times:
+        times = row.times(steps, start, end)
+    else:
+        times = lay_times(schedule, updates, grid, start, end)
     return row.solve(denoise, x, times, schedule, draw=draw, callback=callback)

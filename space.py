@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-import dimr
+import networks
 import vae
 
 
@@ -48,16 +48,32 @@ class Latents:
 
 
 Space = Pixels | Latents
+OWN = "own"  # the grid of a solver that lays its times itself
 SPACES = {"pixel": Pixels(), "latent": Latents()}
 
-# Solver, time grid and NFE by space. The paper's: Table 4 and its release.
+# Solver, time grid and NFE by space. The paper's: Table 4 and its release; that of a peer is its
+# own paper's.
 PRESETS = {
     "everyday": {"latent": ("2m", "time", 25), "pixel": ("2m", "logsnr", 25)},
     "paper": {"latent": ("fast", "time", 250), "pixel": ("dpm-fast", "logsnr", 50)},
 }
+_U_VIT = {"latent": ("fast", "time", 50), "pixel": ("dpm-fast", "logsnr", 50)}
+PEERS = {
+    "uvit": _U_VIT,
+    "uvit-adaln": _U_VIT,
+    "dit": dict.fromkeys(("latent", "pixel"), ("ddpm", OWN, 250)),
+    "sit": dict.fromkeys(("latent", "pixel"), ("sde", OWN, 250)),
+}
 
 
-def of(config: dimr.Config) -> Space:
+def preset(name: str, config: networks.Config) -> tuple[str, str, int]:
+    """(solver, time grid, NFE) of one of PRESETS for a network of `config`."""
+    if name == "paper" and networks.kind(config) in PEERS:
+        return PEERS[networks.kind(config)][config.space]
+    return PRESETS[name][config.space]
+
+
+def of(config: networks.Config) -> Space:
     """The space of a network's Config."""
     return SPACES[config.space]
 
@@ -65,11 +81,6 @@ def of(config: dimr.Config) -> Space:
 def of_data(data) -> Space:
     """The space of a dataset."""
     return next(space for space in SPACES.values() if space.kind == data.kind)
-
-
-def variants(space: Space) -> list[str]:
-    """Names of the variants that work in this space."""
-    return [name for name, config in dimr.VARIANTS.items() if config.space == space.name]
 
 
 def folder(space: Space, side: int) -> Path:
@@ -83,6 +94,6 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return unit.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def side(config: dimr.Config) -> int:
+def side(config: networks.Config) -> int:
     """Height and width in pixels of a network's images."""
     return config.size * of(config).cell

@@ -1,5 +1,6 @@
 """How dimr touches the disk: a file appears whole or not at all, and nothing read is trusted."""
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -106,7 +107,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str,
     """Tensors and metadata of a `.safetensors` file, or of a PyTorch file read with weights only.
 
     Returns (dict of name → CPU tensor, dict of str → str); a PyTorch file may carry metadata as an
-    attribute of that name on its OrderedDict. Raises UserError for anything else."""
+    attribute of that name on its OrderedDict. Of a training checkpoint the averaged weights are
+    taken, and "model" is what it calls its network. Raises UserError for anything else."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not a file; expected weights (.safetensors, .pth, .pt, .ckpt)")
@@ -138,8 +140,11 @@ def _load_pickle(path):
     import torch  # here, so that the command line answers --help at once
 
     mapped = zipfile.is_zipfile(path)
+    # which DiT's and SiT's training checkpoints hold beside the tensors: it runs nothing
+    settings = torch.serialization.safe_globals([argparse.Namespace])
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with settings:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     # whatever an untrusted file makes the parser raise, the file is at fault
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -152,8 +157,12 @@ def _state_dict(path, value):
     """Tensors and metadata of what a PyTorch file holds."""
     import torch
 
-    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        value = value["state_dict"]  # Lightning and CompVis wrap theirs
+    model = None
+    if isinstance(value, dict):
+        model = getattr(value.get("args"), "model", None)
+        for wrapper in ("state_dict", "ema"):  # Lightning's and CompVis's; DiT's and SiT's
+            if isinstance(value.get(wrapper), dict):
+                value = value[wrapper]
     tensors = {}
     if isinstance(value, dict):
         tensors = {name: item for name, item in value.items() if isinstance(item, torch.Tensor)}
@@ -161,7 +170,7 @@ def _state_dict(path, value):
         raise UserError(f"{path} holds no state dict: expected names mapped to tensors")
     metadata = getattr(value, "metadata", None)
     if not isinstance(metadata, dict):
-        return tensors, {}
+        metadata = {"model": model}
     return tensors, {name: text for name, text in metadata.items() if isinstance(text, str)}
 
 

@@ -32,6 +32,7 @@ import dimr
 import imagenet_names
 import imagesets
 import journal
+import networks
 import parallel
 import randomness
 import runfolder
@@ -68,6 +69,7 @@ class Recipe:
     flip: bool = True  # random horizontal flips
     grad_clip: float | None = None
     target_scale: str = "unit"
+    loss: str = "multi"  # or "output": of the last prediction alone (Table 2)
     precision: str | None = None  # None: bf16 on CUDA, else fp32
     compile: bool | None = None  # None: on CUDA
     checkpoint_blocks: bool = False
@@ -86,6 +88,8 @@ class Recipe:
 
 
 _PIXELS = Recipe(lr=3e-4, steps=300_000, label_dropout=0)
+_OUTPUT = dataclasses.replace(_PIXELS, loss="output")
+_DIT = dict(lr=1e-4, batch_size=256, warmup=0, weight_decay=0, betas=(0.9, 0.999))
 _DIGITS = dict(batch_size=32, warmup=200, betas=(0.9, 0.98), ema=0.998, weight_decay=0.01)
 
 RECIPES = {
@@ -95,6 +99,25 @@ RECIPES = {
     "xl3r": Recipe(),
     "g2r": Recipe(),
     "demo": Recipe(lr=8e-3, steps=3800, flip=False, **_DIGITS),
+    "table2-1": _PIXELS,
+    "table2-2": _PIXELS,
+    "table2-3": _OUTPUT,
+    "table2-4": _OUTPUT,
+    "table2-5": _OUTPUT,
+    "table2-6": _PIXELS,
+    # U-ViT's own (arXiv:2209.12152, App. A), whose rates and steps the paper takes over
+    "uvit-m4": _PIXELS,
+    "uvit-l4": _PIXELS,
+    "uvit-l2": Recipe(steps=300_000, label_dropout=0.15),
+    "uvit-h2": Recipe(steps=500_000),
+    "uvit-l4-512": Recipe(steps=500_000, label_dropout=0.15),
+    "uvit-h4": Recipe(steps=500_000),
+    # DiT's (arXiv:2212.09748, Sec. 4), which SiT took over: B/2 400K steps as in its comparison of
+    # sizes, XL/2 as long as the released weights
+    "dit-b2": Recipe(steps=400_000, **_DIT),
+    "dit-xl2": Recipe(steps=7_000_000, **_DIT),
+    "dit-xl2-512": Recipe(steps=3_000_000, **_DIT),
+    "sit-xl2": Recipe(steps=7_000_000, **_DIT),
 }
 # when a run is resumed
 MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks", "ema_precision"}
@@ -146,7 +169,7 @@ class Initial:
     were trained with; each of these may be empty."""
 
     source: str
-    network: dimr.DiMR
+    network: networks.Network
     classes: list
     recipe: dict
 
@@ -158,7 +181,7 @@ class Plan:
     --force, as name → [before, now]."""
 
     record: dict
-    config: dimr.Config
+    config: networks.Config
     recipe: Recipe
     data: object
     initial: Initial | None
@@ -166,10 +189,13 @@ class Plan:
     changed: dict
 
 
-def make_plan(out, source, *, variant, recipe, network, init, device, force=False) -> Plan:
+def make_plan(
+    out, source, *, variant, recipe, network, init, device, kind=None, force=False
+) -> Plan:
     """What a run in folder `out` is. Everything not given comes from the run's config.json if there
     is one, else from the weights to start from, else from the variant, else from the data
-    (defaults.py). Raises UserError where that is no longer the same run and can't be forced."""
+    (defaults.py). `kind` is that of `init`, where its file doesn't tell. Raises UserError where
+    that is no longer the same run and can't be forced."""
     before = read_json(out / "config.json") if (out / "config.json").exists() else {}
     known = before.get("data", {})
     source = dataclasses.replace(
@@ -179,12 +205,13 @@ def make_plan(out, source, *, variant, recipe, network, init, device, force=Fals
         exif=source.exif or known.get("exif", False),
     )
     data = open_data(source, variant)
+    recipe = recipe or {}
+    network = network or {}
     init = init or before.get("init")
     initial = None
     if init and not runfolder.checkpoints(out):
-        initial = read_initial(init)
-    recipe = recipe or {}
-    network = network or {}
+        initial = read_initial(init, network.get("heads"), kind)
+        check_kind(variant, init, initial.network.config)
     base = first_config(before, initial, variant, data, network)
     chosen, values = first_recipe(before, initial, variant, base, len(data), recipe)
     recipe = settle(values, recipe, device)
@@ -192,7 +219,7 @@ def make_plan(out, source, *, variant, recipe, network, init, device, force=Fals
     if before or initial:
         null_class |= base.null_class
     config = configure(base, data, null_class, **network)
-    if before and config.blocks == base.blocks:
+    if before and networks.kind(config) == "dimr" and config.blocks == base.blocks:
         config = dataclasses.replace(config, layers=base.layers)
     record = {
         "variant": variant or before.get("variant") or defaults.OWN,
@@ -219,10 +246,10 @@ def make_plan(out, source, *, variant, recipe, network, init, device, force=Fals
     return Plan(record, config, recipe, data, initial, chosen, changed)
 
 
-def read_initial(init) -> Initial:
+def read_initial(init, heads, kind) -> Initial:
     """The weights that --init names: a run, a file or a name. Raises UserError."""
     path = runfolder.find_weights(init)
-    network, record = runfolder.read_weights(path)
+    network, record = runfolder.read_weights(path, heads, kind)
     run = runfolder.run_of(path)
     recipe = record.get("recipe", {})
     if run:
@@ -237,11 +264,11 @@ def read_initial(init) -> Initial:
 def first_config(before, initial, variant, data, network):
     """The Config that a run's own is made from (`configure`). Raises UserError."""
     if before:
-        return dimr.Config(**before["config"])
+        return networks.config_of(before["config"])
     if initial:
         return initial.network.config
     if variant:
-        return dimr.VARIANTS[variant]
+        return networks.in_space(networks.VARIANTS[variant], space.of_data(data).name)
     try:
         return defaults.network(data, network)
     except ValueError as error:
@@ -267,8 +294,8 @@ def open_data(source, variant):
     if source.path is None:
         raise UserError("no training data: give --data FOLDER, or run dimr encode first")
     default = None
-    if variant and dimr.VARIANTS[variant].space == "pixel":
-        default = dimr.VARIANTS[variant].size
+    if variant and networks.VARIANTS[variant].space == "pixel":
+        default = networks.VARIANTS[variant].size
     return dataset.open_data(source.path, source.res, exif=source.exif, default_size=default)
 
 
@@ -320,19 +347,33 @@ def configure(base, data, null_class, **changes):
     if base.space != theirs.name:
         raise UserError(
             f"this network works in {base.space} space and {data.root} holds {data.kind}; choose "
-            f"one of {', '.join(space.variants(theirs))}, or other data (dimr encode)"
+            f"one of {', '.join(networks.variants(theirs.name))}, or other data (dimr encode)"
         )
     try:
-        return dataclasses.replace(
+        return networks.changed(
             base,
+            changes,
             size=data.size,
             channels=data.channels,
             num_classes=len(data.classes),
             null_class=null_class,
-            **changes,
         )
     except ValueError as error:
         raise UserError(f"this network can't be built: {error}") from None
+
+
+def check_kind(variant, init, config):
+    """Raise UserError where `init`, whose network has `config`, is of another kind than the variant
+    that was asked for."""
+    if variant is None:
+        return
+    asked = networks.kind(networks.VARIANTS[variant])
+    found = networks.kind(config)
+    if found != asked:
+        raise UserError(
+            f"{init} holds a network of kind {found}, and --variant {variant} is of kind {asked}; "
+            "leave out --variant, or give --init weights of that kind"
+        )
 
 
 def check_same(out, before, now, force):
@@ -420,10 +461,10 @@ def divide(batch_size, micro_batch) -> Division:
 # ---------------------------------------------------------------------------------------- the state
 
 
-def new_network(config, seed) -> dimr.DiMR:
+def new_network(config, seed) -> networks.Network:
     """A network with fresh weights, which the seed alone decides."""
     torch.manual_seed(seed)
-    return dimr.DiMR(config)
+    return networks.new(config)
 
 
 def class_rows(config, classes, initial):
@@ -496,7 +537,7 @@ class State:
         gradient's norm and 1.0 where it was not finite. Then nothing changes: the fused kernel
         skips for `found_inf`, and the averages' weight is 0."""
         recipe = self.recipe
-        gradients = [p.grad for p in self.parameters.values()]
+        gradients = [p.grad for p in self.parameters.values() if p.requires_grad]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         bad = 1 - norm.isfinite().float()
         if recipe.grad_clip:
@@ -543,7 +584,7 @@ class State:
         metadata = runfolder.metadata(self.network.config, step=self.step, **record)
         moments = {}
         for name, parameter in self.parameters.items():
-            for kind, value in self.optimizer.state[parameter].items():
+            for kind, value in self.optimizer.state.get(parameter, {}).items():
                 moments[f"{kind}/{name}"] = value
         files = {
             "weights": (self.parameters, metadata),
@@ -645,7 +686,7 @@ def losses(state, images, labels, first):
     with parallel.autocast(device, recipe.precision):
         predictions = state.model(schedule.noised(x0, noise, t), tau, labels)
     target = state.objective.target(x0, noise)
-    return diffusion.multi_scale_loss(predictions, target, recipe.target_scale)
+    return diffusion.multi_scale_loss(predictions, target, recipe.target_scale, recipe.loss)
 
 
 def train_step(state, batches, division):
@@ -679,6 +720,7 @@ def train(
     recipe=None,
     network=None,
     init=None,
+    kind=None,
     device="auto",
     saving=Saving(),  # noqa: B008 (frozen)
     watch=None,
@@ -690,9 +732,9 @@ def train(
 
     `variant`: a key of VARIANTS (None: what defaults.py makes of the data); `recipe` and `network`:
     what to change of its Recipe and Config, as dicts; `init`: weights to start from (name, path or
-    run), whose recipe is taken over; `watch`: a Watch, or None; `sinks`: see journal.Sink; `force`:
-    whether MAY_BE_FORCED may change. A resumed run takes whatever is not given from its
-    config.json.
+    run), whose recipe is taken over, of the `kind` that their file doesn't tell; `watch`: a Watch,
+    or None; `sinks`: see journal.Sink; `force`: whether MAY_BE_FORCED may change. A resumed run
+    takes whatever is not given from its config.json.
 
     Returns a summary; `stopped` names the reason if the run is not at its end. Raises UserError."""
     begun = time.monotonic()
@@ -709,6 +751,7 @@ def train(
             recipe=recipe,
             network=network,
             init=init,
+            kind=kind,
             device=device,
             force=force,
         )
@@ -817,6 +860,8 @@ def begin(out, plan, device, say) -> State:
         fresh = state.take(plan.initial, plan.data.classes)
         for line in inheritance(state, plan, *fresh):
             say(line)
+    if networks.kind(plan.config) == "dit":
+        say("DiT's learned variance is not trained here: of its output the noise alone")
     idle = parallel.idle_gpus(device)
     if idle:
         say(
@@ -887,7 +932,9 @@ def introduction(out, plan, state, division):
 
 
 def shape_words(config):
-    """A network's branches in words, coarse to fine."""
+    """A network's branches in words, coarse to fine; of a peer, its one."""
+    if networks.kind(config) != "dimr":
+        return f"{config.depth} blocks of width {config.width}, patches of {config.patch}"
     blocks = ", ".join(map(str, config.blocks))
     widths = ", ".join(map(str, config.dims))
     words = f"{blocks} blocks of widths {widths}"
@@ -1113,7 +1160,7 @@ def save_averages(out, state, log, record):
 
 def ema_generator(out, state, record):
     """Draws images with the EMA's weights as they are now."""
-    model = dimr.from_config(state.network.config, state.ema).requires_grad_(False)
+    model = networks.from_config(state.network.config, state.ema).requires_grad_(False)
     return sampling.Generator(
         model,
         state.device,

@@ -26,6 +26,7 @@ PARTS = [
     "journal",
     "pictures",
     "imagenet_names",
+    "networks",
     "space",
     "defaults",
 ]
@@ -38,6 +39,7 @@ JOBS = [
     "extraction",
     "evaluation",
     "distortion",
+    "analysis",
     "training",
     "digits_demo",
 ]

@@ -16,6 +16,7 @@ import cli
 import diffusion
 import dimr
 import evaluation
+import networks
 import solver
 import space
 import storage
@@ -68,10 +69,11 @@ def test_every_help_answers_without_pytorch(monkeypatch):
 
 def test_choices_are_the_tables_rows():
     train = choices(cli.train)
-    assert train["variant"] == list(dimr.VARIANTS)
+    assert train["variant"] == list(networks.VARIANTS)
     assert train["norm"] == list(dimr.NORMS)
     assert train["mlp"] == list(dimr.MLPS)
     assert train["objective"] == list(diffusion.OBJECTIVES)
+    assert train["loss"] == list(diffusion.LOSSES)
     assert train["target_scale"] == list(diffusion.TARGET_SCALES)
     draw = choices(cli.sample)
     assert draw["solver"] == list(solver.SOLVERS)
@@ -127,6 +129,7 @@ def test_train_tells_the_job_only_what_was_given(told):
         "recipe": {},
         "network": {},
         "init": None,
+        "kind": None,
         "device": "auto",
         "saving": training.Saving(),
         "watch": None,
@@ -136,11 +139,13 @@ def test_train_tells_the_job_only_what_was_given(told):
 
 def test_train_tells_the_job_all_that_was_given(told):
     recipe = "--lr 0.1 --betas 0.9,0.99 --no-flip --seed 0 --precision bf16 --target-scale mean"
+    recipe += " --loss output"
     network = "--layers 3,2 --dims 16,8 --heads 2 --norm tdrms --mlp geglu --objective velocity"
+    network += " --patch 2"
     source = "--data photos --res 32 --exif --on-bad-image skip --workers 0"
     saving = "--save-every 7 --keep 3 --sample-every 0 --max-time 2"
     watch = "--eval-every 5 --eval-images 20 --ref photos --inception i --features a:b"
-    rest = "--variant demo --out run --init weights --device cpu --force"
+    rest = "--variant demo --out run --init weights --kind sit --device cpu --force"
     line = f"train {recipe} {network} {source} {saving} {watch} {rest}"
     assert invoke(*line.split()).exit_code == 0
     assert told == {
@@ -154,16 +159,19 @@ def test_train_tells_the_job_all_that_was_given(told):
             "seed": 0,
             "precision": "bf16",
             "target_scale": "mean",
+            "loss": "output",
         },
         "network": {
             "layers": (3, 2),
             "dims": (16, 8),
             "heads": 2,
+            "patch": 2,
             "norm": "tdrms",
             "mlp": "geglu",
             "objective": "velocity",
         },
         "init": "weights",
+        "kind": "sit",
         "device": "cpu",
         "saving": training.Saving(every=7, keep=3, sample_every=0, max_time=120),
         "watch": training.Watch(5, 20, ref="photos", inception="i", features="a:b"),
@@ -187,17 +195,22 @@ def test_a_pixel_model_finds_images_too(told, tmp_path, monkeypatch):
 # figures
 
 
-@pytest.mark.parametrize("variant", dimr.VARIANTS)
+@pytest.mark.parametrize("variant", networks.VARIANTS)
 def test_info_reports_parameters_and_gmacs(variant):
     result = json.loads(invoke("info", "--variant", variant, "--json").output)
     assert result.keys() == {"variant", "params", "gmacs", "branches"}
     assert result["variant"] == variant
     assert result["params"] == sum(branch["params"] for branch in result["branches"])
-    assert result["gmacs"] == pytest.approx(sum(dimr.VARIANTS[variant].macs) / 1e9, abs=1e-3)
-    assert len(result["branches"]) == len(dimr.VARIANTS[variant].dims)
+    assert result["gmacs"] == pytest.approx(sum(networks.VARIANTS[variant].macs) / 1e9, abs=1e-3)
+    assert len(result["branches"]) == len(networks.VARIANTS[variant].macs)
     people = invoke("info", "--variant", variant).output
     assert f"{result['params']:,}" in people
     assert people.count("branch") == len(result["branches"])
+
+
+def test_info_says_both_counts_of_row_2_of_table_2():
+    told = invoke("info", "--variant", "table2-2").output
+    assert "193,095,300 parameters" in told and "the paper prints 202.4M" in told
 
 
 # errors

@@ -179,9 +179,8 @@ def test_a_path_is_returned_as_it_is_and_anything_else_lists_the_names(tmp_path,
     assert downloads.find(str(file)) == file
     assert downloads.find(file) == file
     assert downloads.find(tmp_path) == tmp_path
-    with pytest.raises(
-        UserError, match="xl9r is no file, nor known by name.*xl2r, g2r, sd-vae-ft-ema, inception"
-    ):
+    names = "xl2r, g2r, dit-xl2-256, dit-xl2-512, sd-vae-ft-ema, inception"
+    with pytest.raises(UserError, match=f"xl9r is no file, nor known by name.*{names}"):
         downloads.find("xl9r")
 
 
@@ -523,7 +522,7 @@ def test_convert_refuses_what_it_cannot_do_in_one_line(released, tmp_path):
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
     wrong = dimr("convert", str(tmp_path / "other.pth"), str(tmp_path / "ours.safetensors"))
     assert wrong.exit_code == 1
-    assert "no released DiMR state dict" in wrong.output
+    assert "are no DiMR's, U-ViT's, DiT's or SiT's" in wrong.output
     assert not (tmp_path / "ours.safetensors").exists()
 
 

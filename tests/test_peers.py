@@ -27,6 +27,8 @@ COUNTS = {  # parameters; the Gflops that the paper prints, Tables 1, 5, 6, 7 (D
     "dit-xl2": (675_129_632, 119),
     "dit-xl2-512": (676_014_368, 525),
     "sit-xl2": (675_129_632, 119),
+    "table2-1": (130_940_292, 35),
+    "table2-2": (193_095_300, 35),  # the paper prints 202.4M
 }
 RELEASED = {  # file: its variant, and the kind that has to be told
     "imagenet64_uvit_mid": ("uvit-m4", None),
@@ -55,6 +57,7 @@ SMALL = {
     )
     for name in ("uvit", "uvit-convolution", "dit", "sit")
 }
+SMALL["uvit-adaln"] = dataclasses.replace(SMALL["uvit-convolution"], kind="uvit-adaln")
 
 
 def build(config):
@@ -256,7 +259,7 @@ def test_macs_are_what_pytorch_counts(name):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(kind="unet"), "kind 'unet' is not one of uvit, dit, sit"),
+        (dict(kind="unet"), "kind 'unet' is not one of uvit, uvit-adaln, dit, sit"),
         (dict(space="audio"), "space 'audio' is neither 'latent' nor 'pixel'"),
         (dict(heads=0), "heads 0 is not at least 1"),
         (dict(num_classes=0), "num_classes 0 is not at least 1"),
@@ -265,6 +268,8 @@ def test_macs_are_what_pytorch_counts(name):
         (dict(heads=3), "heads 3 does not divide the width 32"),
         (dict(depth=4), "depth 4 is even: .* use 3 or 5"),
         (dict(kind="dit", convolution=True), "a final convolution is U-ViT's; dit has none"),
+        (dict(learned_variance=True), "a learned variance is DiT's; uvit has none"),
+        (dict(kind="uvit-adaln", depth=4), "depth 4 is even"),
     ],
 )
 def test_a_configuration_without_sense_is_refused(change, message):
@@ -279,6 +284,7 @@ def test_a_configuration_without_sense_is_refused(change, message):
         ("uvit-h2", "epsilon", "scaled_linear", [0, 1, 1000]),
         ("dit-xl2", "epsilon", "ddpm", [-1, 0, 999]),
         ("sit-xl2", "velocity", "straight", [1, 0.999, 0]),
+        ("table2-2", "epsilon", "linear", [0, 1, 1000]),
     ],
 )
 def test_each_network_is_told_its_own_time(variant, objective, schedule, times):
@@ -306,6 +312,31 @@ def test_every_adaln_zero_block_begins_as_the_identity_and_the_network_at_zero(n
         assert torch.equal(block(x, condition), x)
     assert not model.raw(*inputs).any()
     assert not torch.equal(shaken(SMALL[name]).blocks[0](x, condition), x)
+
+
+def test_u_vit_under_adaln_zero_takes_time_from_its_norms_alone():
+    """Row 2 of Table 2: at the start the blocks add nothing and time has no part; trained, it
+    has."""
+    config = SMALL["uvit-adaln"]
+    fresh = build(config)
+    inputs = random_inputs(config)
+    x, condition = torch.randn(2, 17, 32), torch.randn(2, 32)
+    for block in fresh.in_blocks:
+        assert torch.equal(block(x, condition), x)
+    assert fresh.pos_embed.shape == (1, 17, 32)  # the class token and 16 patches
+    later = (inputs[0], inputs[1] / 2, inputs[2])
+    assert torch.equal(fresh(*later)[-1], fresh(*inputs)[-1])
+    assert relative(shaken(config)(*later)[-1], shaken(config)(*inputs)[-1]) > 1e-3
+
+
+def test_modulations_of_u_vit_are_by_block_and_depend_on_time_alone():
+    config = SMALL["uvit-adaln"]
+    model = shaken(config)
+    _, time, y = random_inputs(config)
+    vectors = model.modulations(time, y)
+    assert [tuple(v.shape) for v in vectors] == [(2, 6, 32)] * 3
+    assert torch.equal(vectors[0], model.modulations(time, y.flip(0))[0])
+    assert relative(vectors[0][1], vectors[0][0]) > 1e-3
 
 
 def test_initial_values_of_dit():
@@ -354,13 +385,14 @@ def test_the_released_files_are_recognised(file):
     assert all(state[name].shape == tensor.shape for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "uvit-adaln"])
 @pytest.mark.parametrize("size", [2, 8])
 def test_a_shape_is_read_off_the_tensors(name, size):
     config = dataclasses.replace(SMALL[name], size=size)
     tensors = build(config).state_dict()
     told = dict(kind=config.kind, heads=2, null_class=True)
-    assert peers.from_state_dict(tensors, **told).config == config
+    expected = dataclasses.replace(config, learned_variance=config.kind == "dit")
+    assert peers.from_state_dict(tensors, **told).config == expected
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -457,39 +489,114 @@ def guided(model, y, *, scale, channels):
 )
 def test_ddpm_agrees_with_dits_own_sampler(dit, name, scale):
     arrays, model = dit
-    output = guided(model, arrays["ddpm_y"], scale=scale, channels=3)
-    timesteps = arrays["ddpm_timesteps"].flip(0).tolist()
-    seen = []
-    x = peers.ddpm(
-        output,
+    schedule = diffusion.SCHEDULES[model.config.noise_schedule]()
+    guidance = diffusion.Guidance(scale, channels=3)
+    told = []
+    x = solver.sample(
+        diffusion.denoiser(model, schedule, arrays["ddpm_y"], guidance, variance=True),
         arrays["ddpm_x_T"],
-        timesteps,
-        lambda k: arrays["ddpm_noise"][k],
-        callback=lambda evaluations, x: seen.append(evaluations),
+        schedule,
+        20,
+        "ddpm",
+        draw=lambda k: arrays["ddpm_noise"][k],
+        callback=lambda evaluations, x: told.append(evaluations),
     )
     assert relative(x, arrays[name]) < 1e-4
-    assert seen == list(range(1, 21))
-    assert timesteps == peers.ddpm_timesteps(20)
+    assert told == list(range(1, 21))
 
 
-def test_ddpm_takes_evenly_spaced_steps_from_end_to_end():
-    assert peers.ddpm_timesteps(2) == [999, 0]
-    assert peers.ddpm_timesteps(1000) == list(range(999, -1, -1))
-    steps = peers.ddpm_timesteps(250)
+def ddpm_steps(steps):
+    """The n that are taken, and where the last update ends."""
+    times = torch.stack(solver.ddpm_times(steps, None, None))
+    assert torch.equal(times[1:, 0], times[:-1, 1]) and times[-1, 1] == 0
+    return [round(1000 * t) - 1 for t in times[:, 0].tolist()]
+
+
+def test_ddpm_takes_evenly_spaced_steps_from_end_to_end(dit):
+    arrays, _ = dit
+    assert ddpm_steps(20) == arrays["ddpm_timesteps"].flip(0).tolist()
+    assert ddpm_steps(2) == [999, 0]
+    assert ddpm_steps(1000) == list(range(999, -1, -1))
+    steps = ddpm_steps(250)
     gaps = {a - b for a, b in zip(steps[:-1], steps[1:], strict=True)}
     assert (len(steps), steps[0], steps[-1], gaps) == (250, 999, 0, {4, 5})
-
-
-@pytest.mark.parametrize("timesteps", [[], [0, 999], [5, 5], [1000, 0], [5, -1]])
-def test_ddpm_refuses_timesteps_that_do_not_fall(timesteps):
-    with pytest.raises(ValueError, match="do not fall from at most 999 to at least 0"):
-        peers.ddpm(lambda x, t: x, torch.zeros(1, 2, 1, 1), timesteps, lambda k: 0)
 
 
 @pytest.mark.parametrize("steps", [1, 1001])
 def test_ddpm_refuses_a_number_of_steps_it_cannot_take(steps):
     with pytest.raises(ValueError, match=f"{steps} steps of DDPM are not between 2 and 1000"):
-        peers.ddpm_timesteps(steps)
+        solver.SOLVERS["ddpm"].updates(steps)
+
+
+def test_the_variance_between_its_two_ends_is_ddpms():
+    """Where v is −1 the noise has the posterior's variance, where it is 1 it has β."""
+    schedule = diffusion.SCHEDULES["ddpm"]()
+    unit = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+
+    def first_step(v, noise):
+        answers = [(0 * unit, unit, v * unit)]
+        times = solver.ddpm_times(2, None, None)
+        seen = []
+        solver.ddpm(
+            lambda x, t: answers[0],
+            0 * unit,
+            times,
+            schedule,
+            draw=lambda k: noise * unit,
+            callback=lambda n, x: seen.append(float(x)),
+        )
+        return seen[0]
+
+    here, after = (float(schedule.alpha(t)) ** 2 for t in (1.0, 0.001))
+    beta = 1 - here / after
+    assert first_step(1, 3) == pytest.approx(3 * beta**0.5)
+    assert first_step(-1, 3) == pytest.approx(3 * (beta * (1 - after) / (1 - here)) ** 0.5)
+
+
+def test_guidance_of_some_channels_leaves_the_others_conditional(dit):
+    arrays, model = dit
+    schedule = diffusion.SCHEDULES[model.config.noise_schedule]()
+    x, y = arrays["ddpm_x_T"], arrays["ddpm_y"]
+
+    def noise(*guidance):
+        return diffusion.denoiser(model, schedule, y, diffusion.Guidance(*guidance))(x, 0.5).noise
+
+    conditional, everywhere = noise(1), noise(2)
+    some = noise(2, None, None, 3)
+    assert torch.equal(some[:, :3], everywhere[:, :3])
+    assert relative(some[:, 3:], conditional[:, 3:]) < 1e-6
+    assert relative(some[:, :3], conditional[:, :3]) > 1e-3
+
+
+def test_the_sde_is_sits(sit):
+    """Written out in SiT's own time, velocity and score: 5 steps of Euler and Maruyama from 0 to
+    0.96, and a last one of 0.04 to the mean."""
+    arrays, model = sit
+    y = arrays["ode_y"]
+    schedule = diffusion.SCHEDULES[model.config.noise_schedule]()
+    noise = torch.randn(6, *arrays["ode_x_T"].shape, generator=torch.Generator().manual_seed(0))
+    x = arrays["ode_x_T"]
+    times = torch.linspace(0, 0.96, 6)
+    with torch.no_grad():
+        for k, t in enumerate(times):
+            (velocity,) = model(x, t[None], y)
+            sigma = 1 - t
+            score = -(x - t * velocity) / sigma
+            h = 0.04 if k == 5 else times[1]
+            x = x + h * (velocity + sigma * score)
+            if k < 5:
+                x = x + (2 * sigma * h).sqrt() * noise[k]
+    found = solver.sample(
+        diffusion.denoiser(model, schedule, y),
+        arrays["ode_x_T"],
+        schedule,
+        6,
+        "sde",
+        start=1.0,
+        end=0.0,
+        draw=lambda k: noise[k],
+    )
+    assert relative(found, x) < 1e-5
 
 
 @pytest.mark.parametrize("name, scale", [("euler_10", 1), ("heun_10", 1), ("heun_cfg1.5_10", 1.5)])

@@ -17,6 +17,7 @@ from PIL import Image
 
 import diffusion
 import dimr
+import networks
 import randomness
 import sampling
 import solver
@@ -117,7 +118,41 @@ def test_guidance_solver_and_steps_change_the_image():
     assert torch.equal(draw(cfg=4, steps=10, cfg_interval=(1e6, 2e6)), plain)
 
 
-@pytest.mark.parametrize("name", solver.SOLVERS)
+def test_a_solver_says_what_it_needs_of_a_network():
+    config = dimr.VARIANTS["demo"]
+    for settings, message in (
+        (dict(solver="ddpm"), "ddpm takes a learned variance, which this network of kind dimr"),
+        (dict(solver="sde", grid="time"), "solver sde lays its times itself; leave out --grid"),
+        (dict(cfg=2, cfg_channels=3), "guidance of 3 channels: this network has 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sampling.Settings(**settings).resolved(config)
+    settings = sampling.Settings(solver="sde").resolved(config)
+    assert settings.grid == "own" and settings.resolved(config) == settings
+
+
+@pytest.mark.parametrize(
+    "variant, expected",
+    [
+        ("m3r", ("dpm-fast", "logsnr", 50)),
+        ("xl2r", ("fast", "time", 250)),
+        ("uvit-m4", ("dpm-fast", "logsnr", 50)),
+        ("uvit-h2", ("fast", "time", 50)),
+        ("dit-xl2", ("ddpm", "own", 250)),
+        ("sit-xl2", ("sde", "own", 250)),
+    ],
+)
+def test_the_papers_preset_is_each_networks_own_papers(variant, expected):
+    settings = sampling.Settings(preset="paper").resolved(networks.VARIANTS[variant])
+    assert (settings.solver, settings.grid, settings.steps) == expected
+    other = sampling.Settings(preset="paper", solver="2m", steps=9)
+    assert other.resolved(networks.VARIANTS[variant]).grid in ("time", "logsnr")
+
+
+FOR_ALL = [name for name, row in solver.SOLVERS.items() if not row.learned_variance]
+
+
+@pytest.mark.parametrize("name", FOR_ALL)
 @pytest.mark.parametrize("objective", diffusion.OBJECTIVES)
 def test_every_solver_draws_an_image_from_its_seed_in_any_company(name, objective):
     torch.manual_seed(0)

@@ -399,6 +399,39 @@ def test_ancestral_sampling_ends_in_the_datas_distribution(schedule):
     torch.testing.assert_close(found.std(0), spread, rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("schedule", [LATENT, STRAIGHT], ids=["latent", "straight"])
+def test_the_sde_has_the_datas_distribution_before_its_last_step_and_then_its_mean(schedule):
+    generator = torch.Generator().manual_seed(0)
+    start, end = schedule.t_start, schedule.t_end
+    x = torch.randn(20_000, 4, generator=generator, dtype=torch.float64)
+    alpha, sigma = schedule.alpha(start), schedule.sigma(start)
+    x = alpha * MU + (alpha**2 * S**2 + sigma**2).sqrt() * x
+    seen = []
+
+    def draw(update):
+        assert update < 299  # the last one takes none
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+    solver.sample(
+        gaussian(schedule),
+        x,
+        schedule,
+        300,
+        "sde",
+        draw=draw,
+        callback=lambda evaluations, x: seen.append(x),
+    )
+    before, last = seen[-2:]
+    near = end + solver.LAST_STEP
+    alpha, sigma = schedule.alpha(near), schedule.sigma(near)
+    torch.testing.assert_close(before.mean(0), alpha * MU, rtol=0, atol=0.04)
+    spread = (alpha**2 * S**2 + sigma**2).sqrt()
+    torch.testing.assert_close(before.std(0), spread, rtol=0.05, atol=0)
+    x0, noise = gaussian(schedule)(before, near)
+    rise, fall = schedule.alpha(end) - alpha, schedule.sigma(end) - sigma
+    torch.testing.assert_close(last, before + rise * x0 + 2 * fall * noise)
+
+
 def test_ancestral_sampling_is_ddpms_of_diffusers():
     from diffusers import DDPMScheduler
 

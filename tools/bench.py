@@ -44,6 +44,7 @@ import cli
 import dataset
 import dimr
 import fid
+import networks
 import parallel
 import randomness
 import sampling
@@ -357,13 +358,13 @@ class Release(nn.Module):
         return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
 
 
-def networks(bench, config):
+def rivals(bench, config):
     """(name, network in training mode on the device): ours, and the release's with the same
     weights, checked."""
     torch.manual_seed(0)
-    ours = dimr.DiMR(config).to(bench.device)
+    ours = networks.new(config).to(bench.device)
     yield "dimr", ours
-    if bench.against:
+    if bench.against and networks.kind(config) == "dimr":
         released = dimr.to_released(ours)
         for name, tuned in (
             ("release as it is", False),
@@ -419,12 +420,12 @@ def ceilings(bench):
 def network(bench):
     """Forward passes for inference."""
     variant, batch = bench.variant or "xl2r", bench.batch or (64 if bench.cuda else 1)
-    config = dimr.VARIANTS[variant]
+    config = networks.VARIANTS[variant]
     flops = 2 * sum(config.macs) * batch
     for precision in bench.precisions:
         candidates = []
         for name, model in list(
-            networks(bench, config)
+            rivals(bench, config)
         ):  # all have their weights before ours are rounded
             model.eval().requires_grad_(False)
             if name == "dimr":
@@ -454,15 +455,15 @@ def train(bench):
     """Training steps: forward and backward pass, AdamW, EMA."""
     if bench.cuda:
         jobs = [
-            (v, dimr.VARIANTS[v], bench.batch or (32 if v == "xl3r" else 64), "bf16")
+            (v, networks.VARIANTS[v], bench.batch or (32 if v == "xl3r" else 64), "bf16")
             for v in ([bench.variant] if bench.variant else ["xl2r", "m3r", "xl3r"])
         ]
     elif bench.variant:
-        jobs = [(bench.variant, dimr.VARIANTS[bench.variant], bench.batch or 1, "fp32")]
+        jobs = [(bench.variant, networks.VARIANTS[bench.variant], bench.batch or 1, "fp32")]
     else:
         jobs = [
             ("digits", DIGITS, bench.batch or 128, "fp32"),
-            ("demo", dimr.VARIANTS["demo"], bench.batch or 32, "fp32"),
+            ("demo", networks.VARIANTS["demo"], bench.batch or 32, "fp32"),
         ]
     for name, config, batch, precision in jobs:
         torch._dynamo.reset()
@@ -472,7 +473,7 @@ def train(bench):
         flops = 6 * sum(config.macs) * batch
         candidates = [
             Candidate(who, functools.partial(steps, bench, model, recipe), flops, model)
-            for who, model in networks(bench, config)
+            for who, model in rivals(bench, config)
         ]
         bench.compare(f"training step {name}", candidates, precision, batch)
 
@@ -501,8 +502,8 @@ def sample(bench):
     """Guided sampling, without the VAE: 2M at 25 NFE and the paper's preset. The release calls its
     network twice."""
     variant, batch = bench.variant or ("xl2r" if bench.cuda else "demo"), bench.batch or 64
-    config, precision = dimr.VARIANTS[variant], bench.precisions[0]
-    made = list(networks(bench, config))
+    config, precision = networks.VARIANTS[variant], bench.precisions[0]
+    made = list(rivals(bench, config))
     for preset in ("everyday", "paper"):
         settings = sampling.Settings(cfg=1.5 if config.null_class else 1, preset=preset).resolved(
             config
@@ -778,7 +779,7 @@ def about():
 )
 @click.option(
     "--variant",
-    type=click.Choice(list(dimr.VARIANTS)),
+    type=click.Choice(list(networks.VARIANTS)),
     help="For network, train and sample [default: those of docs/performance.md].",
 )
 @click.option(

@@ -1,0 +1,120 @@
+"""All networks by name, by configuration and by a file's tensors: DiMR's (dimr.py) and those that
+the paper compares with (peers.py). Whoever builds or reads a network asks here, and needs not know
+which kind it is."""
+
+import dataclasses
+
+from torch import Tensor
+
+import dimr
+import peers
+
+Config = dimr.Config | peers.PeerConfig
+Network = dimr.DiMR | peers.Peer
+
+VARIANTS = {**dimr.VARIANTS, **peers.VARIANTS}
+
+# A peer's fields under the names that the command line has for a network's. The first two are one
+# number each, since a peer has no branches.
+PEER_FIELDS = {"layers": "depth", "dims": "width", "heads": "heads", "patch": "patch"}
+
+
+def kind(config: Config) -> str:
+    """ "dimr", or which of the peers it is."""
+    return getattr(config, "kind", "dimr")
+
+
+def config_of(record: dict) -> Config:
+    """The configuration that a file has written down. Raises ValueError or TypeError where it makes
+    no network."""
+    if "kind" in record:
+        return peers.PeerConfig(**record)
+    return dimr.Config(**record)
+
+
+def new(config: Config) -> Network:
+    """A network with fresh weights."""
+    if kind(config) == "dimr":
+        return dimr.DiMR(config)
+    return peers.NETWORKS[config.kind](config)
+
+
+def from_config(config: Config, tensors: dict[str, Tensor]) -> Network:
+    """The network of `config` holding the tensors themselves, in eval mode. Raises ValueError
+    naming every unknown, missing or misshapen tensor."""
+    if kind(config) == "dimr":
+        return dimr.from_config(config, tensors)
+    return peers.from_config(config, tensors)
+
+
+def from_released(
+    tensors: dict[str, Tensor],
+    kind: str | None = None,
+    heads: int | None = None,
+    config: Config | None = None,
+) -> Network:
+    """A network in eval mode from a file under its authors' names. `kind` and `heads` are told
+    where no tensor tells them; `config`, where it is known, overrules them (DiMR alone).
+
+    Raises ValueError: for what has to be told, naming the option, or naming every tensor at
+    fault."""
+    if any(name.startswith("stages.") for name in tensors):
+        if kind is not None:
+            raise ValueError(f"--kind {kind}: these are a DiMR's tensors; leave --kind out")
+        return dimr.from_released(tensors, heads or 16, config=config)
+    if peers.recognises(tensors):
+        return peers.from_state_dict(tensors, kind, heads)
+    raise ValueError(
+        f"its {len(tensors)} tensors are no DiMR's, U-ViT's, DiT's or SiT's: no name begins with "
+        "'stages.' or 'in_blocks.' or has the form 'blocks.0.adaLN_modulation.…'"
+    )
+
+
+def has_variance(config: Config) -> bool:
+    """Whether the network has learned its variance, as the released DiT has."""
+    return getattr(config, "learned_variance", False)
+
+
+def variants(space: str) -> list[str]:
+    """Names of the variants that work in this space ("latent" or "pixel")."""
+    return [name for name, config in VARIANTS.items() if config.space == space]
+
+
+def in_space(config: Config, space: str) -> Config:
+    """A variant's configuration for data of `space`. A peer's serves in either, with its own noise
+    schedule there; DiMR's are each for one, and stay as they are."""
+    if kind(config) == "dimr":
+        return config
+    return dataclasses.replace(config, space=space)
+
+
+def changed(config: Config, changes: dict, **fields) -> Config:
+    """`config` with `fields`, and the user's `changes` under the names of the command line (layers,
+    dims, heads, patch, norm, mlp, objective).
+
+    Raises ValueError for what such a network does not have and for what makes none."""
+    known = {field.name: field.name for field in dataclasses.fields(dimr.Config)}
+    if kind(config) != "dimr":
+        known = PEER_FIELDS
+        if config.learned_variance:
+            fields["learned_variance"] = False  # training here leaves it out
+    strange = [f"--{name}" for name in changes if name not in known]
+    if strange:
+        options = [name for name in PEER_FIELDS if name in known]
+        raise ValueError(
+            f"{' and '.join(strange)} is not for this kind, {kind(config)}; of its shape "
+            f"{', '.join(f'--{name}' for name in options)} can be chosen"
+        )
+    for name, value in changes.items():
+        fields[known[name]] = value
+        if known[name] in ("depth", "width"):
+            fields[known[name]] = _only(name, value)
+    return dataclasses.replace(config, **fields)
+
+
+def _only(name, values):
+    """The one number of `values`."""
+    if len(values) != 1:
+        given = ",".join(map(str, values))
+        raise ValueError(f"--{name} {given} has {len(values)} numbers, and this network one branch")
+    return values[0]
