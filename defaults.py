@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 import dimr
+import networks
 import space
 
 OWN = "own"  # what config.json calls the variant of a run that took these
@@ -73,16 +74,17 @@ def heads(width: int) -> int:
     return max(count for count in range(1, wanted + 1) if width % count == 0)
 
 
-def recipe(config: dimr.Config, images: int, steps: int | None = None) -> dict:
+def recipe(config: networks.Config, images: int, steps: int | None = None) -> dict:
     """Values of training.Recipe for a network and a number of images; those that say how long
     something takes are parts of `steps` (None: PASSES over the data)."""
+    width = config.dims[0] if networks.kind(config) == "dimr" else config.width
     batch_size = 64
     if config.space == "pixel" and config.size <= SMALL:
         batch_size = 32
     if steps is None:
         steps = min(LONGEST, max(SHORTEST, math.ceil(images * PASSES / batch_size)))
     return {
-        "lr": learning_rate(config.dims[0]),
+        "lr": learning_rate(width),
         "steps": steps,
         "batch_size": batch_size,
         "warmup": min(PAPER_WARMUP, steps // WARMUP),

@@ -541,7 +541,7 @@ def test_memory_counts_each_profile():
 
 
 def test_recipes_of_before_keep_no_averages():
-    recipe = training.settle({"lr": 1e-3}, None, {}, torch.device("cpu"))
+    recipe = training.settle({"lr": 1e-3}, {}, torch.device("cpu"))
     assert recipe.ema_profiles == () and recipe.ema_every is None
 
 

@@ -246,13 +246,6 @@ def test_a_peer_starts_from_a_peers_weights_and_not_from_anothers(digits, tmp_pa
         train(digits, tmp_path / "c", "m3r", 1, init=tmp_path / "b")
 
 
-def test_without_a_variant_initial_weights_choose_the_nearest_of_their_kind():
-    data = argparse.Namespace(kind="pixels", size=8)
-    assert training.nearest_variant(data) == "demo"
-    assert training.nearest_variant(data, small("uvit-m4", null_class=False)) == "uvit-m4"
-    assert training.nearest_variant(data, small("sit-xl2", null_class=True)) == "sit-xl2"
-
-
 def test_released_dit_draws_with_its_learned_variance_from_each_images_own_seed(tmp_path):
     dit_file(tmp_path / "x.pt")
     model, _ = runfolder.read_weights(tmp_path / "x.pt", heads=3, kind="dit")
@@ -341,10 +334,10 @@ def test_a_peers_file_is_converted_shown_and_drawn_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dit_file(tmp_path / "x.pt", name="sit")
     told = ("--kind", "sit", "--heads", 3)
-    shown = json.loads(invoke("info", "--weights", "x.pt", *told, "--json").output)
+    shown = json.loads(invoke("info", "x.pt", *told, "--json").output)
     result = json.loads(invoke("convert", "x.pt", "x.safetensors", *told, "--json").output)
     assert result["config"]["kind"] == "sit" and result["params"] == shown["params"]
-    again = json.loads(invoke("info", "--weights", "x.safetensors", "--json").output)
+    again = json.loads(invoke("info", "x.safetensors", "--json").output)
     assert again["params"] == shown["params"] and again["branches"] == shown["branches"]
     ours, theirs = (
         sampling.load(name, device="cpu", **options)
