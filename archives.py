@@ -5,6 +5,8 @@ cache (downloads.cache()/indexes) for this path, size and time. Members of tars 
 as "inner.tar/member". Only members that have to do with images are kept (INDEXED); links, sparse
 and encrypted members, names that lead out, and archives that are cut off are refused."""
 
+import ours
+
 import dataclasses
 import hashlib
 import json

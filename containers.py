@@ -4,6 +4,8 @@ have.
 `find` looks at a path and gives a `Listing`: the classes, and of each image its label, its names
 and what opens it. Nothing is unpacked (archives.py)."""
 
+import ours
+
 import collections
 import dataclasses
 import difflib

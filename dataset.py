@@ -1,7 +1,9 @@
-"""Images and latents for training: folders of images, finished shards, and reading ahead.
+"""Images and latents for training: how images are read wherever they lie (containers.py), finished
+shards, and reading ahead.
 
-`open_data` gives an `ImageFolder` or `Shards` (shards.py), which look alike: `kind`, `size`,
-`channels`, `classes`, `labels`, `fingerprint`, `len` and `batch`. `loader` reads their batches
+`open_data` gives `Images` or `Shards` (shards.py), which look alike: `kind`, `size`,
+`channels`, `classes`, `labels`, `flips` (whether items can be mirrored), `fingerprint`, `len` and
+`batch`. `loader` reads their batches
 ahead, in the order that it is given (randomness.Order)."""
 
 import ours
@@ -9,6 +11,7 @@ import ours
 import atexit
 import functools
 import hashlib
+import io
 import multiprocessing
 import os
 import signal
@@ -21,34 +24,27 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+import containers
 import shards
+from containers import BadImage
 from shards import Shards, flipped
 from storage import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-KNOWN = ", ".join(EXTENSIONS)
 FORMATS = ("JPEG", "PNG", "WEBP")  # told by content, not by extension
 GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}  # Pillow's, without colour
 PROBED = 64  # images whose headers tell size and channels of a folder
 MOST_WORKERS = 8  # reading processes, unless told otherwise
+NPY = {  # by the file format's version
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # signals that ask to save and end
-
-
-class BadImage(UserError):
-    """One image can't be used: a damaged or mislabelled file, not a failing disk."""
-
-    def __init__(self, path, reason):
-        super().__init__(path, reason)
-
-    def __str__(self):
-        path, reason = self.args
-        return f"{path}: {reason}"
 
 
 # ------------------------------------------------------------------------------------- one image
 
 
-def center_crop(image, size):
+def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's crop of a PIL image to (size, size): halved with a box filter while the short side is
     at least twice `size`, then bicubic to `size`, then the centre. Halving floors both sides, the
     offset floors."""
@@ -58,194 +54,170 @@ def center_crop(image, size):
     image = image.resize(
         (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
     )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-def read_image(path, size, channels=3, exif=False):
+def read_image(
+    file: str | Path | io.BytesIO,
+    size: int,
+    channels: int = 3,
+    exif: bool = False,
+    place: str | None = None,
+) -> np.ndarray:
     """The centre crop of a JPEG, PNG or WebP file, uint8 (size, size, channels), channels 1 or 3.
+    `place` is what messages call it, its path unless given.
 
     16-bit grey is divided by 257, transparency is laid on white, CMYK and palettes become RGB; an
     animation gives its first frame. EXIF rotation is ignored, as ADM does, unless `exif`. Raises
     BadImage where the file is at fault, UserError where it can't be reached or is in colour though
     `channels` is 1."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow's remarks on harmless damage, such as odd EXIF blocks
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                image.load()
-                if exif:
-                    image = ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    except (
-        Exception
-    ) as error:  # whatever an untrusted file makes the decoder raise, the file is at fault
-        raise _blame(path, error) from None
+    place = place or str(file)
+    image = _decode(file, place, exif)
     if max(image.size) / min(image.size) * size**2 > Image.MAX_IMAGE_PIXELS:
-        raise BadImage(path, f"is too elongated to crop ({image.width}×{image.height})")
+        raise BadImage(place, f"is too elongated to crop ({image.width}×{image.height})")
     image = _plain(image)
-    if channels == 1 and image.mode == "RGB":
-        red, green, blue = image.split()
-        if not red.tobytes() == green.tobytes() == blue.tobytes():
-            raise UserError(
-                f"{path} is in colour but the data was taken for grey; remove it or read 3 channels"
-            )
+    if channels == 1 and image.mode == "RGB" and not _is_grey(image):
+        raise UserError(
+            f"{place} is in colour but the data was taken for grey; remove it or read 3 channels"
+        )
     image = image.convert("L" if channels == 1 else "RGB")
     return np.asarray(center_crop(image, size)).reshape(size, size, channels)
 
 
-def _blame(path, error):
-    """The UserError for what Pillow raised on opening or decoding `path`."""
+def _decode(file, place, exif):
+    """The PIL image in a file. Raises as read_image."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow's remarks on harmless damage, such as odd EXIF blocks
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                image.load()
+                if exif:
+                    return ImageOps.exif_transpose(image)
+                return image
+    except MemoryError:
+        raise
+    # whatever an untrusted file makes the decoder raise, the file is at fault
+    except Exception as error:
+        raise _blame(file, place, error) from None
+
+
+def _blame(file, place, error):
+    """The UserError for what Pillow raised on opening or decoding a file."""
     if isinstance(error, OSError) and error.errno is not None:
         return UserError(
-            f"{path} can't be read ({error.strerror}); has it been moved, or is the disk failing?"
+            f"{place} can't be read ({error.strerror}); has it been moved, or is the disk failing?"
         )
     if isinstance(error, UnidentifiedImageError):
-        return BadImage(
-            path, "is not a JPEG, PNG or WebP image" if os.path.getsize(path) else "is empty"
-        )
+        if _is_empty(file):
+            return BadImage(place, "is empty")
+        return BadImage(place, "is not a JPEG, PNG or WebP image")
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return BadImage(path, f"claims more than {Image.MAX_IMAGE_PIXELS:,} pixels")
-    return BadImage(path, " ".join(str(error).split()) or type(error).__name__)
+        return BadImage(place, f"claims more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+    reason = " ".join(str(error).split())
+    return BadImage(place, reason or type(error).__name__)
+
+
+def _is_empty(file):
+    if isinstance(file, io.BytesIO):
+        return not file.getbuffer()
+    return os.path.getsize(file) == 0
 
 
 def _plain(image):
     """A PIL image of any mode as L or RGB, 8 bits."""
     grey = image.mode in GREY
     if image.mode.startswith("I"):
-        image = Image.fromarray(
-            ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
-        )
+        values = np.asarray(image).astype(np.int32)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
     return image.convert("L" if grey else "RGB")
 
 
-# A folder of images
+def _is_grey(image):
+    red, green, blue = (band.tobytes() for band in image.split())
+    return red == green == blue
 
 
-class Paths(Sequence):
-    """Paths below `root`, in one block of bytes: worker processes share it, while reading a list of
-    strings would copy it page by page through the reference counts."""
-
-    def __init__(self, root, names):
-        names = [os.fsencode(name) for name in names]
-        self.root = os.fspath(root)
-        self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-        self.block = b"".join(names)
-
-    def __len__(self):
-        return len(self.ends)
-
-    def name(self, index):
-        """Path relative to the root."""
-        index = range(len(self))[index]
-        return os.fsdecode(self.block[self.ends[index - 1] if index else 0 : self.ends[index]])
-
-    def __getitem__(self, index):
-        return os.path.join(self.root, self.name(index))
+# ----------------------------------------------------------------------------------- many of them
 
 
-class ImageFolder:
-    """One folder of images per class, numbered by sorted name, or images alone: one class.
+class Listed:
+    """What a listing (containers.py) names, as data: the classes, and items read one by one.
 
-    `size` None takes the images' own where a sample shares one square size, else `default_size`;
-    `channels` None is 1 where the sample is all grey, else 3. Raises UserError for a folder that is
-    neither of the two kinds, or empty."""
+    A subclass has `kind`, `size`, `channels`, the `shape` and `dtype` of an item, and what reads
+    one; `flips` is whether items can be mirrored."""
 
-    kind = "pixels"
+    flips = True
 
-    def __init__(self, root, size=None, channels=None, exif=False, default_size=None):
-        self.root, self.exif = Path(root), exif
-        folders, images = _list(self.root)
-        if folders and images:
-            mixed = f"images ({images[0]}) and folders ({folders[0]})"
-            raise UserError(
-                f"{root} mixes {mixed}; expected one folder of images per class, or images alone"
-            )
-        if not folders and not images:
-            raise UserError(
-                f"{root} holds no images ({KNOWN}); expected one folder of them per "
-                "class, or images alone"
-            )
-        self.classes = folders or [self.root.resolve().name]
-        groups = [_list_class(self.root, folder) for folder in folders] or [images]
-        self.labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-        self.paths = Paths(self.root, [name for group in groups for name in group])
-        self.size, self.channels = size, channels
-        if size is None or channels is None:
-            self._probe(default_size)
+    def __init__(self, listing: containers.Listing):
+        self.listing = listing
+        self.root = listing.root
+        self.classes = listing.classes
+        self.labels = listing.labels
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.listing)
+
+    def name(self, index: int) -> str:
+        """Item `index`, below the root."""
+        return self.listing.members[index]
+
+    def place(self, index: int) -> str:
+        """Item `index`, as messages call it."""
+        return self.listing.place(index)
 
     @functools.cached_property
-    def fingerprint(self):
-        """Hex SHA-256 of relative paths and file sizes, in order."""
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of class, name and file size of all items, in order: the same for the same
+        images, wherever and in whatever they lie."""
         digest = hashlib.sha256()
-        for index, path in enumerate(self.paths):
-            digest.update(
-                f"{self.paths.name(index)}\0{os.stat(path).st_size}\n".encode(
-                    errors="surrogateescape"
-                )
-            )
+        for index, name in enumerate(self.listing.names):
+            line = f"{name}\0{self.listing.size(index)}\n"
+            digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
-    def _probe(self, default_size):
-        """Set `size` and `channels` from the headers of up to PROBED images, evenly spaced."""
-        sizes, grey, failure = {}, True, None
-        for index in np.linspace(0, len(self) - 1, min(PROBED, len(self))).astype(int):
-            try:
-                with Image.open(self.paths[index], formats=FORMATS) as image:
-                    sizes[image.size] = self.paths[index]
-                    grey &= image.mode in GREY
-            except (
-                Exception
-            ) as error:  # as in read_image; the file is met again, and reported, on reading
-                failure = _blame(self.paths[index], error)
-        if not sizes:
-            raise failure
-        self.channels = self.channels or (1 if grey else 3)
-        if self.size is None:
-            (width, height), *others = sizes
-            if (others or width != height) and default_size:
-                width = default_size
-            elif others or width != height:
-                found = ", ".join(f"{path} is {w}×{h}" for (w, h), path in list(sizes.items())[:2])
-                raise UserError(
-                    f"{self.root}: not of one square size ({found}); give --res, the "
-                    "size to crop to"
-                )
-            self.size = width
+    def read(self, index: int) -> np.ndarray:
+        """Item `index`. Raises BadImage where its file is at fault, UserError where that can't be
+        reached."""
+        raise NotImplementedError
 
-    def read(self, index):
-        """Image `index`, uint8 (size, size, channels). Raises as read_image."""
-        return read_image(self.paths[index], self.size, self.channels, self.exif)
+    def batch(
+        self,
+        indices: Sequence[int],
+        flips: Sequence[bool],
+        bad: list[str] | None = None,
+        drop: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images uint8 (B, C, H, W), mirrored where `flips` (B,) says so, or latents as they are,
+        and labels int64 (B,).
 
-    def batch(self, indices, flips, bad=None, drop=False):
-        """Images uint8 (B, C, H, W), mirrored where `flips` (B,) says so, and labels int64 (B,).
-
-        An unreadable image raises BadImage; with a list `bad` its message is appended there, and
-        the next readable item takes its place, or with `drop` none does: B is then smaller."""
-        images = np.empty((len(indices), self.size, self.size, self.channels), np.uint8)
+        An unreadable item raises BadImage; with a list `bad` its message is appended there, and
+        the next readable one takes its place, or with `drop` none does: B is then smaller."""
+        found = np.empty((len(indices), *self.shape), self.dtype)
         items = []
         kept = []
         for index, flip in zip(indices, flips, strict=True):
-            found = self._readable(int(index), bad, drop)
-            if found is not None:
-                item, images[len(items)] = found
+            readable = self._readable(int(index), bad, drop)
+            if readable is not None:
+                item, found[len(items)] = readable
                 items.append(item)
                 kept.append(flip)
-        pixels = flipped(images[: len(items)], np.asarray(kept, bool))
-        return pixels, torch.from_numpy(self.labels[items])
+        data = self.joined(found[: len(items)], np.asarray(kept, bool))
+        return data, torch.from_numpy(self.labels[items])
+
+    def joined(self, found, flips):
+        """What `batch` gives of these items."""
+        return torch.from_numpy(found)
 
     def _readable(self, index, bad, drop):
-        """(item, image) of `index`, or of the first one after it that can be read; None where it
+        """(item, its data) of `index`, or of the first one after it that can be read; None where it
         can't and is dropped."""
         tries = 1 if drop else len(self)
         for item in range(index, index + tries):
@@ -263,48 +235,128 @@ class ImageFolder:
         )
 
 
-def _check_kind(root, folders, images):
-    if folders and images:
+class Images(Listed):
+    """Images in a folder, a zip or tars, in any layout that `containers.find` knows.
+
+    `size` None takes the images' own where a sample shares one square size, else `default_size`;
+    `channels` None is 1 where the sample is all grey, else 3. `classes` takes only these. Raises
+    UserError as `find` does."""
+
+    kind = "pixels"
+    dtype = np.uint8
+
+    def __init__(
+        self,
+        root: str | Path,
+        size: int | None = None,
+        channels: int | None = None,
+        *,
+        exif: bool = False,
+        default_size: int | None = None,
+        classes: Sequence[str] | None = None,
+    ):
+        super().__init__(containers.find(root, classes))
+        self.exif = exif
+        self.size = size
+        self.channels = channels
+        if size is None or channels is None:
+            self._probe(default_size)
+        self.shape = (self.size, self.size, self.channels)
+
+    def _probe(self, default_size):
+        """Set `size` and `channels`, where they are None, from the headers of up to PROBED images,
+        evenly spaced."""
+        examples = {}  # size → place of one such image
+        grey = True
+        failure = None
+        for index in np.linspace(0, len(self) - 1, min(PROBED, len(self))).astype(int):
+            place = self.place(index)
+            try:
+                file = self.listing.open(index)
+            except BadImage as error:
+                failure = error
+                continue
+            try:
+                with Image.open(file, formats=FORMATS) as image:
+                    examples[image.size] = place
+                    grey &= image.mode in GREY
+            # as in _decode; the file is met again, and reported, on reading
+            except Exception as error:
+                failure = _blame(file, place, error)
+        if not examples:
+            raise failure
+        if self.channels is None:
+            self.channels = 1 if grey else 3
+        if self.size is None:
+            self.size = self._own_size(examples, default_size)
+
+    def _own_size(self, examples, default_size):
+        """The one square size among those of `examples`, else `default_size`."""
+        (width, height), *others = examples
+        if width == height and not others:
+            return width
+        if default_size:
+            return default_size
+        found = [f"{place} is {w}×{h}" for (w, h), place in examples.items()]
         raise UserError(
-            f"{root} mixes images ({images[0]}) and folders ({folders[0]}); expected one folder of "
-            "images per class, or images alone"
+            f"{self.root}: not of one square size ({', '.join(found[:2])}); give --res, the "
+            "size to crop to"
         )
-    if not folders and not images:
-        raise UserError(
-            f"{root} holds no images ({KNOWN}); expected one folder of them per class, or images "
-            "alone"
-        )
+
+    def read(self, index: int) -> np.ndarray:
+        """Image `index`, uint8 (size, size, channels). Raises as read_image."""
+        file = self.listing.open(index)
+        return read_image(file, self.size, self.channels, self.exif, self.place(index))
+
+    def joined(self, found, flips):
+        return flipped(found, flips)
 
 
-def _list(folder):
-    """Sorted names of the folders and of the images in `folder`, hidden ones left out."""
-    folders = []
-    images = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
-                    images.append(entry.name)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder} is not a folder; expected images, one folder per class, or a shard set"
-        ) from None
-    return sorted(folders), sorted(images)
+class LatentFiles(Listed):
+    """Latents in EDM2's form: files float32 (8, h, w) of means and standard deviations, which
+    become means and log-variances, float16 (1, 2, 4, h, w). Raises UserError for other forms."""
 
+    kind = "latents"
+    dtype = np.float16
+    channels = 4
+    flips = False
 
-def _list_class(root, name):
-    """Relative paths of the images of class folder `name`, sorted."""
-    folders, images = _list(root / name)
-    if not images:
-        advice = f"choose one of the folders in {root}" if folders else "fill or remove it"
-        raise UserError(
-            f"{root / name} holds no images ({KNOWN}) though its place makes it a class; {advice}"
-        )
-    return [os.path.join(name, image) for image in images]
+    def __init__(self, root: str | Path, classes: Sequence[str] | None = None):
+        super().__init__(containers.find(root, classes, containers.LATENTS))
+        _, self.size, _ = self.moments(0).shape
+        self.shape = (1, 2, self.channels, self.size, self.size)
+
+    def moments(self, index: int) -> np.ndarray:
+        """Means and deviations of latent `index` as its file has them. Raises BadImage."""
+        file = self.listing.open(index)
+        if not isinstance(file, io.BytesIO):
+            with open(file, "rb") as opened:
+                file = io.BytesIO(opened.read(containers.MOST_BYTES))
+        place = self.place(index)
+        try:
+            shape, fortran, dtype = NPY[np.lib.format.read_magic(file)](file)
+        except (ValueError, KeyError):
+            raise BadImage(place, "is no NumPy array") from None
+        if dtype != np.float32 or fortran or len(shape) != 3 or shape[0] != 2 * self.channels:
+            raise BadImage(place, f"is {dtype} {shape}; expected float32 (8, h, w)")
+        data = file.read()
+        if len(data) != 4 * np.prod(shape, dtype=object) or shape[1] != shape[2] or not data:
+            raise BadImage(place, f"is {shape} with {len(data):,} bytes; expected a square, whole")
+        return np.frombuffer(data, np.float32).reshape(shape)
+
+    def read(self, index: int) -> np.ndarray:
+        """Latent `index`, float16 (1, 2, 4, h, w) of mean and log-variance."""
+        mean, deviation = np.split(self.moments(index), 2)
+        place = self.place(index)
+        if mean.shape[-1] != self.size:
+            raise BadImage(place, f"is of side {mean.shape[-1]}; the first is of {self.size}")
+        if not (deviation > 0).all():
+            raise BadImage(place, "has deviations that are not above 0; is it in EDM2's form?")
+        with np.errstate(over="ignore"):
+            found = np.stack([mean, 2 * np.log(deviation)]).astype(np.float16)[None]
+        if not np.isfinite(found).all():
+            raise BadImage(place, "holds numbers beyond half precision")
+        return found
 
 
 # ------------------------------------------------------------------------------------- what it is
@@ -317,12 +369,13 @@ def open_data(
     *,
     exif: bool = False,
     default_size: int | None = None,
-) -> ImageFolder | Shards:
-    """The shard set or image folder at `path`, the latter read at `size`. Raises UserError for
-    anything else."""
+    classes: Sequence[str] | None = None,
+) -> Images | Shards:
+    """The shard set at `path`, or the images there in a folder or container, which are read at
+    `size`; of these classes alone unless None. Raises UserError for anything else."""
     if not shards.is_set(path):
-        return ImageFolder(path, size, channels, exif=exif, default_size=default_size)
-    found = Shards(path)
+        return Images(path, size, channels, exif=exif, default_size=default_size, classes=classes)
+    found = Shards(path, classes)
     sizes = (None, found.size, found.index["options"]["res"])
     if size not in sizes or channels not in (None, found.channels):
         raise UserError(

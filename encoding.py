@@ -42,7 +42,7 @@ class Job:
     is known before the start."""
 
     out: Path
-    folder: dataset.ImageFolder
+    folder: dataset.Images
     plan: dict
     batch_size: int
     on_bad: str
@@ -98,7 +98,7 @@ def encode(
         job = None
         if parallel.is_main():
             _check_folders(Path(source), out)
-            folder = dataset.ImageFolder(source, res, channels if pixels else 3, exif=exif)
+            folder = dataset.Images(source, res, channels if pixels else 3, exif=exif)
             plan = _plan(folder, shard_size)
             if not pixels:
                 how = {"precision": precision, "batch_size": batch_size, "device": device.type}
@@ -357,17 +357,17 @@ def _skipped(folder, items, bad):
     entries = []
     items = iter(items)
     for message in bad:
-        item = next(i for i in items if message.startswith(f"{folder.paths[i]}: "))
-        reason = message.removeprefix(f"{folder.paths[item]}: ")
-        entries.append({"item": item, "image": folder.paths.name(item), "reason": reason})
+        item = next(i for i in items if message.startswith(f"{folder.place(i)}: "))
+        reason = message.removeprefix(f"{folder.place(item)}: ")
+        entries.append({"item": item, "image": folder.name(item), "reason": reason})
     return entries
 
 
 def _check_finite(data, job, items):
     if not data.isfinite().all():
         raise UserError(
-            f"latents beyond half precision among {job.folder.paths[items[0]]} … "
-            f"{job.folder.paths[items[-1]]}; are {job.plan['vae']} the right weights?"
+            f"latents beyond half precision among {job.folder.place(items[0])} … "
+            f"{job.folder.place(items[-1])}; are {job.plan['vae']} the right weights?"
         )
 
 

@@ -321,7 +321,7 @@ def _is_source(folder, index, size):
     """Whether the latents of this index were encoded from the images in `folder`."""
     if not Path(folder).is_dir():
         return False
-    images = dataset.ImageFolder(folder, size, 3)
+    images = dataset.Images(folder, size, 3)
     return images.fingerprint == index["source"]["fingerprint"]
 
 

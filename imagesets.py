@@ -33,6 +33,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import containers
 import dataset
 import parallel
 import pictures
@@ -231,7 +232,7 @@ class Folder:
         self.names = sorted(self._images())
         if not self.names:
             raise UserError(
-                f"{root} holds no images ({dataset.KNOWN}); give a folder of them, or an "
+                f"{root} holds no images ({containers.KNOWN}); give a folder of them, or an "
                 ".npz with arr_0"
             )
         self.size = res or self._side(0)
@@ -241,7 +242,7 @@ class Folder:
         for path in self.path.rglob("*"):
             name = path.relative_to(self.path).as_posix()
             hidden = re.search(r"(^|/)\.", name)
-            if name.lower().endswith(dataset.EXTENSIONS) and not hidden and path.name != GRID:
+            if name.lower().endswith(containers.EXTENSIONS) and not hidden and path.name != GRID:
                 yield name
 
     def __len__(self):

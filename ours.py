@@ -31,6 +31,8 @@ MODULES = (
     "parallel",
     "randomness",
     "downloads",
+    "archives",
+    "containers",
     "shards",
     "dataset",
     "imagesets",
