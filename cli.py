@@ -391,7 +391,32 @@ def memory_line(cost):
 
 # --------------------------------------------------------------------------------------- dimr train
 
+
+class ClassNames(click.ParamType):
+    """Names of classes, from a file with one in each line or separated by commas, as a tuple."""
+
+    name = "file|a,b,c"
+
+    def convert(self, value, param, context):
+        if isinstance(value, tuple):
+            return value
+        if Path(value).is_file():
+            lines = Path(value).read_text(errors="surrogateescape").splitlines()
+        else:
+            lines = value.split(",")
+        names = tuple(line.strip() for line in lines if line.strip())
+        if not names:
+            self.fail(f"{value!r} names no class", param, context)
+        return names
+
+
+classes_option = click.option(
+    "--classes",
+    type=ClassNames(),
+    help="Take only these classes: names, or a file with one in each line.",
+)
 source_options = Options(
+    classes_option,
     click.option(
         "--res",
         type=POSITIVE,
@@ -505,8 +530,9 @@ watch_options = Options(
 )
 @click.option(
     "--data",
-    help="Image folder (one folder per class) or a folder that encode wrote "
-    "[default: data/latents-SIZE or data/pixels-SIZE, then $DIMR_DATA, data/imagenet].",
+    help="Images, in any of the layouts of docs/data.md (one folder per class, ImageNet's tar, a "
+    "zip, WebDataset's tars), or a folder that encode wrote [default: data/latents-SIZE or "
+    "data/pixels-SIZE, then $DIMR_DATA, data/imagenet].",
 )
 @click.option("--out", help="Run folder; a run that is there goes on [default: runs/VARIANT].")
 @click.option("--init", help="Weights to start from: a name, a file or a run.")
@@ -607,7 +633,7 @@ def training_data(variant):
         places += image_folders()
         encode += " --pixels"
     for place in places:
-        if place.is_dir():
+        if place.exists():
             return place
     expected = " or ".join(str(place) for place in places)
     raise UserError(
@@ -793,8 +819,14 @@ def sampling_line(result):
 @main.command()
 @click.option(
     "--data",
-    help="Image folder, one folder per class or flat [default: $DIMR_DATA, "
-    "data/imagenet/train, data/imagenet].",
+    help="Images, in any of the layouts of docs/data.md: one folder per class, images alone, "
+    "ImageNet's tar, a zip, WebDataset's tars [default: $DIMR_DATA, data/imagenet/train, "
+    "data/imagenet].",
+)
+@classes_option
+@click.option(
+    "--from-latents",
+    help="Take latents in EDM2's form instead: a zip or folder of .npy with a dataset.json.",
 )
 @click.option(
     "--out",
@@ -804,8 +836,7 @@ def sampling_line(result):
 @click.option(
     "--res",
     type=POSITIVE,
-    required=True,
-    help="Side of the square crop, in pixels: 64, 256, 512, ...",
+    help="Side of the square crop, in pixels: 64, 256, 512, ... [required, but for latents].",
 )
 @click.option(
     "--pixels",
@@ -845,8 +876,8 @@ def sampling_line(result):
     "--verify", is_flag=True, help="Only compare the shards of a finished set with their hashes."
 )
 @json_option
-def encode(data, out, res, pixels, channels, verify, as_json, **options):
-    """Turn a folder of images into shards that train reads fast: latents, or pixels.
+def encode(data, from_latents, out, res, pixels, channels, verify, as_json, **options):
+    """Turn images into shards that train reads fast: latents, or pixels.
 
     Crops as ADM does. Run the same command again to go on after an interruption, or to redo damaged
     shards; the bytes written depend on neither, nor on the number of processes. Latents come with
@@ -856,12 +887,18 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
     Examples:
       dimr encode --res 256                              ImageNet to latents, 42 GB
       dimr encode --res 64 --pixels --data photos/       crops for a pixel model
+      dimr encode --res 256 --data ILSVRC2012_img_train.tar
       torchrun --nproc-per-node 8 -m cli encode --res 256
       dimr encode --res 256 --verify
     """
     import encoding
     import parallel
 
+    if res is None and (out is None or not (from_latents or verify)):
+        raise click.UsageError("Missing option '--res'.")
+    if from_latents and (data or pixels):
+        other = "--data" if data else "--pixels"
+        raise click.UsageError(f"--from-latents takes no {other}")
     if out is None:
         out = encoded_folder(res, pixels)
     if verify:
@@ -871,7 +908,13 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
         channels = int(channels)
     try:
         result = encoding.encode(
-            data or images_to_encode(), out, res, pixels=pixels, channels=channels, **options
+            from_latents or data or images_to_encode(),
+            out,
+            res,
+            pixels=pixels,
+            from_latents=from_latents is not None,
+            channels=channels,
+            **options,
         )
     finally:
         parallel.stop()
@@ -919,7 +962,7 @@ def encoding_lines(result, out):
         f"{result['shards']} shards, {result['bytes'] / 1e6:,.1f} MB, "
         f"{result['encoded_images']:,} images encoded in {result['seconds']:.1f} s -> {out}"
     )
-    if result["kind"] == "latents":
+    if (Path(out) / "preview.png").is_file():
         line += f", to look at: {Path(out) / 'preview.png'}"
     lines = [line]
     for skipped in result["skipped"]:

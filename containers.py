@@ -199,12 +199,24 @@ def find(
     tars = expand(str(path))
     if tars is None:
         raise UserError(f"{path} is not a folder or file; {EXPECTED}")
+    if not tars:
+        raise UserError(f"{path} fits no file; {EXPECTED}")
     return _in_tars(path, tars, wanted)
 
 
+def is_container(path: str | Path) -> bool:
+    """Whether images at `path` are packed: a zip, a tar, a folder of tars alone, a pattern."""
+    path = Path(path)
+    if path.is_file():
+        return path.suffix in (".zip", ".tar")
+    if path.is_dir():
+        return bool(_tars_alone(path))
+    return bool(expand(str(path)))
+
+
 def expand(pattern: str) -> list[Path] | None:
-    """The files that a pattern names, sorted; None if it is no pattern. Raises UserError where it
-    names none, or one of a brace's is missing."""
+    """The files that a pattern names, sorted; None if it is no pattern. Raises UserError where one
+    of a brace's is missing."""
     alternatives = [pattern]
     while any(re.search(r"\{[^{}]*\}", one) for one in alternatives):
         alternatives = [each for one in alternatives for each in _braces(one)]
@@ -220,9 +232,7 @@ def expand(pattern: str) -> list[Path] | None:
             raise UserError(f"{pattern}: {one} does not exist; fetch it, or leave it out")
         else:
             found.append(Path(one))
-    if not found:
-        raise UserError(f"{pattern} fits no file; {EXPECTED}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _braces(text):
@@ -245,7 +255,6 @@ def _braces(text):
 
 
 def _in_folder(path, wanted):
-    _refuse_databases(path)
     for place in (KAGGLE, KAGGLE.removeprefix("ILSVRC/")):
         if (path / place).is_dir():
             return _class_folders(path / place, wanted, "ImageNet in Kaggle's folders")
@@ -254,19 +263,20 @@ def _in_folder(path, wanted):
         return _labelled_folder(path, labels, wanted)
     if wanted.extensions == LATENTS:
         raise _no_labels(path)
-    tars = sorted(place for place in path.glob("*.tar") if not place.name.startswith("."))
     folders, images = _list(path)
-    if folders or images or not tars:
-        return _class_folders(path, wanted, "a folder of images", (folders, images))
+    if not images and folders in ([], ["data"]):
+        for pattern, kind in DATABASES.items():
+            if any(path.glob(pattern)):
+                raise _database(path, kind)
+    tars = _tars_alone(path)
+    if not tars:
+        return _class_folders(path, wanted, "a folder of images")
     if len(tars) == 1:
         return _in_file(tars[0], wanted)
     return _in_tars(path, tars, wanted)
 
 
-def _refuse_databases(path):
-    for pattern in ("*.parquet", "data/*.parquet", "data.mdb"):
-        if any(path.glob(pattern)):
-            raise _database(path, "LMDB" if pattern == "data.mdb" else "parquet")
+DATABASES = {"*.parquet": "parquet", "data/*.parquet": "parquet", "data.mdb": "LMDB"}
 
 
 def _database(path, kind):
@@ -277,9 +287,17 @@ def _database(path, kind):
     )
 
 
-def _class_folders(root, wanted, what, found=None):
+def _tars_alone(path):
+    """The tars in a folder, sorted; none if there are images or folders beside them."""
+    tars = sorted(place for place in path.glob("*.tar") if not place.name.startswith("."))
+    if tars and any(_list(path)):
+        return []
+    return tars
+
+
+def _class_folders(root, wanted, what):
     """A Folder of one folder of images per class, or of images alone."""
-    folders, images = found or _list(root)
+    folders, images = _list(root)
     if folders and images:
         raise UserError(
             f"{root} mixes images ({images[0]}) and folders ({folders[0]}); expected one folder of "
@@ -616,14 +634,6 @@ def choose(root, known: Sequence[str], wanted: Sequence[str] | None) -> list[str
     if not chosen:
         raise UserError("--classes names no class")
     return [name for name in known if name in chosen]
-
-
-def parse_classes(text: str) -> list[str]:
-    """Class names from a,b,c or from a file with one in each line."""
-    if Path(text).is_file():
-        lines = Path(text).read_text().splitlines()
-        return [line for line in lines if line.strip() and not line.startswith("#")]
-    return [name for name in text.split(",") if name.strip()]
 
 
 def _in_order(path, gathered, wanted):

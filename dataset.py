@@ -2,8 +2,8 @@
 shards, and reading ahead.
 
 `open_data` gives `Images` or `Shards` (shards.py), which look alike: `kind`, `size`,
-`channels`, `classes`, `labels`, `flips` (whether items can be mirrored), `fingerprint`, `len` and
-`batch`. `loader` reads their batches
+`channels`, `classes`, `labels`, `flips` (whether items can be mirrored), `fingerprint`, `about`
+(what it is, in a line), `len` and `batch`. `loader` reads their batches
 ahead, in the order that it is given (randomness.Order)."""
 
 import ours
@@ -151,14 +151,15 @@ def _is_grey(image):
 class Listed:
     """What a listing (containers.py) names, as data: the classes, and items read one by one.
 
-    A subclass has `kind`, `size`, `channels`, the `shape` and `dtype` of an item, and what reads
-    one; `flips` is whether items can be mirrored."""
+    A subclass has `kind`, `noun`, `size`, `channels`, the `shape` and `dtype` of an item, and what
+    reads one; `flips` is whether items can be mirrored."""
 
     flips = True
 
     def __init__(self, listing: containers.Listing):
         self.listing = listing
         self.root = listing.root
+        self.about = f"{listing.root}: {listing.about}"
         self.classes = listing.classes
         self.labels = listing.labels
 
@@ -172,6 +173,16 @@ class Listed:
     def place(self, index: int) -> str:
         """Item `index`, as messages call it."""
         return self.listing.place(index)
+
+    def content(self, index: int) -> bytes:
+        """Item `index`'s file. Raises as `read`."""
+        file = self.listing.open(index)
+        if isinstance(file, io.BytesIO):
+            return file.getvalue()
+        try:
+            return Path(file).read_bytes()
+        except OSError as error:
+            raise _blame(file, file, error) from None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -231,7 +242,7 @@ class Listed:
         if drop:
             return None
         raise UserError(
-            f"{self.root}: none of the {len(self):,} images can be read; the last: {bad[-1]}"
+            f"{self.root}: none of the {len(self):,} {self.noun} can be read; the last: {bad[-1]}"
         )
 
 
@@ -243,6 +254,7 @@ class Images(Listed):
     UserError as `find` does."""
 
     kind = "pixels"
+    noun = "images"
     dtype = np.uint8
 
     def __init__(
@@ -317,21 +329,28 @@ class LatentFiles(Listed):
     become means and log-variances, float16 (1, 2, 4, h, w). Raises UserError for other forms."""
 
     kind = "latents"
+    noun = "latents"
     dtype = np.float16
     channels = 4
     flips = False
 
     def __init__(self, root: str | Path, classes: Sequence[str] | None = None):
         super().__init__(containers.find(root, classes, containers.LATENTS))
-        _, self.size, _ = self.moments(0).shape
+        self.size = self._first_size()
         self.shape = (1, 2, self.channels, self.size, self.size)
+
+    def _first_size(self):
+        """Side of the first latent that can be read, of PROBED at most."""
+        for index in range(min(PROBED, len(self))):
+            try:
+                return self.moments(index).shape[-1]
+            except BadImage as error:
+                failure = error
+        raise failure
 
     def moments(self, index: int) -> np.ndarray:
         """Means and deviations of latent `index` as its file has them. Raises BadImage."""
-        file = self.listing.open(index)
-        if not isinstance(file, io.BytesIO):
-            with open(file, "rb") as opened:
-                file = io.BytesIO(opened.read(containers.MOST_BYTES))
+        file = io.BytesIO(self.content(index))
         place = self.place(index)
         try:
             shape, fortran, dtype = NPY[np.lib.format.read_magic(file)](file)

@@ -16,6 +16,7 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,14 +87,16 @@ MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks"}  # when a 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where training images come from. `path`: an image folder, read at `res` pixels (None: their
-    own size), or a shard set; None looks in the run's config.json."""
+    """Where training images come from. `path`: images in a folder or container, read at `res`
+    pixels (None: their own size), or a shard set; None looks in the run's config.json. `classes`:
+    the only ones to take."""
 
     path: str | Path | None = None
     res: int | None = None
     exif: bool = False
     on_bad: str = "error"  # or "skip": an unreadable image
     workers: int | None = None  # reading processes; None: by cores
+    classes: Sequence[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +146,7 @@ def make_plan(out, source, *, variant, recipe, network, init, device) -> Plan:
         path=source.path or known.get("path"),
         res=source.res or known.get("res"),
         exif=source.exif or known.get("exif", False),
+        classes=source.classes or known.get("only"),
     )
     data = open_data(source, variant)
     variant = variant or before.get("variant") or nearest_variant(data)
@@ -151,6 +155,8 @@ def make_plan(out, source, *, variant, recipe, network, init, device) -> Plan:
     if init and not runfolder.checkpoints(out):
         initial, _ = runfolder.read_weights(runfolder.find_weights(init))
     recipe = settle(before.get("recipe"), RECIPES[variant], recipe or {}, device)
+    if not data.flips:
+        recipe = dataclasses.replace(recipe, flip=False)
     if before:
         base = dimr.Config(**before["config"])
     elif initial:
@@ -164,7 +170,7 @@ def make_plan(out, source, *, variant, recipe, network, init, device) -> Plan:
         "recipe": dataclasses.asdict(recipe),
         "init": init and str(init),
         "data": {
-            "path": str(Path(source.path).resolve()),
+            "path": str(Path(data.root).resolve()),
             "kind": data.kind,
             "items": len(data),
             "res": source.res,
@@ -172,6 +178,8 @@ def make_plan(out, source, *, variant, recipe, network, init, device) -> Plan:
             "fingerprint": data.fingerprint if parallel.is_main() else None,
         },
     }
+    if source.classes:
+        record["data"]["only"] = data.classes
     record = json.loads(json.dumps(record))  # as it reads back
     if before and parallel.is_main():
         check_same(out, before, record)
@@ -186,7 +194,13 @@ def open_data(source, variant):
     default = None
     if variant and dimr.VARIANTS[variant].space == "pixel":
         default = dimr.VARIANTS[variant].size
-    return dataset.open_data(source.path, source.res, exif=source.exif, default_size=default)
+    return dataset.open_data(
+        source.path,
+        source.res,
+        exif=source.exif,
+        default_size=default,
+        classes=source.classes,
+    )
 
 
 def settle(before, default, changes, device):
@@ -553,6 +567,9 @@ def watch_fid(out, plan, extractor, watch):
 def begin(out, plan, device, say) -> State:
     """The state that a run goes on from: its newest whole checkpoint, else the initial weights,
     else fresh ones."""
+    say(plan.data.about)
+    if not plan.data.flips:
+        say("these latents are of the images alone: training goes without flips")
     state = State(new_network(plan.config, plan.recipe.seed), plan.recipe, device)
     newest = runfolder.newest_whole(out) if parallel.is_main() else None
     checkpoint = parallel.broadcast(newest)
