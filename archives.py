@@ -309,6 +309,8 @@ def _read_index(file, kept):
 
 
 def _write_index(tar, kept):
+    if len(tar) == 0:
+        return
     arrays = {
         "block": np.frombuffer(bytearray(tar.names.block), np.uint8),
         "lengths": np.diff(tar.names.ends, prepend=0).astype(np.int32),
@@ -471,10 +473,9 @@ class _Walk:
         )
 
     def _whole(self):
-        return (
-            f"whole are {self.count:,} members, up to byte {self.position - self.first:,} of "
-            f"{self.last - self.first:,}"
-        )
+        size = self.last - self.first
+        done = min(self.position - self.first, size)
+        return f"{self.count:,} members are whole, up to byte {done:,} of {size:,}"
 
     def _check_rest(self, start):
         """After the end there may only be zeros: tars put together with cat would lose images."""

@@ -434,7 +434,7 @@ def _in_archive(path, archive, wanted):
     if any(".tar/" in name for _, name in images):
         gathered = _tar_of_tars(path, images)
     elif kaggle := [image for image in images if re.search(_KAGGLES, image[1])]:
-        gathered = Gathered("ImageNet in Kaggle's layout", {})
+        gathered = Gathered("ImageNet in Kaggle's layout", {}, others=len(images) - len(kaggle))
         for item, name in kaggle:
             group, base = re.search(_KAGGLES, name).groups()
             gathered.add(group, f"{group}/{base}", 0, item, name)

