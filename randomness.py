@@ -7,6 +7,7 @@ processes and interruptions change nothing. It stands alone."""
 
 import functools
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -30,7 +31,14 @@ def _draw(seed, stream, first, last, sample, device="cpu"):
     return torch.cat(rows)[first - start : last - start]
 
 
-def normal(seed, stream, first, last, shape, device="cpu"):
+def normal(
+    seed: int,
+    stream: str,
+    first: int,
+    last: int,
+    shape: Sequence[int],
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:
     """Standard normal numbers (last - first, *shape) of positions first..last-1."""
     return _draw(
         seed,
@@ -42,7 +50,7 @@ def normal(seed, stream, first, last, shape, device="cpu"):
     )
 
 
-def uniform(seed, stream, first, last):
+def uniform(seed: int, stream: str, first: int, last: int) -> torch.Tensor:
     """Uniform float64 numbers in [0, 1), (last - first,), of positions first..last-1."""
     return _draw(
         seed, stream, first, last, lambda g: torch.rand(BLOCK, generator=g, dtype=torch.float64)
@@ -76,12 +84,12 @@ class Order:
         return indices, self._bits(0, first, last) >> np.uint64(63) == 1
 
 
-def start_noise(shape, seed):
+def start_noise(shape: Sequence[int], seed: int) -> torch.Tensor:
     """Start noise of the image with this seed, on the CPU, float32."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def step_noise(shape, seed, update):
+def step_noise(shape: Sequence[int], seed: int, update: int) -> torch.Tensor:
     """What a stochastic solver draws for the image with this seed in its update number `update`, on
     the CPU, float32."""
     return torch.randn(*shape, generator=_generator(f"{seed} solver {update}"))

@@ -13,7 +13,7 @@ import ours
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ class Settings:
     grid: str | None = None
     steps: int | None = None
 
-    def resolved(self, config):
+    def resolved(self, config: dimr.Config) -> "Settings":
         """These settings with every default filled in for a network of `config`. Raises UserError
         if they can't work."""
         solver_name, grid, steps = space.PRESETS[self.preset][config.space]
@@ -80,12 +80,21 @@ class Settings:
         return full
 
     @property
-    def guidance(self):
+    def guidance(self) -> diffusion.Guidance:
         """Raises ValueError for values that make no sense."""
         return diffusion.Guidance(self.cfg, self.cfg_power, self.cfg_interval)
 
 
-def solve(model, classes, seeds, settings, *, device, precision="fp32", callback=None):
+def solve(
+    model: dimr.DiMR,
+    classes: Sequence[int],
+    seeds: Sequence[int],
+    settings: Settings,
+    *,
+    device: torch.device,
+    precision: str = "fp32",
+    callback: Callable | None = None,
+) -> torch.Tensor:
     """Samples (B, C, H, W) in the network's space, float32, for equally long `classes` and `seeds`;
     `settings` are resolved."""
     config = model.config
@@ -133,21 +142,23 @@ class Generator:
     compiled: bool = False
 
     @property
-    def config(self):
+    def config(self) -> dimr.Config:
         return self.model.config
 
     @property
-    def pixels(self):
+    def pixels(self) -> int:
         """Side of its images."""
         return space.side(self.config)
 
     @property
-    def name(self):
+    def name(self) -> str:
         """A short name for folders: the run's, or the file's."""
         path = Path(self.source)
-        return path.parents[2].name if path.parent.parent.name == "checkpoints" else path.stem
+        if path.parent.parent.name == "checkpoints":
+            return path.parents[2].name
+        return path.stem
 
-    def decode(self, x):
+    def decode(self, x: torch.Tensor) -> np.ndarray:
         """Images uint8 (B, H, W, C) of samples in the network's space."""
         with torch.inference_mode(), parallel.autocast(self.device, self.precision):
             return space.to_uint8(space.of(self.config).images(x, self._decoder))
@@ -190,10 +201,17 @@ class Generator:
             )
             yield indices, self.decode(x)[: len(indices)]
 
-    def images(self, classes, seeds, batch_size=None, **settings):
+    def images(
+        self,
+        classes: Iterable[int],
+        seeds: Iterable[int],
+        batch_size: int | None = None,
+        **settings,
+    ) -> np.ndarray:
         """uint8 (N, H, W, C) images for N class indices and N seeds; keywords as in `Settings`.
         Raises UserError."""
-        classes, seeds = list(classes), list(seeds)
+        classes = list(classes)
+        seeds = list(seeds)
         check_classes(classes, self.config)
         if len(classes) != len(seeds):
             raise UserError(
@@ -218,7 +236,7 @@ def _advance(progress, count, steps):
     return callback
 
 
-def check_classes(classes, config):
+def check_classes(classes: Iterable[int], config: dimr.Config) -> None:
     wrong = [c for c in classes if not 0 <= c < config.num_classes]
     if wrong:
         raise UserError(
@@ -227,7 +245,7 @@ def check_classes(classes, config):
         )
 
 
-def class_index(name, generator):
+def class_index(name: str, generator: Generator) -> int:
     """The class that `name` means: an index, a name the weights carry, or an ImageNet name where
     they know 1000 classes without names. Raises UserError."""
     if name.isdecimal():
@@ -240,15 +258,20 @@ def class_index(name, generator):
         import imagenet_names
 
         return imagenet_names.find(name)
-    some = ", ".join(generator.classes[:10])
-    raise UserError(
-        f"class {name!r} is not known to {generator.source}; use an index from 0 to "
-        f"{generator.config.num_classes - 1}" + (f" or a name such as {some}" if some else "")
-    )
+    advice = f"use an index from 0 to {generator.config.num_classes - 1}"
+    if generator.classes:
+        advice += f" or a name such as {', '.join(generator.classes[:10])}"
+    raise UserError(f"class {name!r} is not known to {generator.source}; {advice}")
 
 
 def load(
-    source=None, ema=True, device="auto", precision=None, vae=None, heads=16, compiled=False
+    source: str | Path | None = None,
+    ema: bool = True,
+    device: str = "auto",
+    precision: str | None = None,
+    vae: str | Path | None = None,
+    heads: int = 16,
+    compiled: bool = False,
 ) -> Generator:
     """A Generator from a run folder, a weights file (ours, or a released state dict with `heads`),
     or a name; None takes the newest run under runs/, else the released xl2r. `vae`: name or path,
@@ -256,7 +279,8 @@ def load(
     device = parallel.pick_device(device)
     path = runfolder.find_weights(source, ema)
     model, record = runfolder.read_weights(path, heads)
-    precision = precision or ("bf16" if device.type == "cuda" else "fp32")
+    if precision is None:
+        precision = "bf16" if device.type == "cuda" else "fp32"
     return Generator(
         parallel.for_inference(model.to(device), precision, compiled),
         device,

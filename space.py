@@ -3,7 +3,11 @@
 A space knows the data that it reads (`kind`, as dataset.py has it), how many pixels a cell of its
 grid spans (`cell`), and how batches become x_0 and samples become images."""
 
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+from torch import Tensor
 
 import dimr
 import vae
@@ -16,12 +20,12 @@ class Pixels:
     kind = "pixels"
     cell = 1
 
-    def x0(self, batch, normal):
+    def x0(self, batch: Tensor, normal: Callable) -> Tensor:
         """x_0 (B, C, H, W) of uint8 pixels (B, C, H, W). `normal(shape)` draws per sample and is
         not needed here."""
         return batch.float() / 127.5 - 1
 
-    def images(self, x, decode):
+    def images(self, x: Tensor, decode: Callable) -> Tensor:
         """Images (B, 3, H, W), about in [-1, 1], of samples x in this space. `decode` is the VAE's
         and is not needed here."""
         return x
@@ -34,15 +38,16 @@ class Latents:
     kind = "latents"
     cell = vae.DOWN
 
-    def x0(self, batch, normal):
+    def x0(self, batch: Tensor, normal: Callable) -> Tensor:
         """z = s·(μ + σε), drawn afresh, of float16 (B, 2, C, h, w): mean and log-variance."""
         mean, logvar = batch.float().unbind(1)
         return vae.SCALE * (mean + (logvar / 2).exp() * normal(mean.shape[1:]))
 
-    def images(self, x, decode):
+    def images(self, x: Tensor, decode: Callable) -> Tensor:
         return decode(x / vae.SCALE)
 
 
+Space = Pixels | Latents
 SPACES = {"pixel": Pixels(), "latent": Latents()}
 
 # Solver, time grid and NFE by space. The paper's: Table 4 and its release.
@@ -52,32 +57,32 @@ PRESETS = {
 }
 
 
-def of(config):
+def of(config: dimr.Config) -> Space:
     """The space of a network's Config."""
     return SPACES[config.space]
 
 
-def of_data(data):
+def of_data(data) -> Space:
     """The space of a dataset."""
     return next(space for space in SPACES.values() if space.kind == data.kind)
 
 
-def variants(space):
+def variants(space: Space) -> list[str]:
     """Names of the variants that work in this space."""
     return [name for name, config in dimr.VARIANTS.items() if config.space == space.name]
 
 
-def folder(space, side):
+def folder(space: Space, side: int) -> Path:
     """Where encode puts data of images of `side` pixels, unless told otherwise."""
     return Path("data") / f"{space.kind}-{side}"
 
 
-def to_uint8(x):
+def to_uint8(x: Tensor) -> np.ndarray:
     """uint8 (B, H, W, C) of images in [-1, 1] (B, C, H, W): clamped, rounded to nearest."""
     unit = ((x.float() + 1) / 2).clamp(0, 1)
     return unit.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def side(config):
+def side(config: dimr.Config) -> int:
     """Height and width in pixels of a network's images."""
     return config.size * of(config).cell

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 DTYPES = {  # safetensors' names
     "torch.float64": "F64",
     "torch.float32": "F32",

@@ -491,7 +491,7 @@ def test_a_reading_process_that_is_killed_is_an_error_and_no_wait(
 
 
 HOLD = """
-import runfolder, sys
+import storage, sys
 with storage.locked(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
