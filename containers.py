@@ -354,7 +354,7 @@ def _labelled_folder(path, labels, wanted):
     gathered = Gathered(f"EDM2's folder of {wanted.noun}", {}, numbered=labels is not None)
     _gather_labelled(gathered, path, enumerate(names), labels)
     classes, groups = _in_order(path, gathered, wanted)
-    return Folder(**_columns(path, gathered, classes, groups))
+    return Folder(**_columns(path, gathered, classes, groups, wanted))
 
 
 # what a file is
@@ -418,10 +418,11 @@ def _in_tars(path, tars, wanted):
 
 def _in_archive(path, archive, wanted):
     names = list(archive.names)
+    kind = "zip" if isinstance(archive, Zip) else "tar"
     if LABELS in names:
         labels = read_labels(path, archive.read(names.index(LABELS)))
         if labels is not MISSING:
-            what = f"EDM2's zip of {wanted.noun}"
+            what = f"EDM2's {kind} of {wanted.noun}"
             gathered = Gathered(what, {}, numbered=labels is not None)
             fitting = ((item, name) for item, name in enumerate(names) if wanted.fits(name))
             _gather_labelled(gathered, path, fitting, labels)
@@ -441,7 +442,7 @@ def _in_archive(path, archive, wanted):
     elif (archive.values != NONE).any():
         gathered = _webdataset(path, [archive], wanted, "WebDataset's tar")
     else:
-        gathered = _by_folder(path, images, "a zip" if isinstance(archive, Zip) else "a tar")
+        gathered = _by_folder(path, images, f"a {kind}")
     return _packed(path, gathered, [archive], wanted)
 
 
@@ -662,14 +663,14 @@ def _in_order(path, gathered, wanted):
     return classes, images
 
 
-def _columns(path, gathered, classes, groups):
+def _columns(path, gathered, classes, groups, wanted):
     """What any Listing has."""
     images = [image for group in groups for image in group]
     names = Names([image[0] for image in images])
     members = Names([image[-1] for image in images])
     return {
         "root": path,
-        "about": _about(gathered.what, classes, len(images), groups, gathered.others),
+        "about": _about(gathered.what, classes, len(images), wanted.noun) + _but(groups, gathered),
         "classes": classes,
         "labels": np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
         "names": names,
@@ -682,20 +683,28 @@ def _packed(path, gathered, archives, wanted):
     classes, groups = _in_order(path, gathered, wanted)
     images = [image for group in groups for image in group]
     return Packed(
-        **_columns(path, gathered, classes, groups),
+        **_columns(path, gathered, classes, groups, wanted),
         archives=archives,
         numbers=np.asarray([image[1] for image in images], np.int32),
         items=np.asarray([image[2] for image in images], np.int32),
     )
 
 
-def _about(what, classes, count, groups=None, others=0):
-    text = f"{what}: {_count(len(classes), 'class', 'classes')}, {_count(count, 'image', 'images')}"
-    empty = sum(not group for group in groups or [])
+def _about(what, classes, count, noun="images"):
+    return (
+        f"{what}: {_count(len(classes), 'class', 'classes')}, "
+        f"{_count(count, noun.removesuffix('s'), noun)}"
+    )
+
+
+def _but(groups, gathered):
+    """What else is to be said: classes without images, members that are none."""
+    text = ""
+    empty = sum(not group for group in groups)
     if empty:
         text += f"; {_count(empty, 'class has', 'classes have')} none"
-    if others:
-        text += f"; {_count(others, 'other member', 'other members')} left out"
+    if gathered.others:
+        text += f"; {_count(gathered.others, 'other member', 'other members')} left out"
     return text
 
 

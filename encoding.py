@@ -521,7 +521,7 @@ def _decoder(plan, quiet):
         return Coder(_load_weights(path, torch.device("cpu")), batch_size=1)
     if not quiet:
         tqdm.write(
-            f"no preview.png: {plan['vae']} is not here (dimr download {plan['vae']})",
+            f"no preview.png: {plan['vae']} is not here (dimr weights get {plan['vae']})",
             file=sys.stderr,
         )
     return None
