@@ -143,6 +143,23 @@ def test_statistics_are_numpys_for_any_batching():
         assert relative(statistics.covariance, covariance) < 1e-10
 
 
+@pytest.mark.parametrize("count", [2, 1023, 1024, 1025, 2049])
+def test_the_last_row_counts_however_many_fill_a_block(count):
+    rows = features(count, 3, seed=1).double()
+    rows[-1] += 100
+    covariance = torch.from_numpy(np.cov(rows.numpy(), rowvar=False))
+    assert relative(accumulated(rows, 1).covariance, covariance) < 1e-10
+    assert relative(accumulated(rows, 1).mean, rows.mean(0)) < 1e-12
+
+
+def test_rows_that_are_changed_later_count_as_they_were():
+    rows = torch.ones(3, 2)
+    statistics = fid.Statistics(2)
+    statistics.add(rows)
+    rows.fill_(7)
+    assert statistics.mean.tolist() == [1, 1]
+
+
 def test_merged_statistics_are_those_of_all_rows():
     rows = features(2600, 40)
     whole = accumulated(rows, 100)

@@ -53,7 +53,7 @@ class Installation:
 
     def run(self, *command, cwd):
         done = subprocess.run(
-            command, cwd=cwd, env=self.environment(), capture_output=True, text=True, timeout=120
+            command, cwd=cwd, env=self.environment(), capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -131,6 +131,19 @@ def test_reading_processes_find_our_modules_too(editable, place):
     for module in ("cli", "spawned"):
         done = editable.line(f"python -m {module} {train} --out {module}", place)
         assert f"{module}: step 2 of 2" in done
+
+
+FEATURES = """
+def pooled(images):
+    return images.float().mean((1, 2))
+"""
+
+
+def test_features_come_from_a_users_module_though_ours_has_its_name(editable, place):
+    (place / "vit.py").write_text(FEATURES)
+    evaluate = "eval fid photos --ref photos --features vit:pooled --device cpu"
+    assert "features of vit:pooled" in editable.line(f"python -m cli {evaluate}", place)
+    assert "features of vit:pooled" in editable.line(f"dimr {evaluate}", place)
 
 
 def test_the_command_works_beside_a_users_cli(installation, place):

@@ -59,10 +59,14 @@ def lines_of(path):
     return path.read_text().count("\n")
 
 
-def wait_for_lines(path, count, process):
-    while lines_of(path) < count:
+def wait_for(happened, process):
+    while not happened():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
+
+
+def wait_for_lines(path, count, process):
+    wait_for(lambda: lines_of(path) >= count, process)
 
 
 def outcome(run):
@@ -244,8 +248,8 @@ def test_sampling_names_a_killed_process_and_goes_on_from_there(trained, tmp_pat
     sample = ["sample", "--weights", trained, "--out", out, "--balanced", "-n", 80]
     sample += ["--batch-size", "2", "--steps", "10", "--device", "cpu"]
     process = start_torchrun(*TWO, "-m", "cli", *sample)
-    noted = tmp_path / "set.npz.partial" / "done-1"
-    wait_for_lines(noted, 2, process)
+    noted = tmp_path / "set.npz.partial" / "batch-000003.done"  # the second of rank 1
+    wait_for(noted.exists, process)
     os.kill(children(process)[1], signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1

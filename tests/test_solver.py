@@ -214,9 +214,24 @@ def test_guidance_stays_inside_its_interval():
         assert guidance.at(LATENT, t) == (2.0 if 0.5 < ratio <= 3.0 else 1.0)
 
 
+def test_the_interval_holds_its_upper_end_and_not_its_lower():
+    level = math.exp(-STRAIGHT.lam(0.75))
+    assert diffusion.Guidance(2.0, interval=(0.5, level)).at(STRAIGHT, 0.75) == 2.0
+    assert diffusion.Guidance(2.0, interval=(level, 9.0)).at(STRAIGHT, 0.75) == 1.0
+
+
 @pytest.mark.parametrize(
     "bad",
-    [dict(scale=0.4), dict(scale=math.nan), dict(scale=2, power=0), dict(scale=2, interval=(3, 1))],
+    [
+        dict(scale=0.4),
+        dict(scale=math.nan),
+        dict(scale=2, power=0),
+        dict(scale=2, interval=(3, 1)),
+        dict(scale=math.inf),
+        dict(scale=2, power=math.inf),
+        dict(scale=2, interval=(-1, 1)),
+        dict(scale=2, interval=(1, 1)),
+    ],
 )
 def test_senseless_guidance_is_refused(bad):
     with pytest.raises(ValueError):

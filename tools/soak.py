@@ -108,7 +108,7 @@ class Life:
             seed,
             *OPTIONS,
         ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.agent = subprocess.Popen(
             list(map(str, command)),
             stdout=subprocess.PIPE,
@@ -236,7 +236,7 @@ def start_a_second(life, rng):
         capture_output=True,
         text=True,
         timeout=PATIENCE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     refused = rival.returncode == 1 and "in use by process" in rival.stderr
     assert refused or (rival.returncode == 0 and life.ranks().get(0) != owner), rival.stderr
