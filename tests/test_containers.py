@@ -1,13 +1,17 @@
 """Images as people have them: what is at a path, the same bytes whatever holds them, and what is
 refused."""
 
+import hashlib
 import io
 import json
 import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -304,8 +308,6 @@ def test_what_is_there_is_told_by_looking(photographs, tmp_path, container):
 
 def test_a_folders_fingerprint_is_0_1_0s(photographs):
     """SHA-256 of relative paths and sizes, in the order of classes and names."""
-    import hashlib
-
     digest = hashlib.sha256()
     for path in sorted(images_of(photographs)):
         line = f"{path.parent.name}/{path.name}\0{path.stat().st_size}\n"
@@ -849,8 +851,6 @@ def test_the_official_tar_beside_others_is_to_be_given_alone(photographs, tmp_pa
     "options", ["--format=gnu", "--format=ustar", "--format=pax", "--format=v7"]
 )
 def test_gnu_tars_formats_are_read(photographs, tmp_path, options):
-    import subprocess
-
     path = tmp_path / "x.tar"
     subprocess.run(["tar", options, "-cf", path, "-C", photographs.parent, "train"], check=True)
     found = dataset.Images(path, 32, 3)
@@ -927,6 +927,45 @@ def test_the_command_line_takes_a_container(photographs, expected, tmp_path):
     few = [*options, "--classes", tmp_path / "names.txt", "--out", tmp_path / "few"]
     dimr_command("encode", "--data", path, *few)
     assert read_json(tmp_path / "few" / "index.json")["classes"] == ["n01440764", "n02123045"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("container", [tar_of_tars, deflated, webdataset_cls])
+def test_a_killed_encode_goes_on_from_its_container(photographs, tmp_path, container):
+    for path in images_of(photographs):
+        place = tmp_path / "many" / path.parent.name
+        place.mkdir(parents=True, exist_ok=True)
+        for i in range(12):
+            shutil.copy(path, place / f"{i}-{path.name}")
+    source = container(tmp_path / "many", tmp_path)
+    whole = encoded(source, tmp_path / "whole")
+    out = tmp_path / "out"
+    command = ["encode", "--data", source, "--res", 32, "--pixels", "--shard-size", 4]
+    command += ["--batch-size", 2, "--workers", 2, "--out", out]
+    for rows in (1, 8):
+        process = subprocess.Popen([sys.executable, "-m", "cli", *map(str, command)], cwd=tmp_path)
+        while process.poll() is None and len(list(out.glob("shard-*.json"))) < rows:
+            time.sleep(0.01)
+        assert process.poll() is None, "it ended before it was killed"
+        process.kill()
+        process.wait()
+    dimr_command(*command, torchrun=2)
+    assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == whole
+    assert read_json(out / "index.json") == read_json(tmp_path / "whole" / "index.json")
+
+
+@pytest.mark.slow
+def test_the_script_of_the_figures_runs(monkeypatch, tmp_path, capsys):
+    import containers_speed
+
+    monkeypatch.setattr(containers_speed, "IMAGES", 16)
+    monkeypatch.setattr(containers_speed, "ROUNDS", 1)
+    monkeypatch.setattr(containers_speed, "CLASSES", 3)
+    containers_speed.throughput()
+    containers_speed.index(50)
+    said = capsys.readouterr().out
+    assert said.count("of the folder's") == 6
+    assert said.count("ImageNet's official tar: 3 classes, 50 images") == 2
 
 
 TINY = [
