@@ -160,7 +160,14 @@ class Archive:
 
     def read(self, item: int) -> bytes:
         """Member `item`. Raises ValueError, saying why, where it is not what the archive says it
-        is."""
+        is, or more than MOST_BYTES."""
+        size = int(self.sizes[item])
+        if size > MOST_BYTES:
+            raise ValueError(f"claims {size:,} bytes, and no image needs over {MOST_BYTES:,}")
+        return self.content(item, size)
+
+    def content(self, item: int, size: int) -> bytes:
+        """As `read`, `size` being known."""
         raise NotImplementedError
 
 
@@ -217,8 +224,7 @@ COLUMNS = ("block", "lengths", "offsets", "sizes", "values")
 
 
 class Tar(Archive):
-    def read(self, item):
-        size = int(self.sizes[item])
+    def content(self, item, size):
         data = self.file.read(int(self.offsets[item]), size)
         if len(data) < size:
             raise UserError(f"{self.path} is cut off; fetch or copy it again")
@@ -580,8 +586,7 @@ class Zip(Archive):
     crcs: np.ndarray
     deflated: np.ndarray
 
-    def read(self, item):
-        size = int(self.sizes[item])
+    def content(self, item, size):
         packed = int(self.packed[item])
         if packed > MOST_BYTES:
             raise ValueError(f"takes {packed:,} bytes, and no image needs over {MOST_BYTES:,}")

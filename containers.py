@@ -27,7 +27,6 @@ from archives import (
     KNOWN,
     LABELS,
     LATENTS,
-    MOST_BYTES,
     NONE,
     Archive,
     File,
@@ -131,18 +130,12 @@ class Packed(Listing):
 
     def open(self, index):
         archive = self.archives[self.numbers[index]]
-        item = self.items[index]
-        size = int(archive.sizes[item])
-        if size > MOST_BYTES:
-            raise BadImage(
-                self.place(index), f"claims {size:,} bytes, and no image needs over {MOST_BYTES:,}"
-            )
         if archive.file.handle is None:
             self.opened.append(archive.file)
             if len(self.opened) > OPEN:
                 self.opened.popleft().close()
         try:
-            return io.BytesIO(archive.read(item))
+            return io.BytesIO(archive.read(self.items[index]))
         except ValueError as error:
             raise BadImage(self.place(index), str(error)) from None
 
@@ -420,7 +413,7 @@ def _in_archive(path, archive, wanted):
     names = list(archive.names)
     kind = "zip" if isinstance(archive, Zip) else "tar"
     if LABELS in names:
-        labels = read_labels(path, archive.read(names.index(LABELS)))
+        labels = read_labels(path, archive, names.index(LABELS))
         if labels is not MISSING:
             what = f"EDM2's {kind} of {wanted.noun}"
             gathered = Gathered(what, {}, numbered=labels is not None)
@@ -492,16 +485,16 @@ def _by_folder(path, images, what):
 MISSING = object()  # labels of a dataset.json that is not EDM2's
 
 
-def read_labels(path, data=None):
-    """The labels in a dataset.json, by image; None where there are none. `data`: its bytes, in an
-    archive at `path`."""
-    if data is None:
+def read_labels(path, archive=None, item=None):
+    """The labels in the dataset.json at `path`, or that is member `item` of the archive there, by
+    image; None where it says that there are none, MISSING where it is not EDM2's."""
+    if archive is None:
         value = storage.read_json(path)
     else:
         path = f"{path}: {LABELS}"
         try:
-            value = json.loads(data)
-        except ValueError as error:
+            value = json.loads(archive.read(item))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON ({error}); make it again") from None
     if not isinstance(value, dict) or "labels" not in value:
         return MISSING

@@ -108,14 +108,14 @@ def encode(
         if parallel.is_main():
             _check_folders(Path(source), out)
             if from_latents:
-                folder = dataset.LatentFiles(source, classes)
-                _check_latents(folder, on_bad, quiet)
-                plan = _taken_plan(_plan(folder, shard_size), res, vae_weights)
+                folder = _take_latents(source, classes, on_bad, quiet)
             else:
                 channels = channels if pixels else 3
                 folder = dataset.Images(source, res, channels, exif=exif, classes=classes)
-                plan = _plan(folder, shard_size)
-            if makes_latents:
+            plan = _plan(folder, shard_size)
+            if from_latents:
+                plan = _taken_plan(plan, res, vae_weights)
+            elif makes_latents:
                 how = {"precision": precision, "batch_size": batch_size, "device": device.type}
                 plan = _latent_plan(plan, vae_weights, how)
             job = Job(out, folder, plan, batch_size, on_bad, workers)
@@ -267,17 +267,11 @@ def _taken_plan(plan, res, vae_weights):
     return {**plan, "flips": False, "vae": vae_weights, "vae_sha256": None, "scale": vae.SCALE}
 
 
-def _check_latents(folder, on_bad, quiet):
-    """Say the channels' means of a sample of latents. Raises UserError if they are EDM2's, of
-    pixels in [0, 1]."""
-    moments = []
-    for index in np.linspace(0, len(folder) - 1, min(SAMPLED, len(folder))).astype(int):
-        try:
-            moments.append(folder.moments(index)[: folder.channels].mean((1, 2)))
-        except dataset.BadImage:
-            if on_bad == "error":
-                raise
-    means = np.mean(moments, 0)
+def _take_latents(source, classes, on_bad, quiet):
+    """The latents that others made in `source`; says the means of their channels, by a sample.
+    Raises UserError if they are EDM2's, of pixels in [0, 1]."""
+    folder = dataset.LatentFiles(source, classes)
+    means = _channel_means(folder, on_bad)
     text = ", ".join(f"{value:.2f}" for value in means)
     usual = ", ".join(f"{value:.2f}" for value in MEANS)
     if np.abs(means - MEANS_OF_EDM2).max() < 1:
@@ -293,6 +287,24 @@ def _check_latents(folder, on_bad, quiet):
         )
     if not quiet:
         tqdm.write(line, file=sys.stderr)
+    return folder
+
+
+def _channel_means(folder, on_bad):
+    """Means (C,) of up to SAMPLED of these latents, evenly spaced."""
+    found = []
+    for index in np.linspace(0, len(folder) - 1, min(SAMPLED, len(folder))).astype(int):
+        try:
+            means = folder.moments(index)[: folder.channels].mean((1, 2))
+        except dataset.BadImage:
+            if on_bad == "error":
+                raise
+            continue
+        if np.isfinite(means).all():
+            found.append(means)
+    if not found:
+        raise UserError(f"{folder.root}: none of {SAMPLED} latents can be read; make them again")
+    return np.mean(found, 0)
 
 
 def _begin(out, plan):

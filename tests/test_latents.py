@@ -2,13 +2,14 @@
 
 import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from conftest import dimr_command
+from packing import make_tar, make_zip
 from safetensors.torch import save_file
-from test_containers import make_tar, make_zip, zipfile
 
 import dataset
 import downloads
