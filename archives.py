@@ -34,6 +34,7 @@ TOLD = (".cls", ".json")  # WebDataset's, beside an image
 LABELS = "dataset.json"  # EDM2's, of all images
 INDEXED = (*EXTENSIONS, *LATENTS, *TOLD, ".tar")
 
+CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 MOST_BYTES = 2**28  # of one image, packed or not; ImageNet's largest has 15 MB
 MOST_TEXT = 2**20  # bytes of a long name, or of a label
 
@@ -183,9 +184,16 @@ def member_name(path, name):
             )
         parts = [part for part in parts if part not in ("", ".")]
         name = "/".join(parts)
+    if CONTROLS.search(name):
+        raise UserError(f"{path}: {name!r} has control characters in its name; rename it")
     if name.startswith(".") or "/." in name:
         return None
     return name
+
+
+def shown(name):
+    """A name as a line may hold it."""
+    return CONTROLS.sub("?", name)
 
 
 def is_indexed(name):
@@ -394,8 +402,8 @@ def _note(found, window, member, inside):
         return
     if member.kind in LINKS:
         raise UserError(
-            f"{path}: {name} is {LINKS[member.kind]} to {member.link}, not a file; pack it again "
-            "with tar --dereference --hard-dereference"
+            f"{path}: {name} is {LINKS[member.kind]} to {shown(member.link)}, not a file; "
+            "pack it again with tar --dereference --hard-dereference"
         )
     if member.kind not in REGULAR:
         found.others += 1
@@ -439,7 +447,7 @@ class _Walk:
                 extra = {**extra, **self._understood(_more, member.kind, data)}
             else:
                 extra = {}
-                self.before = member.name
+                self.before = shown(member.name)
                 self.count += 1
                 yield member
             self.position = member.offset + -(-member.size // BLOCK) * BLOCK
@@ -457,10 +465,11 @@ class _Walk:
             return None
         member = self._understood(_member, header, start, extra)
         if member.offset + member.size > self.last:
-            raise self._cut(f"in {member.name}")
+            raise self._cut(f"in {shown(member.name)}")
         if member.sparse:
             raise UserError(
-                f"{self.where}: {member.name} is a sparse file; pack it again without --sparse"
+                f"{self.where}: {shown(member.name)} is a sparse file; pack it again "
+                "without --sparse"
             )
         return member
 

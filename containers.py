@@ -194,6 +194,8 @@ def find(
         raise UserError(f"{path} is not a folder or file; {EXPECTED}")
     if not tars:
         raise UserError(f"{path} fits no file; {EXPECTED}")
+    if extensions == LATENTS:
+        raise _no_labels(path)
     return _in_tars(path, tars, wanted)
 
 
@@ -345,7 +347,8 @@ def _labelled_folder(path, labels, wanted):
             if wanted.fits(name) and not name.startswith("."):
                 names.append(os.path.relpath(os.path.join(folder, name), path))
     gathered = Gathered(f"EDM2's folder of {wanted.noun}", {}, numbered=labels is not None)
-    _gather_labelled(gathered, path, enumerate(names), labels)
+    items = [(0, name, name) for name in names]
+    _gather_labelled(gathered, path, items, labels)
     classes, groups = _in_order(path, gathered, wanted)
     return Folder(**_columns(path, gathered, classes, groups, wanted))
 
@@ -412,19 +415,24 @@ def _in_tars(path, tars, wanted):
 def _in_archive(path, archive, wanted):
     names = list(archive.names)
     kind = "zip" if isinstance(archive, Zip) else "tar"
-    if LABELS in names:
-        labels = read_labels(path, archive, names.index(LABELS))
-        if labels is not MISSING:
-            what = f"EDM2's {kind} of {wanted.noun}"
-            gathered = Gathered(what, {}, numbered=labels is not None)
-            fitting = ((item, name) for item, name in enumerate(names) if wanted.fits(name))
-            _gather_labelled(gathered, path, fitting, labels)
-            return _packed(path, gathered, [archive], wanted)
+    root, labels = _find_labels(path, archive, names)
+    if labels is not MISSING:
+        gathered = Gathered(f"EDM2's {kind} of {wanted.noun}", {}, numbered=labels is not None)
+        items = []
+        for item, name in enumerate(names):
+            if not wanted.fits(name):
+                continue
+            if name.startswith(root):
+                items.append((item, name.removeprefix(root), name))
+            else:
+                gathered.others += 1
+        _gather_labelled(gathered, path, items, labels)
+        return _packed(path, gathered, [archive], wanted)
     if wanted.extensions == LATENTS:
         raise _no_labels(path)
     images = [(item, name) for item, name in enumerate(names) if wanted.fits(name)]
     if not images and any(name.endswith(LATENTS) for name in names):
-        raise UserError(f"{path} holds latents, no images; take them by dimr encode --from-latents")
+        raise _only_latents(path)
     if any(".tar/" in name for _, name in images):
         gathered = _tar_of_tars(path, images)
     elif kaggle := [image for image in images if re.search(_KAGGLES, image[1])]:
@@ -513,6 +521,26 @@ def read_labels(path, archive=None, item=None):
     return labels
 
 
+def _find_labels(path, archive, names):
+    """("folder/", labels) of the EDM2's dataset.json in an archive, as `read_labels` has them."""
+    found = {}
+    for item, name in enumerate(names):
+        if name.rpartition("/")[2] == LABELS:
+            labels = read_labels(path, archive, item)
+            if labels is not MISSING:
+                found[name.removesuffix(LABELS)] = labels
+    if len(found) > 1:
+        places = ", ".join(f"{root}{LABELS}" for root in list(found)[:2])
+        raise UserError(f"{path} holds several data sets ({places}); pack them one by one")
+    for root, labels in found.items():
+        return root, labels
+    return "", MISSING
+
+
+def _only_latents(path):
+    return UserError(f"{path} holds latents, no images; take them by dimr encode --from-latents")
+
+
 def _no_labels(path):
     return UserError(
         f"{path} has no {LABELS}; expected latents in EDM2's form: a zip or folder of .npy files "
@@ -521,21 +549,24 @@ def _no_labels(path):
 
 
 def _gather_labelled(gathered, path, items, labels):
-    """Add members to `gathered` under the labels that they have, which have to be complete."""
-    count = 0
-    for item, name in items:
-        count += 1
+    """Add (item, name, member) to `gathered` under the labels of these names, which have to be
+    complete."""
+    if not items:
+        if labels and next(iter(labels)).endswith(LATENTS):
+            raise _only_latents(path)
+        return
+    for item, name, member in items:
         if labels is None:
-            gathered.add(path.resolve().stem, name, 0, item, name)
+            gathered.add(path.resolve().stem, name, 0, item, member)
         elif name in labels:
-            gathered.add(labels[name], f"{labels[name]}/{name}", 0, item, name)
+            gathered.add(labels[name], f"{labels[name]}/{name}", 0, item, member)
         else:
             raise UserError(f"{path}: {name} has no label in {LABELS}; complete or remove it")
-    if labels is not None and count < len(labels):
-        there = {image[-1] for group in gathered.groups.values() for image in group}
+    if labels is not None and len(items) < len(labels):
+        there = {name for _, name, _ in items}
         missing = next(name for name in labels if name not in there)
         raise UserError(
-            f"{path}: {LABELS} has {len(labels):,} labels for {count:,} files; {missing} is "
+            f"{path}: {LABELS} has {len(labels):,} labels for {len(items):,} files; {missing} is "
             "missing: copy it again"
         )
 

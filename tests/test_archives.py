@@ -96,6 +96,15 @@ def test_names_that_lead_out_are_refused(tmp_path):
     assert "n01440764.tar: ../../a.png leads out" in text
 
 
+def test_names_with_control_characters_are_refused_in_one_line(tmp_path):
+    for make, name in ((make_tar, "x.tar"), (make_zip, "x.zip")):
+        path = make(tmp_path / name, {"a/1.png": png(), "a/\n\x1b[2J.png": png()})
+        assert r"a/\n\x1b[2J.png' has control characters" in refusal(path)
+    whole = make_tar(tmp_path / "x.tar", {"a/\n.txt": bytes(1000)}).read_bytes()
+    (tmp_path / "x.tar").write_bytes(whole[:1000])
+    assert "is cut off in a/?.txt" in refusal(tmp_path / "x.tar")
+
+
 def test_two_members_of_one_name_are_refused(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         add(archive, "a/1.png", png(1))

@@ -315,6 +315,19 @@ def test_edm2s_null_labels_are_one_class(tmp_path):
     assert list(found.names) == ["00000/a.png", "00001/b.png"]
 
 
+def test_edm2s_layout_may_lie_in_a_folder_of_the_zip(photographs, tmp_path):
+    members = {f"imagenet/{name}": data for name, data in edm2s(photographs).items()}
+    path = make_zip(tmp_path / "x.zip", {**members, "other.png": png()})
+    found = containers.find(path)
+    assert found.about == "EDM2's zip of images: 3 classes, 6 images; 1 other member left out"
+    (tmp_path / "y").mkdir()
+    plain = containers.find(edm2s_zip(photographs, tmp_path / "y"))
+    assert list(found.names) == list(plain.names)
+    both = {**members, "b/dataset.json": '{"labels": null}', "b/1.png": png()}
+    text = refusal(make_zip(path, both))
+    assert "several data sets (imagenet/dataset.json, b/dataset.json)" in text
+
+
 def test_another_dataset_json_is_a_member_like_others(tmp_path):
     members = {"dataset.json": '{"name": "x"}', "a/1.png": png(), "b/1.png": png()}
     assert containers.find(make_zip(tmp_path / "x.zip", members)).classes == ["a", "b"]

@@ -208,8 +208,13 @@ def test_what_is_not_in_edm2s_form_is_refused(arrays, tmp_path):
     for place in (make_zip(tmp_path / "x.zip", without), folder_of(tmp_path, without)):
         with pytest.raises(UserError, match="has no dataset.json; expected latents in EDM2's form"):
             take(place, tmp_path / "out")
-    with pytest.raises(UserError, match="holds latents, no images.*--from-latents"):
-        dataset.open_data(tmp_path / "x.zip")
+    make_zip(tmp_path / "w.zip", found)
+    for name in ("x.zip", "w.zip"):
+        with pytest.raises(UserError, match="holds latents, no images.*--from-latents"):
+            dataset.open_data(tmp_path / name)
+    make_tar(tmp_path / "v-0.tar", {"1.npy": b""})
+    with pytest.raises(UserError, match="has no dataset.json"):
+        take(tmp_path / "v-*.tar", tmp_path / "out")
     images = make_zip(tmp_path / "y.zip", {"dataset.json": '{"labels": null}', "a.png": b"x"})
     with pytest.raises(UserError, match="holds no latents"):
         take(images, tmp_path / "out")
