@@ -2,6 +2,7 @@
 diffusers."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -288,6 +289,27 @@ def test_guidance_needs_a_null_class():
 
 
 # solvers
+
+
+@pytest.mark.parametrize("grid", solver.GRIDS)
+@pytest.mark.parametrize("updates", [[1], [1] * 5, [2, 2], [3, 3, 2, 1]])
+def test_times_run_from_start_to_end_without_a_gap(grid, updates):
+    times = solver.lay_times(PIXEL, updates, grid, 0.9, 0.2)
+    assert [len(span) for span in times] == [evaluations + 1 for evaluations in updates]
+    assert float(times[0][0]) == pytest.approx(0.9) and float(times[-1][-1]) == pytest.approx(0.2)
+    for before, after in itertools.pairwise(times):
+        assert before[-1] == after[0]
+    for span in times:
+        assert (span.diff() < 0).all()
+
+
+def test_each_grid_is_even_in_what_it_is_named_for():
+    time, quadratic, logsnr = (
+        torch.stack([*(s[0] for s in spans), spans[-1][-1]])
+        for spans in (solver.lay_times(PIXEL, [1] * 7, grid, 0.9, 0.2) for grid in solver.GRIDS)
+    )
+    for even in (time, quadratic.sqrt(), PIXEL.lam(logsnr)):
+        torch.testing.assert_close(even.diff(), even.diff()[:1].expand(7))
 
 
 def standard_normal(update):
