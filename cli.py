@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import click
@@ -46,7 +47,20 @@ IMAGENET = ("data/imagenet/train", "data/imagenet")  # where ImageNet is looked 
 
 class Group(click.Group):
     """Turns foreseen errors into one line on stderr, naming the rank if there are several, and an
-    exit status: 2 for bad usage, 1 for a failed job."""
+    exit status: 2 for bad usage, 1 for a failed job. At the end it parts from the other processes,
+    if it has joined any."""
+
+    def main(self, *arguments, **keywords):
+        try:
+            super().main(*arguments, **keywords)
+        except SystemExit as end:  # click's way to end, all said
+            part(end.code in (0, RUN_AGAIN), end.code)
+            raise
+        except Exception:  # not foreseen
+            if has_joined():
+                traceback.print_exc()
+            part(False, 1)
+            raise
 
     def invoke(self, context):
         try:
@@ -67,6 +81,23 @@ class Group(click.Group):
                 raise
             message = "another process ended or no longer answers; see its own message"
         raise click.ClickException(speaker() + message)
+
+
+def has_joined():
+    """Whether this command has joined other processes: not if it hasn't even loaded PyTorch."""
+    parallel = sys.modules.get("parallel")
+    return parallel is not None and parallel.is_joined()
+
+
+def part(well, status):
+    """Part from the other processes, if any: `well`, as all do, or at once with `status`."""
+    if not has_joined():
+        return
+    import parallel
+
+    if not well:
+        parallel.leave(status)
+    parallel.stop()
 
 
 def is_refusal(error):
@@ -175,6 +206,7 @@ NATURAL = click.IntRange(min=0)
 ABOVE_ZERO = Real(min=0, min_open=True)
 SHARE = Real(0, 1, max_open=True)
 VARIANT = row_of("dimr", "VARIANTS")
+WIDTHS = Numbers(float, "0.05,0.10")  # of averages
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -294,8 +326,11 @@ def main():
     type=POSITIVE,
     help="Compute as well what training with so many images per GPU and pass takes of its memory.",
 )
+@click.option(
+    "--ema-profiles", type=WIDTHS, default=(), help="And with these averages, as dimr train."
+)
 @json_option
-def info(variant, micro_batch, as_json):
+def info(variant, micro_batch, ema_profiles, as_json):
     """Size and cost of a network, branch by branch.
 
     \b
@@ -320,7 +355,7 @@ def info(variant, micro_batch, as_json):
     ]
     lines += [branch_line(branch) for branch in branches]
     if micro_batch:
-        result["memory"] = memory_costs(config, micro_batch)
+        result["memory"] = memory_costs(config, micro_batch, len(ema_profiles))
         lines += [memory_line(cost) for cost in result["memory"]]
     report(result, as_json, "\n".join(lines))
 
@@ -359,13 +394,16 @@ def branch_line(cost):
     )
 
 
-def memory_costs(config, micro_batch):
-    """Bytes that training takes, without and with --checkpoint-blocks."""
+def memory_costs(config, micro_batch, profiles):
+    """Bytes that training with so many averages kept takes, without and with
+    --checkpoint-blocks."""
     import memory
 
     costs = []
     for recompute in (False, True):
-        state, activations = memory.training_memory(config, micro_batch, recompute)
+        state, activations = memory.training_memory(
+            config, micro_batch, recompute, profiles=profiles
+        )
         costs.append(
             {
                 "micro_batch": micro_batch,
@@ -426,6 +464,25 @@ source_options = Options(
     on_bad_option,
     workers_option,
 )
+ema_options = Options(
+    click.option(
+        "--ema-profiles",
+        type=WIDTHS,
+        help="Keep averages of these relative widths too, and snapshots of them, of which dimr ema "
+        "makes the average of any width; 0.05,0.10 suit any run [default: none].",
+    ),
+    click.option(
+        "--ema-every",
+        type=POSITIVE,
+        help="Steps between snapshots [default: about 64 in a run].",
+    ),
+    click.option(
+        "--ema-precision",
+        type=row_of("averages", "PRECISIONS"),
+        help="Of the snapshots [default: fp32; fp16 halves them, and spoils widths outside the "
+        "profiles].",
+    ),
+)
 recipe_options = Options(
     click.option("--steps", type=POSITIVE, help="Optimiser steps in all."),
     click.option(
@@ -441,6 +498,7 @@ recipe_options = Options(
     click.option("--weight-decay", type=Real(min=0)),
     click.option("--betas", type=Numbers(float, "0.99,0.99", 2, below=1), help="AdamW's."),
     click.option("--ema", type=SHARE, help="Decay of the weights' moving average."),
+    *ema_options.options,
     click.option(
         "--label-dropout", type=SHARE, help="Share of labels dropped; above 0 allows guidance."
     ),
@@ -461,6 +519,12 @@ recipe_options = Options(
         "--checkpoint-blocks/--no-checkpoint-blocks",
         default=None,
         help="Recompute activations: less memory, a third more work.",
+    ),
+    click.option(
+        "--deterministic",
+        is_flag=True,
+        default=None,
+        help="On CUDA too the same bytes each time, or a refusal; slower, not compiled.",
     ),
     click.option("--seed", type=NATURAL),
 )
@@ -555,15 +619,11 @@ def train(variant, data, out, as_json, **values):
       torchrun --nproc-per-node 8 -m cli train --variant xl2r --micro-batch 64
       dimr train --data photos/ --res 64 --layers 9,5 --dims 384,192 --heads 6 --batch-size 64
     """
-    import parallel
 
     out = out or f"runs/{variant or 'custom'}"
     if data is None and not (Path(out) / "config.json").exists():
         data = training_data(variant or DEFAULT_VARIANT)
-    try:
-        result = run_training(out, data, variant, values)
-    finally:
-        parallel.stop()
+    result = run_training(out, data, variant, values)
     report(result, as_json, training_line(result))
     if result["stopped"]:
         raise SystemExit(RUN_AGAIN)
@@ -672,6 +732,12 @@ generator_options = Options(
         "--ema/--raw", default=True, help="Averaged weights, or the raw ones  [default: ema]."
     ),
     click.option(
+        "--ema-width",
+        type=ABOVE_ZERO,
+        help="The average of this relative width instead, made in memory of the snapshots that "
+        "train --ema-profiles left in the run (dimr ema).",
+    ),
+    click.option(
         "--vae",
         help="The VAE of latent models: a name or a file [default: the run's, else sd-vae-ft-ema].",
     ),
@@ -758,7 +824,6 @@ def sample(classes, count, seed, seeds, as_json, **values):
       dimr sample --class "giant panda" --class 207 -n 8 --seed 100
       torchrun --nproc-per-node 8 -m cli sample --balanced -n 50000 --preset paper
     """
-    import parallel
 
     if values["balanced"] and classes:
         raise click.UsageError("--balanced takes every class in turn; leave out --class")
@@ -768,10 +833,7 @@ def sample(classes, count, seed, seeds, as_json, **values):
         )
     if not seeds:
         seeds = list(range(seed, seed + (count or 16)))
-    try:
-        result = run_sampling(classes, seeds, values)
-    finally:
-        parallel.stop()
+    result = run_sampling(classes, seeds, values)
     report(result, as_json, sampling_line(result))
 
 
@@ -784,7 +846,7 @@ def run_sampling(classes, seeds, values):
     known = [sampling.class_index(name, generator) for name in classes]
     if not known:
         known = list(range(generator.config.num_classes))
-    parallel.start(generator.device)
+    parallel.start(generator.device, minutes=parallel.DAY)
     return sampling.sample(
         generator,
         [known[i % len(known)] for i in range(len(seeds))],
@@ -802,6 +864,8 @@ def load_generator(values):
     import sampling
 
     options = generator_options.take(values)
+    if options["ema_width"] is not None and not options["ema"]:
+        raise click.UsageError("--ema-width asks for an average and --raw for none; give one")
     return sampling.load(options.pop("weights"), **options)
 
 
@@ -810,6 +874,51 @@ def sampling_line(result):
         f"{result['n']:,} images from {result['source']} (cfg {result['cfg']:g}, "
         f"{result['solver']}, {result['steps']} NFE) in {result['seconds']:.1f} s -> "
         f"{result['out']}, to look at: {result['picture']}"
+    )
+
+
+# ----------------------------------------------------------------------------------------- dimr ema
+
+
+@main.command()
+@click.argument("run")
+@click.argument("out", required=False)
+@click.option(
+    "--width",
+    type=ABOVE_ZERO,
+    required=True,
+    help="Relative width of the average: about 0.01 to 0.25, narrow is late and sharp.",
+)
+@click.option("--step", type=POSITIVE, help="A snapshot's step [default: the last].")
+@json_option
+def ema(run, out, width, step, as_json):
+    """Make the average of any width, after training, of a run's snapshots (arXiv:2312.02696).
+
+    RUN was trained with --ema-profiles. OUT is a weights file that sample and eval take:
+    .safetensors, or .pth under the authors' names [default: a file in RUN/averages, whose name is
+    said]. Snapshots that are damaged or missing are named and done without, as long as the rest
+    spans the width.
+
+    \b
+    Examples:
+      dimr train --variant xl2r --ema-profiles 0.05,0.10 --ema-precision fp16
+      dimr ema runs/xl2r --width 0.075
+      dimr ema runs/xl2r --width 0.12 --step 500000 wide.safetensors
+    """
+    import averaging
+
+    if out and Path(out).suffix not in (".safetensors", ".pth"):
+        raise click.BadParameter(
+            f"{out} ends neither in .safetensors nor in .pth", param_hint="OUT"
+        )
+    result = averaging.write(run, width, step, out)
+    report(result, as_json, averaging_line(result))
+
+
+def averaging_line(result):
+    return (
+        f"width {result['width']:g} at step {result['step']:,}, of {result['snapshots']} snapshots "
+        f"(mismatch {result['mismatch']:.2%}) -> {result['out']}"
     )
 
 
@@ -869,7 +978,13 @@ def sampling_line(result):
 )
 @exif_option
 @on_bad_option
-@precision_option
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="In which the VAE computes; bf16 loses detail.",
+)
 @device_option
 @workers_option
 @click.option(
@@ -892,7 +1007,6 @@ def encode(data, from_latents, out, res, pixels, channels, verify, as_json, **op
       dimr encode --res 256 --verify
     """
     import encoding
-    import parallel
 
     if res is None and (out is None or not (from_latents or verify)):
         raise click.UsageError("Missing option '--res'.")
@@ -906,18 +1020,15 @@ def encode(data, from_latents, out, res, pixels, channels, verify, as_json, **op
         return
     if channels is not None:
         channels = int(channels)
-    try:
-        result = encoding.encode(
-            from_latents or data or images_to_encode(),
-            out,
-            res,
-            pixels=pixels,
-            from_latents=from_latents is not None,
-            channels=channels,
-            **options,
-        )
-    finally:
-        parallel.stop()
+    result = encoding.encode(
+        from_latents or data or images_to_encode(),
+        out,
+        res,
+        pixels=pixels,
+        from_latents=from_latents is not None,
+        channels=channels,
+        **options,
+    )
     report(result, as_json, encoding_lines(result, out))
 
 
@@ -1164,16 +1275,12 @@ def metric_command(name, what):
     @json_option
     def command(samples, against, as_json, **values):
         import evaluation
-        import parallel
 
         if samples and (values["weights"] or values["count"] or values["keep"]):
             raise click.UsageError(
                 "SAMPLES are measured as they are; leave out --weights, -n and --keep, or SAMPLES"
             )
-        try:
-            result = run_evaluation(name, samples, values)
-        finally:
-            parallel.stop()
+        result = run_evaluation(name, samples, values)
         if result is None:
             return
         text = evaluation.table(result, against)
@@ -1238,7 +1345,7 @@ def extractor_of(inception, features, device):
     import parallel
 
     device = parallel.pick_device(device)
-    parallel.start(device, minutes=24 * 60)
+    parallel.start(device, minutes=parallel.DAY)
     if features:
         return extraction.custom(features, device)
     return extraction.inception(inception, device)
@@ -1265,17 +1372,13 @@ def eval_stats(folder, out, as_json, **values):
     Example: dimr eval stats data/imagenet/train imagenet128.safetensors --res 128
     """
     import evaluation
-    import parallel
 
     if out.suffix != ".safetensors":
         raise click.BadParameter(f"{out} does not end in .safetensors", param_hint="OUT")
-    try:
-        found = run_measurement(folder, values)
-        if found is None:
-            return
-        found.save(out)
-    finally:
-        parallel.stop()
+    found = run_measurement(folder, values)
+    if found is None:
+        return
+    found.save(out)
     report(
         {"out": str(out), **evaluation.describe(found), "features": found.extractor},
         as_json,

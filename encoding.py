@@ -83,7 +83,7 @@ def encode(
     on_bad: str = "error",
     batch_size: int = 32,
     shard_size: int | None = None,
-    precision: str | None = None,
+    precision: str = "fp32",
     device: str = "auto",
     workers: int | None = None,
     quiet: bool = False,
@@ -242,9 +242,6 @@ def _latent_plan(plan, vae_weights, how):
             f"--vae {vae_weights} is a folder; expected a file of SD-VAE weights (.safetensors, "
             ".ckpt, .pth)"
         )
-    if how["precision"] is None:
-        usual = "bf16" if how["device"] == "cuda" else "fp32"
-        how = {**how, "precision": usual}
     return {
         **plan,
         "kind": "latents",
@@ -496,12 +493,12 @@ def _load_vae(plan, device):
             f"{path} is not the VAE that {plan['vae']} was at the start; use one file "
             "for all processes"
         )
-    return _load_weights(path, device).to(DTYPES[plan["options"]["precision"]])
+    return _load_weights(path, device, DTYPES[plan["options"]["precision"]])
 
 
-def _load_weights(path, device):
+def _load_weights(path, device, dtype):
     try:
-        return vae.load(path, device)
+        return vae.load(path, device, dtype)
     except ValueError as error:
         raise UserError(f"{error}; choose another --vae") from None
 
@@ -530,7 +527,8 @@ def _decoder(plan, quiet):
     if plan["vae"] in downloads.ASSETS:
         path = downloads.place(plan["vae"])
     if path.is_file():
-        return Coder(_load_weights(path, torch.device("cpu")), batch_size=1)
+        model = _load_weights(path, torch.device("cpu"), torch.float32)
+        return Coder(model, batch_size=1)
     if not quiet:
         tqdm.write(
             f"no preview.png: {plan['vae']} is not here (dimr weights get {plan['vae']})",

@@ -82,22 +82,14 @@ def inception_score(samples: Measured, reference: Measured | None) -> tuple[floa
 
 def nearness(samples: Measured, reference: Measured) -> Iterable[float]:
     """Precision, recall, density, coverage."""
-    fake, real = _near_to_hand(samples, reference)
     bar = functools.partial(tqdm, desc="neighbours", leave=False, disable=None)
-    return fid.manifold_metrics(real, fake, progress=bar).values()
+    found = fid.manifold_metrics(reference.features, samples.features, progress=bar)
+    return found.values()
 
 
 def kernel(samples: Measured, reference: Measured) -> tuple[float, float]:
     """KID and its standard deviation over subsets."""
-    return fid.kernel_distance(*_near_to_hand(samples, reference))
-
-
-def _near_to_hand(*sets):
-    """The features of each, on a GPU if there is one."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = parallel.pick_device()
-    return [one.features.to(device) for one in sets]
+    return fid.kernel_distance(samples.features, reference.features)
 
 
 METRICS = {
@@ -291,7 +283,11 @@ def _adm(path, names, extractor):
 
 
 def class_names(path: str | Path) -> list[str]:
-    """The names that a weights file of ours carries, else []."""
+    """The names that a weights file of ours carries, else []. An average that was made in memory
+    has its run's."""
+    run = runfolder.run_of(path)
+    if run and not Path(path).exists() and runfolder.checkpoints(run):
+        path = runfolder.checkpoints(run)[-1] / "ema.safetensors"
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         about = file.metadata() or {}
         return json.loads(about.get("classes", "[]"))
@@ -386,15 +382,30 @@ def check_held(metrics: str, against: Measured):
         )
 
 
-def compare(metrics: str, samples: Measured, against: Measured | None) -> dict[str, float]:
+def compare(
+    metrics: str,
+    samples: Measured,
+    against: Measured | None,
+    device: torch.device | None = None,
+) -> dict[str, float]:
     """{key: value} of METRICS[metrics] for `samples` against the reference `against`, which is None
-    where none is needed. Raises UserError."""
+    where none is needed. Features are compared on `device`, if that is a GPU. Raises UserError."""
+    if "features" in needed(metrics):
+        samples = _near(samples, device)
+        against = _near(against, device)
     result = {}
     with extraction.foreseen():
         for row in rows(metrics):
             values = row.compute(samples, against)
             result |= zip(row.values, values, strict=True)
     return result
+
+
+def _near(one, device):
+    """`one` with its features on `device`, if that is a GPU: others are slower or lack float64."""
+    if one is None or device is None or device.type != "cuda":
+        return one
+    return dataclasses.replace(one, features=one.features.to(device))
 
 
 def remarks(metrics: str, samples: Measured, against: Measured | None) -> list[str]:
@@ -461,12 +472,13 @@ def evaluate(
     if not found:
         return None
     return {
-        **compare(metrics, found, against),
+        **compare(metrics, found, against, extractor.device),
         "label": label(found),
         "samples": describe(found),
         "reference": describe(against),
         "features": found.extractor,
         "identity": found.identity,
+        **averaged(samples),
         "remarks": remarks(metrics, found, against),
         "version": VERSION,
     }
@@ -485,6 +497,14 @@ def _fitting(samples):
     if not source:
         return fitting_reference(None, known, [], size=size)
     return fitting_reference(runfolder.run_of(source), known, class_names(source), size=size)
+
+
+def averaged(samples):
+    """{"ema_width": …} if the images are of an average made after the fact, else {}."""
+    about = samples.generator.record if isinstance(samples, Generation) else samples.about
+    if "ema_width" not in about:
+        return {}
+    return {"ema_width": about["ema_width"]}
 
 
 def watch(

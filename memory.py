@@ -14,6 +14,7 @@ import diffusion
 import dimr
 
 STATE = 20  # bytes a parameter, fp32: weights, gradients, AdamW's two moments, EMA
+PROFILE = 4  # and for each power-function average; one's update needs no more than gradients did
 
 
 def training_memory(
@@ -21,9 +22,10 @@ def training_memory(
     micro_batch: int,
     checkpoint_blocks: bool = False,
     precision: str = "bf16",
+    profiles: int = 0,
 ) -> tuple[int, int]:
     """(bytes of the state, most bytes of activations at once) of training with `micro_batch` images
-    per GPU and pass.
+    per GPU and pass, and with so many `profiles` of averages kept for afterwards.
 
     Without torch.compile, which fuses some of the activations away, and without the allocator's
     slack and CUDA's own context (about 1 GB together)."""
@@ -35,7 +37,8 @@ def training_memory(
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
         peak = activations(model, config, micro_batch, precision)
-    return STATE * sum(p.numel() for p in model.parameters()), peak
+    state = STATE + PROFILE * profiles
+    return state * sum(p.numel() for p in model.parameters()), peak
 
 
 def activations(model: dimr.DiMR, config: dimr.Config, batch: int, precision: str) -> int:

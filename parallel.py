@@ -20,6 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from storage import UserError
 
 JOIN = 1800  # seconds for all processes to come
+DAY = 24 * 60  # minutes to wait for the slowest, where work is not in step
+
+# cuBLAS's workspaces with which its products are the same each time, by PyTorch's manual
+WORKSPACES = (":4096:8", ":16:8")
 
 # Functions in torch.distributed.nn keep, as defaults, the process group that exists when they are
 # imported, and DistributedDataParallel imports them: after start(), if not above. The group's
@@ -40,7 +44,8 @@ def is_main():
 
 def pick_device(name="auto"):
     """The torch device for `auto`, `cpu`, `cuda` or `mps`; on CUDA the one of this process's local
-    rank."""
+    rank, or the only one that it is shown. From then on float32 means float32 there. Raises
+    UserError."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -53,16 +58,84 @@ def pick_device(name="auto"):
             f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; "
             "use --device auto"
         )
-    if name == "cuda":
-        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= count:
-            raise UserError(
-                f"local rank {local} has no GPU: this machine has {count}; start at most "
-                f"{count} processes"
-            )
-        torch.cuda.set_device(local)
-        return torch.device("cuda", local)
-    return torch.device(name)
+    no_tf32()
+    if name != "cuda":
+        return torch.device(name)
+    local = local_gpu(torch.cuda.device_count())
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def local_gpu(count):
+    """Which of the `count` GPUs that this process sees is its own. Raises UserError."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    # SLURM can show each task its own GPU alone, which is then number 0 to all of them. torchrun
+    # shows the same GPUs to all.
+    if count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0
+    if local >= count:
+        raise UserError(
+            f"local rank {local} has no GPU: this machine has {count}; start at most "
+            f"{count} processes"
+        )
+    return local
+
+
+def no_tf32():
+    """Switch off TF32, which keeps 10 bits of float32's 23: PyTorch has it on for convolutions, and
+    some containers' environment (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE) for products.
+
+    Through the older flags: PyTorch 2.5 has no others, and where there is `fp32_precision` it
+    neither undoes what the environment set, nor lets `cudnn.flags` be used beside it."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@contextlib.contextmanager
+def deterministic():
+    """A context in which the same work on the same hardware gives the same bytes, on CUDA too.
+
+    Raises UserError where that can't be: at once if cuBLAS, which decides when it starts, has been
+    told otherwise or may have started; later at an operator without a deterministic kernel."""
+    settle_workspaces()
+    cudnn = torch.backends.cudnn
+    before = (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark)
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic = True
+    cudnn.benchmark = False  # it would choose kernels by their time
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        operator = str(error).split()[0]
+        raise UserError(
+            f"--deterministic: PyTorch {torch.__version__} has no deterministic kernel for "
+            f"{operator} on this device; leave the option out"
+        ) from None
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.deterministic = before[1]
+        cudnn.benchmark = before[2]
+
+
+def settle_workspaces():
+    """Give cuBLAS workspaces of fixed size, without which its products may differ from time to
+    time. Raises UserError where it is too late."""
+    given = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if given in WORKSPACES:
+        return
+    if given is not None:
+        raise UserError(
+            f"--deterministic: CUBLAS_WORKSPACE_CONFIG is {given}, with which products may differ "
+            f"from time to time; set it to {' or '.join(WORKSPACES)}, or not at all"
+        )
+    if torch.cuda.is_initialized():
+        raise UserError(
+            "--deterministic: CUDA has started without CUBLAS_WORKSPACE_CONFIG, which it reads "
+            f"once; set it to {WORKSPACES[0]} before"
+        )
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = WORKSPACES[0]
 
 
 def start(device, minutes=30):
@@ -108,9 +181,25 @@ def is_lost_peer(error):
     )
 
 
+def is_joined():
+    """Whether `start` has joined other processes."""
+    return dist.is_initialized()
+
+
 def stop():
-    if dist.is_initialized():
+    """Part from the other processes, once all have done their work."""
+    if is_joined():
         dist.destroy_process_group()
+
+
+def leave(status):
+    """End this process, which has failed and said so, at once. `stop` could wait for ever: for the
+    others, which may wait for this one in an exchange. Once it is gone they notice, or torchrun
+    ends them."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # full, or closed
+            stream.flush()
+    os._exit(status)
 
 
 def barrier():
@@ -143,11 +232,17 @@ def no_sync(model):
 
 
 def mean(tensor):
-    """The average of a tensor over processes."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor /= world_size()
-    return tensor
+    """The average of a small tensor over processes, summed in order of rank: an all-reduce's order
+    would follow from a number's place in the tensor, so that a line of metrics.jsonl would depend
+    on which others are averaged with it."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total / world_size()
 
 
 def first(reason):
@@ -167,6 +262,12 @@ def broadcast(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def broadcast_tensor(tensor):
+    """Fill `tensor` on every process with rank 0's values."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
 
 
 def collect(value):
@@ -204,6 +305,7 @@ def divide(total, done):
 
 PEAK_FLOPS = {  # dense bf16, vendors' data sheets
     "A100": 312e12,
+    "H100 PCIe": 756e12,  # before H100, as a part of whose name it would be found
     "H100": 989e12,
     "H200": 989e12,
     "B200": 2250e12,

@@ -7,7 +7,9 @@ samples/step-0001000.png          grids from fixed seeds
 loss.png
 checkpoints/step-0001000/         appears whole or not at all
     weights.safetensors, ema.safetensors      carry the configuration: usable alone
-    optimizer.safetensors, state.json, manifest.json (SHA-256 of the others)"""
+    averages.safetensors                      only with --ema-profiles
+    optimizer.safetensors, state.json, manifest.json (SHA-256 of the others)
+averages/step-0001000-0.05.safetensors        snapshots of averages, see averaging.py"""
 
 import ours
 
@@ -60,11 +62,15 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def run_of(weights: Path) -> Path | None:
-    """The run folder whose checkpoint the weights file belongs to, or None."""
-    folder = Path(weights).resolve().parent.parent
-    if folder.name == "checkpoints" and (folder.parent / "config.json").is_file():
-        return folder.parent
-    return None
+    """The run folder of whose checkpoints or averages the weights file is one, or None."""
+    folder = Path(weights).resolve().parent
+    if folder.name != "averages":
+        folder = folder.parent
+    if folder.name not in ("averages", "checkpoints"):
+        return None
+    if not (folder.parent / "config.json").is_file():
+        return None
+    return folder.parent
 
 
 def step_of(checkpoint: Path) -> int:
@@ -163,6 +169,7 @@ def read_weights(path: Path, heads: int = 16) -> tuple[dimr.DiMR, dict]:
             model = dimr.from_config(config, tensors)
         else:
             model = dimr.from_released(tensors, heads, config=config)
+        model.float()  # a half-precision file's
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} does not fit: {error}") from None
     check_finite(path, model)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import averaging
 import diffusion
 import dimr
 import downloads
@@ -37,6 +38,7 @@ ROOT = Path("samples")
 
 # also of parts of an image
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+VAE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 16}
 
 
@@ -135,7 +137,7 @@ class Generator:
     precision: str
     classes: list  # names; may be empty
     source: str  # what it was loaded from
-    hash: str  # SHA-256 of the weights file
+    hash: str  # SHA-256 of the weights file, or of the tensors where there is none
     record: dict  # what the weights say of how they were made
     vae: object = None  # loaded on first use
     vae_source: object = None
@@ -154,9 +156,19 @@ class Generator:
     def name(self) -> str:
         """A short name for folders: the run's, or the file's."""
         path = Path(self.source)
+        if "ema_width" in self.record and path.parent.name == "averages":
+            return f"{path.parents[1].name}-ema{self.record['ema_width']:g}"
         if path.parent.parent.name == "checkpoints":
             return path.parents[2].name
         return path.stem
+
+    @property
+    def vae_precision(self) -> str:
+        """In which the VAE decodes: "fp16" as in the released pipeline where the network computes
+        in bf16 on a GPU (bf16 has three bits less), else "fp32"."""
+        if self.device.type == "cuda" and self.precision == "bf16":
+            return "fp16"
+        return "fp32"
 
     def decode(self, x: torch.Tensor) -> np.ndarray:
         """Images uint8 (B, H, W, C) of samples in the network's space."""
@@ -166,7 +178,12 @@ class Generator:
     def _decoder(self, z):
         if self.vae is None:
             self.vae = self._load_vae()
-        return self.vae.decode(z)
+        images = self.vae.decode(z)
+        if self.vae_precision == "fp16" and not images.isfinite().all():
+            raise UserError(
+                "the VAE gives values beyond half precision for these latents; use --precision fp32"
+            )
+        return images
 
     def _load_vae(self):
         path = downloads.find(self.vae_source or "sd-vae-ft-ema")
@@ -176,7 +193,7 @@ class Generator:
                 f"{path} is not the VAE this network was trained with; give that one with --vae"
             )
         try:
-            return vae.load(path, self.device)
+            return vae.load(path, self.device, VAE_DTYPES[self.vae_precision])
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -272,13 +289,21 @@ def load(
     vae: str | Path | None = None,
     heads: int = 16,
     compiled: bool = False,
+    ema_width: float | None = None,
 ) -> Generator:
     """A Generator from a run folder, a weights file (ours, or a released state dict with `heads`),
     or a name; None takes the newest run under runs/, else the released xl2r. `vae`: name or path,
-    for latent models. Raises UserError."""
+    for latent models. `ema_width`: the average of that width at the end of the run, which is made
+    in memory of the run's snapshots (averaging.py). Raises UserError."""
     device = parallel.pick_device(device)
-    path = runfolder.find_weights(source, ema)
-    model, record = runfolder.read_weights(path, heads)
+    if ema_width is None:
+        path = runfolder.find_weights(source, ema)
+        model, record = runfolder.read_weights(path, heads)
+        content = sha256(path)
+    else:
+        made = averaging.rebuild(averaging.find_run(source), ema_width)
+        path, model, record = made.place, made.model, made.record
+        content = averaging.digest(model.state_dict())
     if precision is None:
         precision = "bf16" if device.type == "cuda" else "fp32"
     return Generator(
@@ -287,7 +312,7 @@ def load(
         precision,
         record.get("classes", []),
         str(path),
-        sha256(path),
+        content,
         record,
         vae_source=vae or record.get("vae"),
         compiled=compiled,
@@ -299,7 +324,7 @@ def load(
 
 def describe(generator: Generator, settings: Settings) -> dict:
     """What an image's metadata says of how it was made, besides its class and seed."""
-    return {
+    about = {
         "weights": generator.hash,
         "source": generator.source,
         "step": generator.record.get("step"),
@@ -311,6 +336,11 @@ def describe(generator: Generator, settings: Settings) -> dict:
         "dimr": VERSION,
         "torch": torch.__version__,
     }
+    if generator.config.space == "latent":
+        about["vae_precision"] = generator.vae_precision
+    if "ema_width" in generator.record:
+        about["ema_width"] = generator.record["ema_width"]
+    return about
 
 
 def sample(

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from safetensors import safe_open
 
 VERSION = "0.2.0"
 DTYPES = {  # safetensors' names
@@ -109,19 +110,23 @@ def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str,
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not a file; expected weights (.safetensors, .pth, .pt, .ckpt)")
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path)
-    return _state_dict(path, _load_pickle(path))
+    if path.suffix != ".safetensors":
+        return _state_dict(path, _load_pickle(path))
+    with open_tensors(path) as file:
+        names = file.keys()  # noqa: SIM118 (no dict)
+        tensors = {name: file.get_tensor(name) for name in names}
+        return tensors, file.metadata() or {}
 
 
-def _load_safetensors(path):
+@contextlib.contextmanager
+def open_tensors(path: str | Path) -> Iterator["safe_open"]:
+    """A `.safetensors` file to read tensors from one at a time, as the library's `safe_open` does.
+    Raises UserError, while it is read too, if it isn't whole."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            names = file.keys()  # noqa: SIM118 (no dict)
-            tensors = {name: file.get_tensor(name) for name in names}
-            return tensors, file.metadata() or {}
+            yield file
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file that can be read ({error}); fetch it again"
@@ -217,6 +222,7 @@ def locked(run: str | Path) -> Iterator[None]:
         sweep(run)
         sweep(Path(run) / "checkpoints")
         sweep(Path(run) / "samples")
+        sweep(Path(run) / "averages")
         yield
 
 

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import averages
+import averaging
 import dataset
 import diffusion
 import dimr
@@ -33,7 +35,7 @@ import runfolder
 import sampling
 import space
 import storage
-from storage import VERSION, UserError, load_tensors, read_json, write_json
+from storage import VERSION, UserError, open_tensors, read_json, write_json
 
 LOG_EVERY = 10  # steps between reads of the losses from the device
 GRID = {"pixel": 64, "latent": 16}  # images of a sample grid on a GPU
@@ -52,6 +54,9 @@ class Recipe:
     weight_decay: float = 0.03
     betas: tuple[float, float] = (0.99, 0.99)
     ema: float = 0.9999
+    ema_profiles: tuple[float, ...] = ()  # widths of averages kept for afterwards (averaging.py)
+    ema_every: int | None = None  # steps between their snapshots; None: averaging.COUNT in a run
+    ema_precision: str = "fp32"  # of the snapshots; a key of averages.PRECISIONS
     label_dropout: float = 0.1  # above 0 the network gets a null class
     flip: bool = True  # random horizontal flips
     grad_clip: float | None = None
@@ -59,10 +64,12 @@ class Recipe:
     precision: str | None = None  # None: bf16 on CUDA, else fp32
     compile: bool | None = None  # None: on CUDA
     checkpoint_blocks: bool = False
+    deterministic: bool = False  # the same bytes each time on CUDA too, or refused
     seed: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "ema_profiles", tuple(self.ema_profiles))
 
     def learning_rate(self, step):
         """Linear warm-up from 0, then constant."""
@@ -82,7 +89,8 @@ RECIPES = {
     "g2r": Recipe(),
     "demo": Recipe(lr=8e-3, steps=3800, flip=False, **_DIGITS),
 }
-MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks"}  # when a run is resumed
+# when a run is resumed
+MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks", "ema_precision"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +191,8 @@ def make_plan(out, source, *, variant, recipe, network, init, device) -> Plan:
     record = json.loads(json.dumps(record))  # as it reads back
     if before and parallel.is_main():
         check_same(out, before, record)
+        if recipe.deterministic:
+            check_same_sums(out, before, recipe, device)
     return Plan(record, config, recipe, data, initial)
 
 
@@ -212,8 +222,38 @@ def settle(before, default, changes, device):
     if recipe.precision is None:
         recipe = dataclasses.replace(recipe, precision="bf16" if cuda else "fp32")
     if recipe.compile is None:
-        recipe = dataclasses.replace(recipe, compile=cuda)
+        recipe = dataclasses.replace(recipe, compile=cuda and not recipe.deterministic)
+    if recipe.deterministic:
+        check_can_be_deterministic(recipe, device)
+    if recipe.ema_profiles and recipe.ema_every is None:
+        every = max(1, round(recipe.steps / averaging.COUNT))
+        recipe = dataclasses.replace(recipe, ema_every=every)
+    check_profiles(recipe.ema_profiles)
     return recipe
+
+
+def check_can_be_deterministic(recipe, device):
+    """Raises UserError."""
+    if recipe.compile:
+        raise UserError(
+            "a deterministic run can't be compiled: torch.compile chooses kernels by their time, "
+            "anew in each life of a run; leave out --compile or --deterministic"
+        )
+    if device.type == "mps":
+        raise UserError(
+            "--deterministic: PyTorch has no deterministic kernels for mps; use --device cpu"
+        )
+
+
+def check_profiles(widths):
+    """Raise UserError unless they are widths of averages, no two alike."""
+    try:
+        for width in widths:
+            averages.exponent(width)
+    except ValueError as error:
+        raise UserError(f"--ema-profiles: {error}; 0.05,0.10 suit any run") from None
+    if len(set(widths)) < len(widths):
+        raise UserError(f"--ema-profiles names a width twice in {list(widths)}; give each once")
 
 
 def configure(base, data, null_class, **changes):
@@ -252,6 +292,7 @@ def check_same(out, before, now):
 
     def fixed(record):
         network, recipe = record["config"], record["recipe"]
+        recipe = {"deterministic": False, **recipe}  # older ones don't say
         fields = {"variant": record["variant"], **network, **recipe}
         fields["data's fingerprint"] = record["data"]["fingerprint"]
         return {name: value for name, value in fields.items() if name not in MAY_CHANGE}
@@ -262,6 +303,26 @@ def check_same(out, before, now):
             raise UserError(
                 f"{out} was trained with {name} {old[name]}, not {value}; give what it had, or "
                 "choose another --out"
+            )
+
+
+def check_same_sums(out, before, recipe, device):
+    """Raise UserError where a deterministic run would go on in a way that rounds differently."""
+    was = {
+        "processes": before["processes"],
+        "micro-batch": before["recipe"]["micro_batch"],
+        "device": torch.device(before["device"]).type,
+    }
+    now = {
+        "processes": parallel.world_size(),
+        "micro-batch": recipe.micro_batch,
+        "device": device.type,
+    }
+    for name, value in now.items():
+        if was[name] != value:
+            raise UserError(
+                f"{out} is deterministic and was trained with {name} {was[name]}, not {value}, "
+                "which would round differently; give what it had, or choose another --out"
             )
 
 
@@ -307,9 +368,9 @@ def new_network(config, seed) -> dimr.DiMR:
 
 
 class State:
-    """All that a run changes: the network, its EMA, the optimiser, the step. Saved and restored
-    whole. `network` holds the weights; `model` is what runs it: the same, or what `parallel.wrap`
-    puts around it."""
+    """All that a run changes: the network, its EMA and other averages, the optimiser, the step.
+    Saved and restored whole. `network` holds the weights; `model` is what runs it: the same, or
+    what `parallel.wrap` puts around it."""
 
     def __init__(self, network, recipe, device):
         self.recipe = recipe
@@ -321,6 +382,7 @@ class State:
         self.objective = diffusion.OBJECTIVES[network.config.objective]
         self.parameters = dict(self.network.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.averages = averages.Averages(self.parameters, recipe.ema_profiles)
         self.optimizer = torch.optim.AdamW(
             self.network.parameter_groups(recipe.weight_decay),
             lr=recipe.lr,
@@ -328,19 +390,42 @@ class State:
             fused=True,
         )
 
-    def start(self):
-        """Make ready to train: compiled if the recipe says so, and with gradients averaged over
-        processes."""
+    def start(self, micro):
+        """Make ready to train on `micro` samples a pass: compiled if the recipe says so, and with
+        gradients averaged over processes."""
         self.network.train()
         self.network.checkpoint_blocks = self.recipe.checkpoint_blocks
         if self.recipe.compile:
             self.network.compile()
         self.model = parallel.wrap(self.network, self.device)
+        if parallel.world_size() > 1:
+            self.rehearse(micro)
+
+    def rehearse(self, micro):
+        """One pass, forward and backward, on `micro` blank samples; its gradients are thrown away,
+        and nothing is drawn.
+
+        Three or more gradients are summed in an order that follows from their place in a bucket,
+        and DistributedDataParallel lays its buckets anew after the first backward pass that it
+        averages: in the order in which gradients came, instead of that of the parameters. Without
+        this pass the first step of each life of a run would be summed in another order than the
+        same step of a run that was never stopped, and the two would part in the last bits. With
+        it, every step of every life finds the second layout."""
+        config = self.network.config
+        shape = (micro, config.channels, config.size, config.size)
+        blank = torch.zeros(shape, device=self.device)
+        tau = torch.zeros(micro, device=self.device)
+        labels = torch.zeros(micro, dtype=torch.long, device=self.device)
+        with parallel.autocast(self.device, self.recipe.precision):
+            predictions = self.model(blank, tau, labels)
+        sums, _ = diffusion.multi_scale_loss(predictions, blank, self.recipe.target_scale)
+        sums.sum().backward()
+        self.optimizer.zero_grad()
 
     def update(self):
-        """One step of AdamW and EMA from the gradients, on the device alone; returns the gradient's
-        norm and 1.0 where it was not finite. Then nothing changes: the fused kernel skips for
-        `found_inf`, and the EMA's weight is 0."""
+        """One step of AdamW and the averages from the gradients, on the device alone; returns the
+        gradient's norm and 1.0 where it was not finite. Then nothing changes: the fused kernel
+        skips for `found_inf`, and the averages' weight is 0."""
         recipe = self.recipe
         gradients = [p.grad for p in self.parameters.values()]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -358,6 +443,7 @@ class State:
             for name, parameter in self.parameters.items():
                 self.ema[name].lerp_(parameter, weight)
         self.step += 1
+        self.averages.update(self.step, bad)
         return norm, bad
 
     def take(self, initial):
@@ -381,31 +467,79 @@ class State:
         for name, parameter in self.parameters.items():
             for kind, value in self.optimizer.state[parameter].items():
                 moments[f"{kind}/{name}"] = value
-        return {
+        files = {
             "weights": (self.parameters, metadata),
             "ema": (self.ema, metadata),
             "optimizer": (moments, None),
         }
+        if self.recipe.ema_profiles:
+            files["averages"] = (self.averages.state(), None)
+        return files
 
     def load(self, checkpoint):
         """Take everything from a checkpoint folder. Raises UserError if it is another network's."""
-        held = {}
-        for name in ("weights", "ema", "optimizer"):
-            held[name], _ = load_tensors(checkpoint / f"{name}.safetensors")
-        shapes = {name: p.shape for name, p in self.parameters.items()}
+        expected = {name: p.shape for name, p in self.parameters.items()}
         try:
             for name in ("weights", "ema"):
-                dimr.check_names(shapes, held[name])
+                dimr.check_names(expected, blanks_of(checkpoint / f"{name}.safetensors"))
         except ValueError as error:
             raise UserError(f"{checkpoint} is of another network: {error}") from None
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(held["weights"][name])
-                self.ema[name].copy_(held["ema"][name])
-        for key, value in held["optimizer"].items():
+        fill(self.parameters, checkpoint / "weights.safetensors")
+        fill(self.ema, checkpoint / "ema.safetensors")
+        moments = {}
+        for key, blank in blanks_of(checkpoint / "optimizer.safetensors").items():
             kind, name = key.split("/")
-            self.optimizer.state[self.parameters[name]][kind] = value.to(self.device)
+            moments[key] = torch.empty_like(blank, device=self.device)
+            self.optimizer.state[self.parameters[name]][kind] = moments[key]
+        fill(moments, checkpoint / "optimizer.safetensors")
+        self.load_averages(checkpoint / "averages.safetensors")
         self.step = read_json(checkpoint / "state.json")["step"]
+
+    def load_averages(self, path):
+        """Take the power-function averages, if this run keeps any, from a checkpoint's file. Raises
+        UserError."""
+        widths = list(self.recipe.ema_profiles)
+        if not widths:
+            return
+        if not path.is_file():
+            raise UserError(
+                f"{path.parent} holds no averages of widths {widths}, and they are kept from the "
+                "first step on or not at all; leave out --ema-profiles, or choose another --out"
+            )
+        held = self.averages.state()
+        try:
+            dimr.check_names({name: t.shape for name, t in held.items()}, blanks_of(path))
+        except ValueError as error:
+            raise UserError(f"{path} is not of averages of widths {widths}: {error}") from None
+        fill(held, path)
+
+
+def blanks_of(path):
+    """The tensors in a file without their values, by name, on every process. Rank 0 alone reads
+    it."""
+    shapes = {}
+    if parallel.is_main():
+        with open_tensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 (no dict)
+                shapes[name] = file.get_slice(name).get_shape()
+    blanks = {}
+    for name, shape in parallel.broadcast(shapes).items():
+        blanks[name] = torch.empty(shape, device="meta")
+    return blanks
+
+
+def fill(tensors, path):
+    """Give each of `tensors`, on every process, the values that the file holds under its name.
+
+    Rank 0 alone reads, one at a time, and the others are sent what it has read: a machine with
+    eight GPUs would hold the file eight times otherwise."""
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        if parallel.is_main():
+            file = stack.enter_context(open_tensors(path))
+        for name, tensor in tensors.items():
+            if parallel.is_main():
+                tensor.copy_(file.get_tensor(name))
+            parallel.broadcast_tensor(tensor.detach())
 
 
 # ----------------------------------------------------------------------------------------- the step
@@ -482,32 +616,34 @@ def train(
 
     Returns a summary; `stopped` names the reason if the run is not at its end. Raises UserError."""
     begun = time.monotonic()
-    device = parallel.pick_device(device)
     out = Path(out)
     say = journal.speaker(quiet)
-    plan = make_plan(
-        out,
-        source,
-        variant=variant,
-        recipe=recipe,
-        network=network,
-        init=init,
-        device=device,
-    )
-    recipe = plan.recipe
-    division = divide(recipe.batch_size, recipe.micro_batch)
-    extractor = feature_extractor(watch, device)
-    parallel.start(device)
     with contextlib.ExitStack() as stack:
+        if is_deterministic(out, recipe):
+            stack.enter_context(parallel.deterministic())
+        device = parallel.pick_device(device)
+        plan = make_plan(
+            out,
+            source,
+            variant=variant,
+            recipe=recipe,
+            network=network,
+            init=init,
+            device=device,
+        )
+        recipe = plan.recipe
+        division = divide(recipe.batch_size, recipe.micro_batch)
+        extractor = feature_extractor(watch, device)
+        parallel.start(device)
         if parallel.is_main():
             stack.enter_context(storage.locked(out))
         state = begin(out, plan, device, say)
-        log = journal.Journal(out, state, say, record_start(out, plan, state), sinks)
+        log = journal.Journal(out, state, say, record_start(out, plan, state, say), sinks)
         measure = watch and watch_fid(out, plan, extractor, watch)
         every = save_every(saving, recipe)
         draw_every = every if saving.sample_every is None else saving.sample_every
         record = weights_record(plan.data)
-        state.start()
+        state.start(division.micro)
         skipped = set()
         batches = read_ahead(plan.data, state, division, source, skipped)
         bar = stack.enter_context(progress(out, state, quiet))
@@ -525,8 +661,12 @@ def train(
             if watch_now:
                 with doing(bar, "measuring FID"):
                     log.remark(lambda: measure(ema_generator(out, state, record)))
-            if save_now or watch_now or state.step % LOG_EVERY == 0:
+            snapshot_now = recipe.ema_profiles and (at_end or state.step % recipe.ema_every == 0)
+            if save_now or watch_now or snapshot_now or state.step % LOG_EVERY == 0:
                 bar.set_postfix(log.flush(), refresh=False)
+            if snapshot_now:
+                save_averages(out, state, log, record)
+                log.restart_clock()
             if save_now:
                 save(out, state, log, record, saving.keep, must=at_end or stopped)
                 log.restart_clock()
@@ -537,6 +677,17 @@ def train(
         skipped = sorted(set().union(*parallel.gather(skipped)))
         finish(out, skipped, say)
         return summary(out, state, log, stopped, skipped, begun)
+
+
+def is_deterministic(out, changes):
+    """Whether a run asks for deterministic kernels: CUDA has to know before it starts, and so
+    before there is a Plan."""
+    if changes and "deterministic" in changes:
+        return changes["deterministic"]
+    if not (out / "config.json").exists():
+        return False
+    recipe = read_json(out / "config.json").get("recipe", {})
+    return recipe.get("deterministic", False)
 
 
 def feature_extractor(watch, device):
@@ -590,11 +741,16 @@ def begin(out, plan, device, say) -> State:
     return state
 
 
-def record_start(out, plan, state):
-    """Write config.json and cut metrics.jsonl back to the state's step, on rank 0. Returns the
-    last line of metrics.jsonl that stays, or {}."""
+def record_start(out, plan, state, say):
+    """Write config.json and cut metrics.jsonl and the averages' snapshots back to the state's step,
+    on rank 0. Returns the last line of metrics.jsonl that stays, or {}."""
     if not parallel.is_main():
         return {}
+    beyond = averaging.cut(out, state.step)
+    if beyond:
+        say(f"{len(beyond)} snapshots of averages beyond step {state.step} deleted")
+    if plan.recipe.ema_profiles:
+        say(averages_line(out, state))
     start = {
         "processes": parallel.world_size(),
         "device": str(state.device),
@@ -603,6 +759,19 @@ def record_start(out, plan, state):
     }
     write_json(out / "config.json", {**plan.record, **start})
     return journal.truncate_metrics(out, state.step)
+
+
+def averages_line(out, state):
+    """What the snapshots of a whole run take, for people."""
+    recipe = state.recipe
+    count = math.ceil(recipe.steps / recipe.ema_every) * len(recipe.ema_profiles)
+    value = averages.PRECISIONS[recipe.ema_precision].itemsize
+    size = count * value * sum(p.numel() for p in state.parameters.values())
+    widths = ", ".join(str(width) for width in recipe.ema_profiles)
+    return (
+        f"averages of widths {widths}: snapshots every {recipe.ema_every:,} steps, {count} in all, "
+        f"{storage.size_text(size)} in {recipe.ema_precision} -> {averaging.folder(out)}"
+    )
 
 
 def weights_record(data):
@@ -702,6 +871,27 @@ def save(out, state, log, record, keep, must):
             raise
         reason = error.strerror or error
         log.say(f"WARNING: checkpoint at step {state.step} NOT saved ({reason}); training goes on")
+
+
+def save_averages(out, state, log, record):
+    """Write the averages' snapshots, on rank 0. One that fails is reported and training goes on."""
+    if not parallel.is_main():
+        return
+    try:
+        averaging.save(
+            out,
+            state.averages,
+            config=state.network.config,
+            step=state.step,
+            precision=state.recipe.ema_precision,
+            record=record,
+        )
+        return
+    except OSError as error:
+        reason = error.strerror or error
+    except UserError as error:
+        reason = error
+    log.say(f"WARNING: averages at step {state.step} NOT saved ({reason}); training goes on")
 
 
 def ema_generator(out, state, record):

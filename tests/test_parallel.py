@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -268,11 +269,13 @@ def test_sampling_names_a_killed_process_and_goes_on_from_there(trained, tmp_pat
 def test_torchrun_picks_a_killed_run_up_by_itself(digits, tmp_path):
     run = tmp_path / "run"
     calm = tmp_path / "calm"
-    train = ["-m", "cli", "train", "--data", digits, *SMALL, "--steps", 120, "--out"]
-    undisturbed = start_torchrun(*TWO, *train, calm)
-    process = start_torchrun(*TWO, "--max-restarts", 1, *train, run)
+    train = ["-m", "cli", "train", "--data", digits, *SMALL, "--batch-size", 24, "--steps", 120]
+    train += ["--workers", 1, "--out"]
+    three = ["--standalone", "--nproc-per-node", 3]  # two sum the same in any order
+    undisturbed = start_torchrun(*three, *train, calm)
+    process = start_torchrun(*three, "--max-restarts", 1, *train, run)
     wait_for_lines(run / "metrics.jsonl", 10, process)
-    os.kill(children(process)[0], signal.SIGKILL)
+    os.kill(children(process)[random.randrange(3)], signal.SIGKILL)
     _, stderr = undisturbed.communicate(timeout=120)
     assert undisturbed.returncode == 0, stderr
     stdout, stderr = process.communicate(timeout=120)

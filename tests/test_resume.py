@@ -21,7 +21,7 @@ import dimr
 import journal
 import runfolder
 import training
-from storage import save_tensors
+from storage import load_tensors, save_tensors
 
 KILLS = int(os.environ.get("DIMR_KILLS", 6))  # a third of them inside a save; more by hand
 NETWORK = [
@@ -434,9 +434,7 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(digits, tmp
     for k in same:
         for name in ("weights", "ema"):
             before, after = (
-                training.load_tensors(
-                    runfolder.checkpoints(tmp_path / "run")[i] / f"{name}.safetensors"
-                )[0]
+                load_tensors(runfolder.checkpoints(tmp_path / "run")[i] / f"{name}.safetensors")[0]
                 for i in (k - 2, k - 1)
             )
             assert all(torch.equal(before[key], after[key]) for key in before)
@@ -464,7 +462,9 @@ def test_a_step_never_waits_for_the_device():
         null_class=True,
         space="pixel",
     )
-    recipe = training.Recipe(grad_clip=1.0, precision="fp32", compile=False)
+    recipe = training.Recipe(
+        grad_clip=1.0, precision="fp32", compile=False, ema_profiles=(0.05, 0.1)
+    )
     state = training.State(training.new_network(config, 0), recipe, torch.device("cpu"))
     images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
     with NoReading():

@@ -227,7 +227,7 @@ def test_a_step_is_adamw_with_warm_up_and_ema():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_a_gradient_that_is_not_finite_changes_nothing(value):
-    state = new_state()
+    state = new_state(dataclasses.replace(RECIPE, ema_profiles=(0.05, 0.1)))
     for _ in range(2):
         gradients(state)
         state.update()
@@ -244,6 +244,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value):
     state.parameters["branches.0.position"].grad[0, 0] = value
     _, bad = state.update()
     assert bad == 1 and same(tensors(), before) and any("/step/" in name for name in before)
+    assert any("averages/0.1/" in name for name in before)
     gradients(state)
     _, bad = state.update()
     assert bad == 0 and not same(tensors(), before)

@@ -6,7 +6,9 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
+import sampling
 import vae
+from storage import UserError
 
 
 def reference(widths, seed=0):
@@ -113,6 +115,59 @@ def test_files_of_every_kind_load(small, tmp_path, spelling, suffix):
     assert ours.source == spelling and not ours.training
     z = torch.randn(2, 4, 4, 4)
     assert apart(ours.decode(z), small.decode(z).sample) < 1e-5
+
+
+def test_a_file_computes_in_the_type_that_is_asked_for(small, tmp_path):
+    save_file(small.state_dict(), tmp_path / "vae.safetensors")
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = small.decode(z).sample
+    errors = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        ours = vae.load(tmp_path / "vae.safetensors", "cpu", dtype)
+        assert {p.dtype for p in ours.parameters()} == {dtype}
+        images = ours.decode(z)
+        assert images.dtype == torch.float32
+        errors[dtype] = apart(images, expected)
+    assert next(vae.load(tmp_path / "vae.safetensors").parameters()).dtype == torch.float32
+    assert errors[torch.float32] < 1e-5 < errors[torch.float16] < 0.01
+    assert errors[torch.bfloat16] > 4 * errors[torch.float16]  # three bits less
+
+
+def latent_generator(device, precision, **fields):
+    """A sampling.Generator of latents without a network."""
+    return sampling.Generator(None, torch.device(device), precision, [], "x", "0", {}, **fields)
+
+
+@pytest.mark.parametrize(
+    "device, precision, decoding",
+    [("cpu", "fp32", "fp32"), ("cpu", "bf16", "fp32"), ("cuda", "fp32", "fp32")]
+    + [("cuda", "bf16", "fp16"), ("mps", "bf16", "fp32")],
+)
+def test_samples_are_decoded_in_half_precision_beside_a_network_in_bf16_on_a_gpu(
+    device, precision, decoding
+):
+    assert latent_generator(device, precision).vae_precision == decoding
+
+
+@pytest.mark.parametrize("decoding, dtype", [("fp16", torch.float16), ("fp32", torch.float32)])
+def test_a_generator_loads_its_vae_in_the_precision_it_records(
+    small, tmp_path, monkeypatch, decoding, dtype
+):
+    save_file(small.state_dict(), tmp_path / "vae.safetensors")
+    monkeypatch.setattr(sampling.Generator, "vae_precision", decoding)
+    generator = latent_generator("cpu", "bf16", vae_source=str(tmp_path / "vae.safetensors"))
+    generator._decoder(torch.zeros(1, 4, 2, 2))
+    assert next(generator.vae.parameters()).dtype == dtype
+
+
+def test_latents_beyond_half_precision_are_not_decoded_to_anything(small, monkeypatch):
+    ours = vae.from_state_dict(small.state_dict()).half()
+    generator = latent_generator("cpu", "bf16", vae=ours)
+    latents = torch.full((1, 4, 2, 2), 1e5)
+    monkeypatch.setattr(sampling.Generator, "vae_precision", "fp16")
+    with pytest.raises(UserError, match="beyond half precision.*--precision fp32"):
+        generator._decoder(latents)
+    assert generator._decoder(latents / 1e5).isfinite().all()
 
 
 def test_a_whole_diffusion_checkpoint_gives_up_its_vae_and_the_rest_is_counted(small):

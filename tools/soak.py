@@ -1,7 +1,8 @@
-"""Soak: train on two processes under random faults until time is up, and compare the end with an
-undisturbed run.
+"""Soak: train on several processes under random faults until time is up, and compare the end with
+an undisturbed run.
 
     python tools/soak.py --minutes 30    # prints what was injected and survived, by kind, as JSON
+    python tools/soak.py --minutes 30 --processes 4
 
 Each round trains a tiny network twice, undisturbed and under faults: any process killed, inside a
 save too; all of them killed; stopped by signals; a disk that is full for a while; checkpoints
@@ -11,6 +12,7 @@ to be the same to the byte, and metrics.jsonl has to hold each step once."""
 import argparse
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -35,7 +37,6 @@ sys.path.insert(0, str(ROOT))
 import runfolder  # noqa: E402
 from storage import UserError  # noqa: E402
 
-PROCESSES = 2
 PATIENCE = 120  # seconds after which a life that neither ends nor trains counts as hung
 SAVE_EVERY = 40
 OPTIONS = [
@@ -47,8 +48,6 @@ OPTIONS = [
     "16,8",
     "--heads",
     "2",
-    "--batch-size",
-    "8",
     "--micro-batch",
     "2",
     "--warmup",
@@ -77,18 +76,29 @@ def write_images(folder, count=64):
     return folder
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the processes of each life are to do."""
+
+    data: Path
+    steps: int
+    processes: int
+
+
 class Life:
     """One torchrun and its processes, from start to end."""
 
-    def __init__(self, data, out, steps, seed, restarts=0):
-        self.out, self.lines = out, []
+    def __init__(self, work, out, seed, restarts=0):
+        self.processes = work.processes
+        self.out = out
+        self.lines = []
         command = [
             sys.executable,
             "-m",
             "torch.distributed.run",
             "--standalone",
             "--nproc-per-node",
-            PROCESSES,
+            work.processes,
             "--max-restarts",
             restarts,
             "--monitor-interval",
@@ -99,11 +109,13 @@ class Life:
             "cli",
             "train",
             "--data",
-            data,
+            work.data,
             "--out",
             out,
             "--steps",
-            steps,
+            work.steps,
+            "--batch-size",
+            4 * work.processes,
             "--seed",
             seed,
             *OPTIONS,
@@ -125,6 +137,10 @@ class Life:
 
     def alive(self):
         return self.agent.poll() is None
+
+    def complete(self):
+        """Whether all of its processes are there."""
+        return len(self.ranks()) == self.processes
 
     def ranks(self):
         """Process ids by rank."""
@@ -188,7 +204,7 @@ def saving(out):
 
 
 def kill_one(life, rng):
-    for pid in sorted(life.ranks().values())[rng.randrange(PROCESSES) :][:1]:
+    for pid in sorted(life.ranks().values())[rng.randrange(life.processes) :][:1]:
         send(pid, signal.SIGKILL)
 
 
@@ -211,7 +227,7 @@ def stop_all(life, rng):
 
 
 def stop_one(life, rng):
-    for pid in sorted(life.ranks().values())[rng.randrange(PROCESSES) :][:1]:
+    for pid in sorted(life.ranks().values())[rng.randrange(life.processes) :][:1]:
         send(pid, rng.choice(SIGNALS))
 
 
@@ -312,13 +328,13 @@ def outcome(out):
     return last.name, hashes, losses
 
 
-def one_round(folder, number, steps, deadline, rng, count):
+def one_round(folder, work, number, deadline, rng, count):
     """Train undisturbed and under faults, and compare."""
-    data = write_images(folder / "data")
+    steps = work.steps
     calm, out = folder / f"calm-{number}", folder / f"stormy-{number}"
     print(f"round {number}: {steps} steps undisturbed", file=sys.stderr)
     begun = time.monotonic()
-    life = Life(data, calm, steps, number)
+    life = Life(work, calm, number)
     life.agent.wait()
     assert life.agent.returncode == 0, life.end()
     peaks = [line["peak_bytes"] for line in journal.read_metrics(calm)]
@@ -340,19 +356,19 @@ def one_round(folder, number, steps, deadline, rng, count):
             runfolder.step_of(runfolder.checkpoints(out)[-1]) if runfolder.checkpoints(out) else 0
         )
         start, restarts = trained(out), rng.choice([0, 0, 2])
-        life, since = Life(data, out, steps, number, restarts), time.monotonic()
+        life, since = Life(work, out, number, restarts), time.monotonic()
         count["lives"] += 1
         while life.alive():
             wait = rng.uniform(0.2, 6)
             while life.alive() and (
-                wait > 0 or len(life.ranks()) < PROCESSES or trained(out) in (start, steps)
+                wait > 0 or not life.complete() or trained(out) in (start, steps)
             ):
                 time.sleep(0.05)
-                wait -= 0.05 * (trained(out) > 0 and len(life.ranks()) == PROCESSES)
+                wait -= 0.05 * (trained(out) > 0 and life.complete())
                 assert time.monotonic() - since < PATIENCE + 0.2 * steps, (
                     f"a life hangs:\n{''.join(life.lines)[-3000:]}"
                 )
-            if life.alive() and time.monotonic() < deadline and len(life.ranks()) == PROCESSES:
+            if life.alive() and time.monotonic() < deadline and life.complete():
                 fault = rng.choice(FAULTS)
                 print(
                     f"  step {trained(out):6}: {fault.__name__.replace('_', ' ')}", file=sys.stderr
@@ -388,6 +404,7 @@ def main():
     )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--steps", type=int, default=2000, help="of each round")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     options = parser.parse_args()
     rng, count, deadline, number = (
@@ -396,9 +413,11 @@ def main():
         time.monotonic() + 60 * options.minutes,
         0,
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        work = Work(write_images(folder / "data"), options.steps, options.processes)
         while number == 0 or time.monotonic() < deadline:
-            one_round(Path(folder), number, options.steps, deadline, rng, count)
+            one_round(folder, work, number, deadline, rng, count)
             number += 1
     print(json.dumps(count, indent=2))
 

@@ -1,0 +1,216 @@
+"""Several processes that train together, forked from one that has PyTorch loaded already; and what
+tests let them do."""
+
+import functools
+import json
+import multiprocessing
+import os
+import sys
+import time
+import weakref
+
+import torch
+import torch.distributed as dist
+from conftest import free_port
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import cli
+import parallel
+import storage
+import training
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["training", "torch._dynamo", "ranks"])
+
+
+class Ranks:
+    """`count` processes that call a function of this module, their outputs in files of `folder`.
+    They are ended on leaving the context."""
+
+    def __init__(self, count, folder, function, *arguments):
+        port = free_port()
+        self.logs = []
+        self.processes = []
+        for rank in range(count):
+            log = folder / f"{function.__name__}-{port}-{rank}.log"
+            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+            call = (where, log, function, arguments)
+            self.logs.append(log)
+            self.processes.append(CONTEXT.Process(target=as_rank, args=call))
+
+    def __enter__(self):
+        for process in self.processes:
+            process.start()
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def alive(self):
+        return all(process.is_alive() for process in self.processes)
+
+    def end(self, seconds=120):
+        """Wait for all; [(exit status, what it said)] in order of rank."""
+        until = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0, until - time.monotonic()))
+            assert process.exitcode is not None, self.said()
+        statuses = [process.exitcode for process in self.processes]
+        return list(zip(statuses, self.said(), strict=True))
+
+    def said(self):
+        return [log.read_text() for log in self.logs]
+
+
+def as_rank(where, log, function, arguments):
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    for name, value in where.items():
+        os.environ[name] = str(value)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as at a user's
+    function(*arguments)
+
+
+def command(*arguments):
+    """`dimr ARGUMENTS`."""
+    cli.main(list(map(str, arguments)), prog_name="dimr")
+
+
+# the layout of buckets
+
+
+def lay_buckets(folder, data, choices):
+    """Train for 2 steps and go on to 5, as each of `choices` changes the recipe, and print for each
+    life the layout of every exchange of gradients: the names of the parameters in each bucket."""
+    layouts = watch_buckets()
+    compiling = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    torch.nn.Module.compile = compiling
+    found = {}
+    for name, choice in choices.items():
+        found[name] = []
+        for steps in (2, 5):
+            layouts.clear()
+            training.train(
+                folder / name,
+                training.Source(data, workers=0),
+                variant="demo",
+                recipe={"batch_size": 24, "steps": steps, **choice},
+                network={"layers": (1, 1), "dims": (32, 16), "heads": 2},
+                device="cpu",
+                saving=training.Saving(sample_every=0),
+                quiet=True,
+            )
+            found[name].append(list(layouts))
+    if parallel.is_main():
+        print(json.dumps(found))
+    parallel.stop()
+
+
+def watch_buckets():
+    """A list that grows with each exchange, of buckets small enough for there to be several."""
+    layouts = []
+    wrapper = parallel.DistributedDataParallel
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 10_000
+
+    def wrap(model, **keywords):
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        model = wrapper(model, bucket_cap_mb=0.02, **keywords)
+
+        def exchange(state, bucket):
+            if bucket.index() == 0:
+                layouts.append([])
+            layouts[-1].append([names[parameter] for parameter in bucket.parameters()])
+            return allreduce_hook(None, bucket)
+
+        model.register_comm_hook(None, exchange)
+        return model
+
+    parallel.DistributedDataParallel = wrap
+    return layouts
+
+
+# reading checkpoints
+
+
+class Reader:
+    """`storage.open_tensors` for rank 0 alone; notes in `most` how many tensors were held at
+    once."""
+
+    held = weakref.WeakSet()
+    most = 0
+
+    def __init__(self, path):
+        assert parallel.is_main(), "another process reads a checkpoint too"
+        self.context = storage.open_tensors(path)
+
+    def __enter__(self):
+        self.file = self.context.__enter__()
+        self.keys = self.file.keys
+        self.get_slice = self.file.get_slice
+        return self
+
+    def __exit__(self, *error):
+        return self.context.__exit__(*error)
+
+    def get_tensor(self, name):
+        tensor = self.file.get_tensor(name)
+        Reader.held.add(tensor)
+        Reader.most = max(Reader.most, len(Reader.held))
+        return tensor
+
+
+def resume(run, data):
+    """Go on with a run, and print how many tensors of its checkpoint were held at once."""
+    training.open_tensors = Reader
+    training.train(
+        run,
+        training.Source(data, workers=0),
+        device="cpu",
+        saving=training.Saving(every=4, keep=0, sample_every=0),
+        quiet=True,
+    )
+    parallel.stop()
+    print(Reader.most)
+
+
+# failing
+
+
+def fail():
+    """`dimr train` that fails on all processes, foreseen on rank 0 alone, beside a process group
+    that can't be left."""
+
+    def block():
+        time.sleep(600)
+
+    def train(*arguments, **keywords):
+        parallel.start(torch.device("cpu"))
+        parallel.barrier()
+        if parallel.is_main():
+            raise storage.UserError("it is foreseen")
+        return 1 / 0
+
+    dist.destroy_process_group = block
+    training.train = train
+    command("train", "--data", "x")
+
+
+# averages of what is logged
+
+
+def average():
+    """Print whether a number's mean over processes depends on what else is averaged with it."""
+    parallel.start(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(parallel.rank())
+    rows = torch.randn(40, 5, generator=generator)
+    together = parallel.mean(rows.clone())
+    apart = torch.stack([parallel.mean(row.clone()) for row in rows])
+    print(torch.equal(together, apart))
+    print(float((together - apart).abs().max()))
+    parallel.stop()
