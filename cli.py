@@ -552,7 +552,32 @@ def memory_line(cost):
 
 # --------------------------------------------------------------------------------------- dimr train
 
+
+class ClassNames(click.ParamType):
+    """Names of classes, from a file with one in each line or separated by commas, as a tuple."""
+
+    name = "file|a,b,c"
+
+    def convert(self, value, param, context):
+        if isinstance(value, tuple):
+            return value
+        if Path(value).is_file():
+            lines = Path(value).read_text(errors="surrogateescape").splitlines()
+        else:
+            lines = value.split(",")
+        names = tuple(line.strip() for line in lines if line.strip())
+        if not names:
+            self.fail(f"{value!r} names no class", param, context)
+        return names
+
+
+classes_option = click.option(
+    "--classes",
+    type=ClassNames(),
+    help="Take only these classes: names, or a file with one in each line.",
+)
 source_options = Options(
+    classes_option,
     click.option(
         "--res",
         type=POSITIVE,
@@ -697,8 +722,9 @@ watch_options = Options(
 )
 @click.option(
     "--data",
-    help="Image folder (one folder per class) or a folder that encode wrote "
-    "[default: data/latents-SIZE or data/pixels-SIZE, then $DIMR_DATA, data/imagenet].",
+    help="Images, in any of the layouts of docs/data.md (one folder per class, ImageNet's tar, a "
+    "zip, WebDataset's tars), or a folder that encode wrote [default: data/latents-SIZE or "
+    "data/pixels-SIZE, then $DIMR_DATA, data/imagenet].",
 )
 @click.option(
     "--out",
@@ -834,7 +860,7 @@ def training_data(variant, near):
         places += image_folders()
         encode += " --pixels"
     for place in places:
-        if place.is_dir():
+        if place.exists():
             return place
     expected = " or ".join(str(place) for place in places)
     message = (
@@ -1178,8 +1204,14 @@ def analyse_time(as_json, **values):
 @main.command()
 @click.option(
     "--data",
-    help="Image folder, one folder per class or flat [default: $DIMR_DATA, "
-    "data/imagenet/train, data/imagenet].",
+    help="Images, in any of the layouts of docs/data.md: one folder per class, images alone, "
+    "ImageNet's tar, a zip, WebDataset's tars [default: $DIMR_DATA, data/imagenet/train, "
+    "data/imagenet].",
+)
+@classes_option
+@click.option(
+    "--from-latents",
+    help="Take latents in EDM2's form instead: a zip or folder of .npy with a dataset.json.",
 )
 @click.option(
     "--out",
@@ -1189,8 +1221,7 @@ def analyse_time(as_json, **values):
 @click.option(
     "--res",
     type=POSITIVE,
-    required=True,
-    help="Side of the square crop, in pixels: 64, 256, 512, ...",
+    help="Side of the square crop, in pixels: 64, 256, 512, ... [required, but for latents].",
 )
 @click.option(
     "--pixels",
@@ -1236,8 +1267,8 @@ def analyse_time(as_json, **values):
     "--verify", is_flag=True, help="Only compare the shards of a finished set with their hashes."
 )
 @json_option
-def encode(data, out, res, pixels, channels, verify, as_json, **options):
-    """Turn a folder of images into shards that train reads fast: latents, or pixels.
+def encode(data, from_latents, out, res, pixels, channels, verify, as_json, **options):
+    """Turn images into shards that train reads fast: latents, or pixels.
 
     Crops as ADM does. Run the same command again to go on after an interruption, or to redo damaged
     shards; the bytes written depend on neither, nor on the number of processes. Latents come with
@@ -1247,12 +1278,18 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
     Examples:
       dimr encode --res 256                              ImageNet to latents, 42 GB
       dimr encode --res 64 --pixels --data photos/       crops for a pixel model
+      dimr encode --res 256 --data ILSVRC2012_img_train.tar
       torchrun --nproc-per-node 8 -m cli encode --res 256
       dimr encode --res 256 --verify
     """
     import downloads
     import encoding
 
+    if res is None and (out is None or not (from_latents or verify)):
+        raise click.UsageError("Missing option '--res'.")
+    if from_latents and (data or pixels):
+        other = "--data" if data else "--pixels"
+        raise click.UsageError(f"--from-latents takes no {other}")
     if out is None:
         out = encoded_folder(res, pixels)
     if verify:
@@ -1263,7 +1300,13 @@ def encode(data, out, res, pixels, channels, verify, as_json, **options):
     if not pixels and options["vae_weights"] == VAE:
         downloads.ask(VAE)
     result = encoding.encode(
-        data or images_to_encode(), out, res, pixels=pixels, channels=channels, **options
+        from_latents or data or images_to_encode(),
+        out,
+        res,
+        pixels=pixels,
+        from_latents=from_latents is not None,
+        channels=channels,
+        **options,
     )
     report(result, as_json, encoding_lines(result, out))
 
@@ -1310,7 +1353,7 @@ def encoding_lines(result, out):
         f"{result['shards']} shards, {result['bytes'] / 1e6:,.1f} MB, "
         f"{result['encoded_images']:,} images encoded in {result['seconds']:.1f} s -> {out}"
     )
-    if result["kind"] == "latents":
+    if (Path(out) / "preview.png").is_file():
         line += f", to look at: {Path(out) / 'preview.png'}"
     lines = [line]
     for skipped in result["skipped"]:

@@ -1,7 +1,9 @@
-"""Images and latents for training: folders of images, finished shards, and reading ahead.
+"""Images and latents for training: how images are read wherever they lie (containers.py), finished
+shards, and reading ahead.
 
-`open_data` gives an `ImageFolder` or `Shards` (shards.py), which look alike: `kind`, `size`,
-`channels`, `classes`, `labels`, `fingerprint`, `len` and `batch`. `loader` reads their batches
+`open_data` gives `Images` or `Shards` (shards.py), which look alike: `kind`, `size`,
+`channels`, `classes`, `labels`, `flips` (whether items can be mirrored), `fingerprint`, `about`
+(what it is, in a line), `len` and `batch`. `loader` reads their batches
 ahead, in the order that it is given (randomness.Order)."""
 
 import ours
@@ -9,6 +11,7 @@ import ours
 import atexit
 import functools
 import hashlib
+import io
 import multiprocessing
 import os
 import signal
@@ -21,28 +24,21 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+import containers
 import shards
+from containers import BadImage
 from shards import Shards, flipped
 from storage import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-KNOWN = ", ".join(EXTENSIONS)
 FORMATS = ("JPEG", "PNG", "WEBP")  # told by content, not by extension
 GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}  # Pillow's, without colour
 PROBED = 64  # images whose headers tell size and channels of a folder
 MOST_WORKERS = 8  # reading processes, unless told otherwise
+NPY = {  # by the file format's version
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # signals that ask to save and end
-
-
-class BadImage(UserError):
-    """One image can't be used: a damaged or mislabelled file, not a failing disk."""
-
-    def __init__(self, path, reason):
-        super().__init__(path, reason)
-
-    def __str__(self):
-        path, reason = self.args
-        return f"{path}: {reason}"
 
 
 # ------------------------------------------------------------------------------------- one image
@@ -63,33 +59,41 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def read_image(path: str | Path, size: int, channels: int = 3, exif: bool = False) -> np.ndarray:
+def read_image(
+    file: str | Path | io.BytesIO,
+    size: int,
+    channels: int = 3,
+    exif: bool = False,
+    place: str | None = None,
+) -> np.ndarray:
     """The centre crop of a JPEG, PNG or WebP file, uint8 (size, size, channels), channels 1 or 3.
+    `place` is what messages call it, its path unless given.
 
     16-bit grey is divided by 257, transparency is laid on white, CMYK and palettes become RGB; an
     animation gives its first frame. EXIF rotation is ignored, as ADM does, unless `exif`. Raises
     BadImage where the file is at fault, UserError where it can't be reached or is in colour though
     `channels` is 1."""
-    image = _decode(path, exif)
+    place = place or str(file)
+    image = _decode(file, place, exif)
     if max(image.size) / min(image.size) * size**2 > Image.MAX_IMAGE_PIXELS:
-        raise BadImage(path, f"is too elongated to crop ({image.width}×{image.height})")
+        raise BadImage(place, f"is too elongated to crop ({image.width}×{image.height})")
     image = _plain(image)
     if channels == 1 and image.mode == "RGB" and not _is_grey(image):
         raise UserError(
-            f"{path} is in colour but the data was taken for grey; remove it or read 3 channels"
+            f"{place} is in colour but the data was taken for grey; remove it or read 3 channels"
         )
     image = image.convert("L" if channels == 1 else "RGB")
     return np.asarray(center_crop(image, size)).reshape(size, size, channels)
 
 
-def _decode(path, exif):
+def _decode(file, place, exif):
     """The PIL image in a file. Raises as read_image."""
     try:
         with warnings.catch_warnings():
             # Pillow's remarks on harmless damage, such as odd EXIF blocks
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 image.load()
                 if exif:
                     return ImageOps.exif_transpose(image)
@@ -98,23 +102,29 @@ def _decode(path, exif):
         raise
     # whatever an untrusted file makes the decoder raise, the file is at fault
     except Exception as error:
-        raise _blame(path, error) from None
+        raise _blame(file, place, error) from None
 
 
-def _blame(path, error):
-    """The UserError for what Pillow raised on opening or decoding `path`."""
+def _blame(file, place, error):
+    """The UserError for what Pillow raised on opening or decoding a file."""
     if isinstance(error, OSError) and error.errno is not None:
         return UserError(
-            f"{path} can't be read ({error.strerror}); has it been moved, or is the disk failing?"
+            f"{place} can't be read ({error.strerror}); has it been moved, or is the disk failing?"
         )
     if isinstance(error, UnidentifiedImageError):
-        if os.path.getsize(path) == 0:
-            return BadImage(path, "is empty")
-        return BadImage(path, "is not a JPEG, PNG or WebP image")
+        if _is_empty(file):
+            return BadImage(place, "is empty")
+        return BadImage(place, "is not a JPEG, PNG or WebP image")
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return BadImage(path, f"claims more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+        return BadImage(place, f"claims more than {Image.MAX_IMAGE_PIXELS:,} pixels")
     reason = " ".join(str(error).split())
-    return BadImage(path, reason or type(error).__name__)
+    return BadImage(place, reason or type(error).__name__)
+
+
+def _is_empty(file):
+    if isinstance(file, io.BytesIO):
+        return not file.getbuffer()
+    return os.path.getsize(file) == 0
 
 
 def _plain(image):
@@ -135,40 +145,117 @@ def _is_grey(image):
     return red == green == blue
 
 
-# ----------------------------------------------------------------------------- a folder of images
+# ----------------------------------------------------------------------------------- many of them
 
 
-class Paths(Sequence):
-    """Paths below `root`, in one block of bytes: worker processes share it, while reading a list of
-    strings would copy it page by page through the reference counts."""
+class Listed:
+    """What a listing (containers.py) names, as data: the classes, and items read one by one.
 
-    def __init__(self, root: str | Path, names: Sequence[str]):
-        names = [os.fsencode(name) for name in names]
-        self.root = os.fspath(root)
-        self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-        self.block = b"".join(names)
+    A subclass has `kind`, `noun`, `size`, `channels`, the `shape` and `dtype` of an item, and what
+    reads one; `flips` is whether items can be mirrored."""
+
+    flips = True
+
+    def __init__(self, listing: containers.Listing):
+        self.listing = listing
+        self.root = listing.root
+        self.about = f"{listing.root}: {listing.about}"
+        self.classes = listing.classes
+        self.labels = listing.labels
 
     def __len__(self):
-        return len(self.ends)
+        return len(self.listing)
 
     def name(self, index: int) -> str:
-        """Path relative to the root."""
-        index = range(len(self))[index]
-        first = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.block[first : self.ends[index]])
+        """Item `index`, below the root."""
+        return self.listing.members[index]
 
-    def __getitem__(self, index):
-        return os.path.join(self.root, self.name(index))
+    def place(self, index: int) -> str:
+        """Item `index`, as messages call it."""
+        return self.listing.place(index)
+
+    def content(self, index: int) -> bytes:
+        """Item `index`'s file. Raises as `read`."""
+        file = self.listing.open(index)
+        if isinstance(file, io.BytesIO):
+            return file.getvalue()
+        try:
+            return Path(file).read_bytes()
+        except OSError as error:
+            raise _blame(file, file, error) from None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of class, name and file size of all items, in order: the same for the same
+        images, wherever and in whatever they lie."""
+        digest = hashlib.sha256()
+        for index, name in enumerate(self.listing.names):
+            line = f"{name}\0{self.listing.size(index)}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def read(self, index: int) -> np.ndarray:
+        """Item `index`. Raises BadImage where its file is at fault, UserError where that can't be
+        reached."""
+        raise NotImplementedError
+
+    def batch(
+        self,
+        indices: Sequence[int],
+        flips: Sequence[bool],
+        bad: list[str] | None = None,
+        drop: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images uint8 (B, C, H, W), mirrored where `flips` (B,) says so, or latents as they are,
+        and labels int64 (B,).
+
+        An unreadable item raises BadImage; with a list `bad` its message is appended there, and
+        the next readable one takes its place, or with `drop` none does: B is then smaller."""
+        found = np.empty((len(indices), *self.shape), self.dtype)
+        items = []
+        kept = []
+        for index, flip in zip(indices, flips, strict=True):
+            readable = self._readable(int(index), bad, drop)
+            if readable is not None:
+                item, found[len(items)] = readable
+                items.append(item)
+                kept.append(flip)
+        data = self.joined(found[: len(items)], np.asarray(kept, bool))
+        return data, torch.from_numpy(self.labels[items])
+
+    def joined(self, found, flips):
+        """What `batch` gives of these items."""
+        return torch.from_numpy(found)
+
+    def _readable(self, index, bad, drop):
+        """(item, its data) of `index`, or of the first one after it that can be read; None where it
+        can't and is dropped."""
+        tries = 1 if drop else len(self)
+        for item in range(index, index + tries):
+            item %= len(self)
+            try:
+                return item, self.read(item)
+            except BadImage as error:
+                if bad is None:
+                    raise
+                bad.append(str(error))
+        if drop:
+            return None
+        raise UserError(
+            f"{self.root}: none of the {len(self):,} {self.noun} can be read; the last: {bad[-1]}"
+        )
 
 
-class ImageFolder:
-    """One folder of images per class, numbered by sorted name, or images alone: one class.
+class Images(Listed):
+    """Images in a folder, a zip or tars, in any layout that `containers.find` knows.
 
     `size` None takes the images' own where a sample shares one square size, else `default_size`;
-    `channels` None is 1 where the sample is all grey, else 3. Raises UserError for a folder that is
-    neither of the two kinds, or empty."""
+    `channels` None is 1 where the sample is all grey, else 3. `classes` takes only these. Raises
+    UserError as `find` does."""
 
     kind = "pixels"
+    noun = "images"
+    dtype = np.uint8
 
     def __init__(
         self,
@@ -178,51 +265,36 @@ class ImageFolder:
         *,
         exif: bool = False,
         default_size: int | None = None,
+        classes: Sequence[str] | None = None,
     ):
-        self.root = Path(root)
+        super().__init__(containers.find(root, classes))
         self.exif = exif
-        folders, images = _list(self.root)
-        _check_kind(root, folders, images)
-        if folders:
-            self.classes = folders
-            groups = [_list_class(self.root, name) for name in folders]
-        else:
-            self.classes = [self.root.resolve().name]
-            groups = [images]
-        self.labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-        self.paths = Paths(self.root, [name for group in groups for name in group])
         self.size = size
         self.channels = channels
         if size is None or channels is None:
             self._probe(default_size)
-
-    def __len__(self):
-        return len(self.paths)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hex SHA-256 of relative paths and file sizes, in order."""
-        digest = hashlib.sha256()
-        for index, path in enumerate(self.paths):
-            line = f"{self.paths.name(index)}\0{os.stat(path).st_size}\n"
-            digest.update(line.encode(errors="surrogateescape"))
-        return digest.hexdigest()
+        self.shape = (self.size, self.size, self.channels)
 
     def _probe(self, default_size):
         """Set `size` and `channels`, where they are None, from the headers of up to PROBED images,
         evenly spaced."""
-        examples = {}  # size → path of one such image
+        examples = {}  # size → place of one such image
         grey = True
         failure = None
         for index in np.linspace(0, len(self) - 1, min(PROBED, len(self))).astype(int):
-            path = self.paths[index]
+            place = self.place(index)
             try:
-                with Image.open(path, formats=FORMATS) as image:
-                    examples[image.size] = path
+                file = self.listing.open(index)
+            except BadImage as error:
+                failure = error
+                continue
+            try:
+                with Image.open(file, formats=FORMATS) as image:
+                    examples[image.size] = place
                     grey &= image.mode in GREY
             # as in _decode; the file is met again, and reported, on reading
             except Exception as error:
-                failure = _blame(path, error)
+                failure = _blame(file, place, error)
         if not examples:
             raise failure
         if self.channels is None:
@@ -237,7 +309,7 @@ class ImageFolder:
             return width
         if default_size:
             return default_size
-        found = [f"{path} is {w}×{h}" for (w, h), path in examples.items()]
+        found = [f"{place} is {w}×{h}" for (w, h), place in examples.items()]
         raise UserError(
             f"{self.root}: not of one square size ({', '.join(found[:2])}); give --res, the "
             "size to crop to"
@@ -245,92 +317,65 @@ class ImageFolder:
 
     def read(self, index: int) -> np.ndarray:
         """Image `index`, uint8 (size, size, channels). Raises as read_image."""
-        return read_image(self.paths[index], self.size, self.channels, self.exif)
+        file = self.listing.open(index)
+        return read_image(file, self.size, self.channels, self.exif, self.place(index))
 
-    def batch(
-        self,
-        indices: Sequence[int],
-        flips: Sequence[bool],
-        bad: list[str] | None = None,
-        drop: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images uint8 (B, C, H, W), mirrored where `flips` (B,) says so, and labels int64 (B,).
+    def joined(self, found, flips):
+        return flipped(found, flips)
 
-        An unreadable image raises BadImage; with a list `bad` its message is appended there, and
-        the next readable item takes its place, or with `drop` none does: B is then smaller."""
-        images = np.empty((len(indices), self.size, self.size, self.channels), np.uint8)
-        items = []
-        kept = []
-        for index, flip in zip(indices, flips, strict=True):
-            found = self._readable(int(index), bad, drop)
-            if found is not None:
-                item, images[len(items)] = found
-                items.append(item)
-                kept.append(flip)
-        pixels = flipped(images[: len(items)], np.asarray(kept, bool))
-        return pixels, torch.from_numpy(self.labels[items])
 
-    def _readable(self, index, bad, drop):
-        """(item, image) of `index`, or of the first one after it that can be read; None where it
-        can't and is dropped."""
-        tries = 1 if drop else len(self)
-        for item in range(index, index + tries):
-            item %= len(self)
+class LatentFiles(Listed):
+    """Latents in EDM2's form: files float32 (8, h, w) of means and standard deviations, which
+    become means and log-variances, float16 (1, 2, 4, h, w). Raises UserError for other forms."""
+
+    kind = "latents"
+    noun = "latents"
+    dtype = np.float16
+    channels = 4
+    flips = False
+
+    def __init__(self, root: str | Path, classes: Sequence[str] | None = None):
+        super().__init__(containers.find(root, classes, containers.LATENTS))
+        self.size = self._first_size()
+        self.shape = (1, 2, self.channels, self.size, self.size)
+
+    def _first_size(self):
+        """Side of the first latent that can be read, of PROBED at most."""
+        for index in range(min(PROBED, len(self))):
             try:
-                return item, self.read(item)
+                return self.moments(index).shape[-1]
             except BadImage as error:
-                if bad is None:
-                    raise
-                bad.append(str(error))
-        if drop:
-            return None
-        raise UserError(
-            f"{self.root}: none of the {len(self):,} images can be read; the last: {bad[-1]}"
-        )
+                failure = error
+        raise failure
 
+    def moments(self, index: int) -> np.ndarray:
+        """Means and deviations of latent `index` as its file has them. Raises BadImage."""
+        file = io.BytesIO(self.content(index))
+        place = self.place(index)
+        try:
+            shape, fortran, dtype = NPY[np.lib.format.read_magic(file)](file)
+        except (ValueError, KeyError):
+            raise BadImage(place, "is no NumPy array") from None
+        if dtype != np.float32 or fortran or len(shape) != 3 or shape[0] != 2 * self.channels:
+            raise BadImage(place, f"is {dtype} {shape}; expected float32 (8, h, w)")
+        data = file.read()
+        if len(data) != 4 * np.prod(shape, dtype=object) or shape[1] != shape[2] or not data:
+            raise BadImage(place, f"is {shape} with {len(data):,} bytes; expected a square, whole")
+        return np.frombuffer(data, np.float32).reshape(shape)
 
-def _check_kind(root, folders, images):
-    if folders and images:
-        raise UserError(
-            f"{root} mixes images ({images[0]}) and folders ({folders[0]}); expected one folder of "
-            "images per class, or images alone"
-        )
-    if not folders and not images:
-        raise UserError(
-            f"{root} holds no images ({KNOWN}); expected one folder of them per class, or images "
-            "alone"
-        )
-
-
-def _list(folder):
-    """Sorted names of the folders and of the images in `folder`, hidden ones left out."""
-    folders = []
-    images = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
-                    images.append(entry.name)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder} is not a folder; expected images, one folder per class, or a shard set"
-        ) from None
-    return sorted(folders), sorted(images)
-
-
-def _list_class(root, name):
-    """Relative paths of the images of class folder `name`, sorted."""
-    folders, images = _list(root / name)
-    if not images:
-        advice = f"choose one of the folders in {root}" if folders else "fill or remove it"
-        raise UserError(
-            f"{root / name} holds no images ({KNOWN}) though its place makes it a class; {advice}"
-        )
-    return [os.path.join(name, image) for image in images]
+    def read(self, index: int) -> np.ndarray:
+        """Latent `index`, float16 (1, 2, 4, h, w) of mean and log-variance."""
+        mean, deviation = np.split(self.moments(index), 2)
+        place = self.place(index)
+        if mean.shape[-1] != self.size:
+            raise BadImage(place, f"is of side {mean.shape[-1]}; the first is of {self.size}")
+        if not (deviation > 0).all():
+            raise BadImage(place, "has deviations that are not above 0; is it in EDM2's form?")
+        with np.errstate(over="ignore"):
+            found = np.stack([mean, 2 * np.log(deviation)]).astype(np.float16)[None]
+        if not np.isfinite(found).all():
+            raise BadImage(place, "holds numbers beyond half precision")
+        return found
 
 
 # ------------------------------------------------------------------------------------- what it is
@@ -343,12 +388,13 @@ def open_data(
     *,
     exif: bool = False,
     default_size: int | None = None,
-) -> ImageFolder | Shards:
-    """The shard set or image folder at `path`, the latter read at `size`. Raises UserError for
-    anything else."""
+    classes: Sequence[str] | None = None,
+) -> Images | Shards:
+    """The shard set at `path`, or the images there in a folder or container, which are read at
+    `size`; of these classes alone unless None. Raises UserError for anything else."""
     if not shards.is_set(path):
-        return ImageFolder(path, size, channels, exif=exif, default_size=default_size)
-    found = Shards(path)
+        return Images(path, size, channels, exif=exif, default_size=default_size, classes=classes)
+    found = Shards(path, classes)
     sizes = (None, found.size, found.index["options"]["res"])
     if size not in sizes or channels not in (None, found.channels):
         raise UserError(

@@ -1,5 +1,5 @@
-"""`dimr encode`: a folder of images becomes a shard set (shards.py), of cropped pixels or of SD-VAE
-latents, whose preview.png shows images beside what the VAE makes of their latents.
+"""`dimr encode`: images in a folder or container become a shard set (shards.py), of cropped pixels
+or of SD-VAE latents, whose preview.png shows images beside what the VAE makes of their latents.
 
 A shard is a stretch of the folder's images, made by one process, whole or not at all. Nothing else
 decides its bytes, so any number of processes, killed at any moment and started again, end with the
@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +34,9 @@ SHARDS = 128  # about as many, unless told otherwise: a kill costs each process 
 MOST_SHARDS = 512  # a reader holds one file descriptor for each
 PREVIEW = 4  # images in preview.png
 FOREVER = 60 * 24 * 30  # minutes: processes only meet at the start and at the end
+SAMPLED = 256  # latents that others made whose statistics are looked at
+MEANS = np.asarray([0.86, -0.28, 0.22, 0.37])  # of sd-vae-ft-mse's latents of ImageNet, by channel
+MEANS_OF_EDM2 = np.asarray([5.81, 3.25, 0.12, -2.15])  # the same where pixels are in [0, 1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -42,7 +46,7 @@ class Job:
     is known before the start."""
 
     out: Path
-    folder: dataset.ImageFolder
+    folder: dataset.Listed
     plan: dict
     batch_size: int
     on_bad: str
@@ -68,9 +72,11 @@ class Job:
 def encode(
     source: str | Path,
     out: str | Path,
-    res: int,
+    res: int | None = None,
     *,
     pixels: bool = False,
+    from_latents: bool = False,
+    classes: Sequence[str] | None = None,
     vae_weights: str | Path = "sd-vae-ft-ema",
     channels: int | None = None,
     exif: bool = False,
@@ -82,25 +88,34 @@ def encode(
     workers: int | None = None,
     quiet: bool = False,
 ) -> dict:
-    """Encode image folder `source`, cropped to `res`, into the shard set `out`, or go on with it.
+    """Encode the images in `source`, of these `classes` alone unless None, cropped to `res`, into
+    the shard set `out`, or go on with it.
 
-    `pixels`: store the crops (`channels` 1 or 3, None to look), else the latents of image and flip
-    that the VAE gives whose weights have that name or path. `on_bad` "skip" leaves unreadable
-    images out. `shard_size` None makes about SHARDS. Latents depend on `batch_size` (on CUDA),
-    `precision` and the kind of device, pixels on none of them. Returns a summary dict. Raises
-    UserError; a disk too small or another set in `out` before anything is written."""
+    `from_latents`: take latents in EDM2's form, of images of `res` if that is given. `pixels`:
+    store the crops (`channels` 1 or 3, None to look). Else make the latents of image and flip, with
+    the VAE whose weights have that name or path. `on_bad` "skip" leaves unreadable images out.
+    `shard_size` None makes about SHARDS. Latents depend on `batch_size` (on CUDA), `precision` and
+    the kind of device, pixels on none of them. Returns a summary dict. Raises UserError; a disk too
+    small or another set in `out` before anything is written."""
     begun = time.monotonic()
     out = Path(out)
-    device = torch.device("cpu") if pixels else parallel.pick_device(device)
+    makes_latents = not (pixels or from_latents)
+    device = parallel.pick_device(device) if makes_latents else torch.device("cpu")
     parallel.start(torch.device("cpu"), minutes=FOREVER)
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())  # Coder changes it
         job = None
         if parallel.is_main():
             _check_folders(Path(source), out)
-            folder = dataset.ImageFolder(source, res, channels if pixels else 3, exif=exif)
+            if from_latents:
+                folder = _take_latents(source, classes, on_bad, quiet)
+            else:
+                channels = channels if pixels else 3
+                folder = dataset.Images(source, res, channels, exif=exif, classes=classes)
             plan = _plan(folder, shard_size)
-            if not pixels:
+            if from_latents:
+                plan = _taken_plan(plan, res, vae_weights)
+            elif makes_latents:
                 how = {"precision": precision, "batch_size": batch_size, "device": device.type}
                 plan = _latent_plan(plan, vae_weights, how)
             job = Job(out, folder, plan, batch_size, on_bad, workers)
@@ -114,14 +129,14 @@ def encode(
         parallel.barrier()  # nobody writes before that
         unfinished = bool(todo) or not (out / "index.json").is_file()
         coder = None
-        if unfinished and not pixels:
+        if unfinished and makes_latents:
             coder = Coder(_load_vae(job.plan, device), batch_size)
         _write_shards(job, mine, coder, quiet)
         parallel.barrier()
 
         if parallel.is_main():
             if unfinished:
-                _finish(job, coder)
+                _finish(job, coder, quiet)
             _remove(out, "plan.json", shards.ROW, ".lock")
         parallel.barrier()
     return _summary(job, todo, time.monotonic() - begun)
@@ -195,14 +210,20 @@ def _plan(folder, shard_size):
         )
     return {
         "format": shards.FORMAT,
-        "kind": "pixels",
+        "kind": folder.kind,
         "size": folder.size,
         "channels": folder.channels,
         "classes": folder.classes,
         "source": {"items": items, "fingerprint": folder.fingerprint},
         "shard_size": shard_size,
-        "options": {"res": folder.size, "exif": folder.exif, "crop": "adm"},
+        "options": _options(folder),
     }
+
+
+def _options(folder):
+    if folder.kind == "latents":
+        return {"res": folder.size * vae.DOWN, "from": "latents"}
+    return {"res": folder.size, "exif": folder.exif, "crop": "adm"}
 
 
 def _ratio_up(a, b):
@@ -231,6 +252,56 @@ def _latent_plan(plan, vae_weights, how):
         "vae_sha256": sha256(path),
         "scale": vae.SCALE,
     }
+
+
+def _taken_plan(plan, res, vae_weights):
+    """The same for latents that others made. `res` is what they should be of, or None."""
+    found = plan["options"]["res"]
+    if res not in (None, found):
+        raise UserError(f"these latents are of images of {found}, not {res}; leave --res out")
+    if vae_weights not in downloads.ASSETS:
+        vae_weights = str(downloads.find(vae_weights).resolve())
+    return {**plan, "flips": False, "vae": vae_weights, "vae_sha256": None, "scale": vae.SCALE}
+
+
+def _take_latents(source, classes, on_bad, quiet):
+    """The latents that others made in `source`; says the means of their channels, by a sample.
+    Raises UserError if they are EDM2's, of pixels in [0, 1]."""
+    folder = dataset.LatentFiles(source, classes)
+    means = _channel_means(folder, on_bad)
+    text = ", ".join(f"{value:.2f}" for value in means)
+    usual = ", ".join(f"{value:.2f}" for value in MEANS)
+    if np.abs(means - MEANS_OF_EDM2).max() < 1:
+        raise UserError(
+            f"{folder.root} holds latents of pixels in [0, 1], as EDM2 makes them: their channels' "
+            f"means are {text}, and no model here can use them (ImageNet's in [-1, 1]: {usual}); "
+            "encode the images"
+        )
+    line = f"means of the latents' channels: {text} (ImageNet's: {usual})"
+    if np.linalg.norm(means - MEANS_OF_EDM2) < np.linalg.norm(means - MEANS):
+        line += (
+            "; WARNING: they are nearer to those of pixels in [0, 1], which no model here can use"
+        )
+    if not quiet:
+        tqdm.write(line, file=sys.stderr)
+    return folder
+
+
+def _channel_means(folder, on_bad):
+    """Means (C,) of up to SAMPLED of these latents, evenly spaced."""
+    found = []
+    for index in np.linspace(0, len(folder) - 1, min(SAMPLED, len(folder))).astype(int):
+        try:
+            means = folder.moments(index)[: folder.channels].mean((1, 2))
+        except dataset.BadImage:
+            if on_bad == "error":
+                raise
+            continue
+        if np.isfinite(means).all():
+            found.append(means)
+    if not found:
+        raise UserError(f"{folder.root}: none of {SAMPLED} latents can be read; make them again")
+    return np.mean(found, 0)
 
 
 def _begin(out, plan):
@@ -279,9 +350,10 @@ def _check_room(job, todo, quiet):
     if len(todo) < len(job.stretches):
         count = f"{len(todo)} of {count}"
     if not quiet:
+        tqdm.write(job.folder.about, file=sys.stderr)
         tqdm.write(
-            f"{len(job.folder):,} images; {count} shards to write, {storage.size_text(need)}, "
-            f"with {storage.size_text(free)} free",
+            f"{len(job.folder):,} {job.folder.noun}; {count} shards to write, "
+            f"{storage.size_text(need)}, with {storage.size_text(free)} free",
             file=sys.stderr,
         )
 
@@ -307,7 +379,8 @@ def _bar(quiet, **options):
 
 
 def _write_shards(job, numbers, coder, quiet):
-    """Write the shards of these numbers and their rows, of pixels if `coder` is None."""
+    """Write the shards of these numbers and their rows. `coder` is what makes latents of images, or
+    None."""
     title = job.out.name
     if parallel.world_size() > 1:
         title += f", process 1 of {parallel.world_size()}"
@@ -322,8 +395,10 @@ def _write_shards(job, numbers, coder, quiet):
                 bar.update(len(items))
                 if len(images) == 0:
                     continue
-                if coder is None:
+                if job.plan["kind"] == "pixels":
                     data = images.permute(0, 2, 3, 1)
+                elif coder is None:
+                    data = images
                 else:
                     data = coder.encode(images)
                     _check_finite(data, job, items)
@@ -355,17 +430,17 @@ def _skipped(folder, items, bad):
     entries = []
     items = iter(items)
     for message in bad:
-        item = next(i for i in items if message.startswith(f"{folder.paths[i]}: "))
-        reason = message.removeprefix(f"{folder.paths[item]}: ")
-        entries.append({"item": item, "image": folder.paths.name(item), "reason": reason})
+        item = next(i for i in items if message.startswith(f"{folder.place(i)}: "))
+        reason = message.removeprefix(f"{folder.place(item)}: ")
+        entries.append({"item": item, "image": folder.name(item), "reason": reason})
     return entries
 
 
 def _check_finite(data, job, items):
     if not data.isfinite().all():
         raise UserError(
-            f"latents beyond half precision among {job.folder.paths[items[0]]} … "
-            f"{job.folder.paths[items[-1]]}; are {job.plan['vae']} the right weights?"
+            f"latents beyond half precision among {job.folder.place(items[0])} … "
+            f"{job.folder.place(items[-1])}; are {job.plan['vae']} the right weights?"
         )
 
 
@@ -419,8 +494,12 @@ def _load_vae(plan, device):
             f"{path} is not the VAE that {plan['vae']} was at the start; use one file "
             "for all processes"
         )
+    return _load_weights(path, device, DTYPES[plan["options"]["precision"]])
+
+
+def _load_weights(path, device, dtype):
     try:
-        return vae.load(path, device, DTYPES[plan["options"]["precision"]])
+        return vae.load(path, device, dtype)
     except ValueError as error:
         raise UserError(f"{error}; choose another --vae") from None
 
@@ -428,7 +507,7 @@ def _load_vae(plan, device):
 # ---------------------------------------------------------------------------------------- the end
 
 
-def _finish(job, coder):
+def _finish(job, coder, quiet):
     """Write the preview of latents, then the index."""
     rows = [row for _, row in sorted(shards.read_rows(job.out).items())]
     skipped = [entry for row in rows for entry in row["skipped"]]
@@ -438,26 +517,44 @@ def _finish(job, coder):
             f"{job.folder.root} holds no readable image; the first: {first['image']}: "
             f"{first['reason']}"
         )
-    if coder is not None:
-        left_out = [entry["item"] for entry in skipped]
-        stored = np.delete(np.arange(len(job.folder)), left_out)
-        pictures.save(_preview(job, rows, stored, coder), job.out / "preview.png")
+    if job.plan["kind"] == "latents":
+        _write_preview(job, rows, skipped, coder or _decoder(job.plan, quiet))
     shards.write_index(job.out, job.plan, rows)
 
 
-def _preview(job, rows, stored, coder):
-    """A PIL image: PREVIEW images, evenly spaced over the set, each followed by its decoded latent
-    mean. `stored`: which of the folder's images the set holds."""
+def _decoder(plan, quiet):
+    """A Coder for latents that others made, if its VAE is at hand, else None."""
+    path = Path(plan["vae"])
+    if plan["vae"] in downloads.ASSETS:
+        path = downloads.place(plan["vae"])
+    if path.is_file():
+        model = _load_weights(path, torch.device("cpu"), torch.float32)
+        return Coder(model, batch_size=1)
+    if not quiet:
+        tqdm.write(
+            f"no preview.png: {plan['vae']} is not here (dimr weights get {plan['vae']})",
+            file=sys.stderr,
+        )
+    return None
+
+
+def _write_preview(job, rows, skipped, coder):
+    """Draw PREVIEW images, evenly spaced over the set, each followed by its decoded latent mean, or
+    these alone if the images are not here. Does nothing without a coder."""
+    if coder is None:
+        return
+    stored = np.delete(np.arange(len(job.folder)), [entry["item"] for entry in skipped])
     starts = np.cumsum([0, *(row["count"] for row in rows)])
-    pairs = []
+    tiles = []
     for position in np.linspace(0, len(stored) - 1, min(PREVIEW, len(stored))).astype(int):
         shard = np.searchsorted(starts, position, "right") - 1
         data, _ = shards.map_shard(job.out / rows[shard]["file"])
         mean = torch.from_numpy(data[position - starts[shard], 0, 0].astype(np.float32))
         decoded = coder.decode(mean[None])[0]
-        pairs.append(job.folder.read(stored[position]))
-        pairs.append(decoded.permute(1, 2, 0).numpy())
-    return pictures.grid(pairs, columns=4)
+        if job.folder.kind == "pixels":
+            tiles.append(job.folder.read(stored[position]))
+        tiles.append(decoded.permute(1, 2, 0).numpy())
+    pictures.save(pictures.grid(tiles, columns=4), job.out / "preview.png")
 
 
 def _remove(out, *patterns):

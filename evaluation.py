@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+import containers
 import dataset
 import downloads
 import extraction
@@ -207,11 +208,13 @@ PAPER = {
 @dataclasses.dataclass(frozen=True)
 class Reference:
     """What to compare with: ADM's `.npz` (by name or path), a file that `dimr eval stats` wrote, or
-    images, of which those of a folder are cropped to `res` and turned as EXIF says if `exif`."""
+    images, of which those of a folder are cropped to `res` and turned as EXIF says if `exif`, and
+    only `classes` are taken unless None."""
 
     source: str | Path
     res: int | None = None
     exif: bool = False
+    classes: Sequence[str] | None = None
 
 
 def reference(
@@ -230,7 +233,9 @@ def reference(
             images, extractor, REFERENCE_IMAGES, batch_size=batch_size, quiet=quiet
         )
 
-    path = downloads.find(str(of.source))
+    path = Path(of.source)
+    if not containers.is_container(path):
+        path = downloads.find(str(of.source))
     if path.suffix == ".safetensors":
         found = Measured.load(path)
         if found.identity != extractor.identity:
@@ -241,7 +246,7 @@ def reference(
         return found if parallel.is_main() else None
     names = imagesets.names(path) if path.suffix == ".npz" else set()
     if not {"mu", "sigma"} <= names:
-        return measured(imagesets.open_set(path, of.res, of.exif))
+        return measured(imagesets.open_set(path, of.res, of.exif, of.classes))
     if not extractor.standard:
         raise UserError(
             f"{path} holds statistics of the {extraction.STANDARD}, not of {extractor.name}; give "
@@ -301,8 +306,8 @@ def fitting_reference(
         downloads.ask(f"imagenet{size}")
         return Reference(f"imagenet{size}")
     record = read_json(Path(run) / "config.json").get("data", {}) if run else {}
-    if record.get("kind") == "pixels" and Path(record["path"]).exists():
-        return Reference(record["path"], size, record["exif"])
+    if record.get("kind") == "pixels" and _is_there(record["path"]):
+        return Reference(record["path"], size, record["exif"], record.get("only"))
     if record.get("kind") == "latents" and (Path(record["path"]) / "index.json").is_file():
         index = shards.read_index(record["path"])
         for folder in (os.environ.get("DIMR_DATA"), "data/imagenet/train", "data/imagenet"):
@@ -314,11 +319,15 @@ def fitting_reference(
     )
 
 
+def _is_there(path):
+    return Path(path).exists() or containers.is_container(path)
+
+
 def _is_source(folder, index, size):
     """Whether the latents of this index were encoded from the images in `folder`."""
-    if not Path(folder).is_dir():
+    if not _is_there(folder):
         return False
-    images = dataset.ImageFolder(folder, size, 3)
+    images = dataset.Images(folder, size, 3)
     return images.fingerprint == index["source"]["fingerprint"]
 
 

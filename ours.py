@@ -32,6 +32,8 @@ MODULES = (
     "parallel",
     "randomness",
     "downloads",
+    "archives",
+    "containers",
     "shards",
     "dataset",
     "imagesets",

@@ -2,7 +2,8 @@
 
     shard-00000.safetensors    `labels` (n,) int64 and `data`: pixels uint8 (n, H, W, C), or latents
                                float16 (n, 2, 2, C, h, w), whose second axis is the image and its
-                               horizontal flip, the third mean and log-variance in the VAE's units
+                               horizontal flip, the third mean and log-variance in the VAE's units;
+                               where the index says "flips": false, of the image alone
     index.json                 the plan, what there is of each class, and a row for each shard; it
                                is written last
     plan.json                  until then: what the index will say, as far as it is known
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import containers
 from storage import UserError, read_json, sha256, write_json, writing
 
 FORMAT = 1  # of the set
@@ -34,12 +36,14 @@ ROW_KEYS = {"file", "count", "sha256", "skipped"}
 
 
 def item_shape(plan: dict) -> tuple[int, ...]:
-    """Shape of one item's data in the set of this plan or index: (H, W, C) or (2, 2, C, h, w)."""
+    """Shape of one item's data in the set of this plan or index: (H, W, C) or (2, 2, C, h, w), of
+    latents without flips (1, 2, C, h, w)."""
     size = plan["size"]
     channels = plan["channels"]
     if plan["kind"] == "pixels":
         return size, size, channels
-    return 2, 2, channels, size, size
+    views = 2 if plan.get("flips", True) else 1
+    return views, 2, channels, size, size
 
 
 def item_bytes(plan: dict) -> int:
@@ -59,17 +63,19 @@ def flipped(images: np.ndarray, flips: np.ndarray) -> torch.Tensor:
 
 
 class Shards:
-    """A finished shard set, memory-mapped. `index` is its parsed index.json; `size` of latents is
-    their grid's side (32 for images of 256). Raises UserError where a file is missing, damaged or
-    of another format."""
+    """A finished shard set, memory-mapped, or the items of some of its classes. `index` is its
+    parsed index.json; `size` of latents is their grid's side (32 for images of 256); `flips` is
+    whether items can be mirrored. Raises UserError where a file is missing, damaged or of another
+    format, or a class is unknown."""
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, classes: Sequence[str] | None = None):
         self.root = Path(root)
         self.index = read_index(root)
         self.kind = self.index["kind"]
         self.size = self.index["size"]
         self.channels = self.index["channels"]
         self.classes = self.index["classes"]
+        self.flips = self.index.get("flips", True)
         self.data = []
         labels = []
         for row in self.index["shards"]:
@@ -78,6 +84,23 @@ class Shards:
             labels.append(numbers)
         self.labels = np.concatenate(labels)
         self.starts = np.cumsum([0, *map(len, labels)])
+        self.about = f"{root}: {len(self.labels):,} {self.kind} that encode wrote"
+        self.chosen = classes
+        self.items = None  # which the labels are of; None: all
+        if classes is not None:
+            self._choose(classes)
+
+    def _choose(self, classes):
+        """Keep the items of these classes."""
+        known = self.classes
+        self.classes = containers.choose(self.root, known, classes)
+        numbers = np.full(len(known), -1)
+        numbers[[known.index(name) for name in self.classes]] = np.arange(len(self.classes))
+        labels = numbers[self.labels]
+        self.items = np.flatnonzero(labels >= 0)
+        self.labels = labels[self.items]
+        if len(self.items) == 0:
+            raise UserError(f"{self.root} holds no items of the chosen classes")
 
     def _map(self, row):
         """The data and labels of a row's shard, checked against the index."""
@@ -93,23 +116,29 @@ class Shards:
         return data, labels
 
     def __reduce__(self):  # a worker process maps the files itself
-        return Shards, (self.root,)
+        return Shards, (self.root, self.chosen)
 
     def __len__(self):
         return len(self.labels)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of index.json, which holds every shard's."""
-        return sha256(self.root / "index.json")
+        """Hex SHA-256 of index.json, which holds every shard's; of that and the classes, if these
+        were chosen."""
+        digest = sha256(self.root / "index.json")
+        if self.items is None:
+            return digest
+        return hashlib.sha256("\n".join([digest, *self.classes]).encode()).hexdigest()
 
     def batch(self, indices: Sequence[int], flips: Sequence[bool], bad=None, drop=False):
         """Pixels uint8 (B, C, H, W), or latents float16 (B, 2, C, h, w): mean and log-variance of
-        the image, or of its flip where `flips` (B,) says so; and labels int64 (B,). No item is bad
-        here."""
+        the image, or of its flip where `flips` (B,) says so and there are flips; and labels int64
+        (B,). No item is bad here."""
         indices = np.asarray(indices)
-        flips = np.asarray(flips, bool)
+        flips = np.asarray(flips, bool) & self.flips
         labels = torch.from_numpy(self.labels[indices])
+        if self.items is not None:
+            indices = self.items[indices]
         if self.kind == "pixels":
             return flipped(self._gather(indices), flips), labels
         return torch.from_numpy(self._gather(indices, flips.astype(int))), labels

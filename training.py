@@ -17,6 +17,7 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,14 +129,16 @@ OF_THE_RUN = {*MAY_CHANGE, "precision", "seed", "ema_profiles", "ema_every"}
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where training images come from. `path`: an image folder, read at `res` pixels (None: their
-    own size), or a shard set; None looks in the run's config.json."""
+    """Where training images come from. `path`: images in a folder or container, read at `res`
+    pixels (None: their own size), or a shard set; None looks in the run's config.json. `classes`:
+    the only ones to take."""
 
     path: str | Path | None = None
     res: int | None = None
     exif: bool = False
     on_bad: str = "error"  # or "skip": an unreadable image
     workers: int | None = None  # reading processes; None: by cores
+    classes: Sequence[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +206,7 @@ def make_plan(
         path=source.path or known.get("path"),
         res=source.res or known.get("res"),
         exif=source.exif or known.get("exif", False),
+        classes=source.classes or known.get("only"),
     )
     data = open_data(source, variant)
     recipe = recipe or {}
@@ -210,6 +214,7 @@ def make_plan(
     init = init or before.get("init")
     initial = None
     if init and not runfolder.checkpoints(out):
+<<<<<<< HEAD
         initial = read_initial(init, network.get("heads"), kind)
         check_kind(variant, init, initial.network.config)
     base = first_config(before, initial, variant, data, network)
@@ -221,13 +226,26 @@ def make_plan(
     config = configure(base, data, null_class, **network)
     if before and networks.kind(config) == "dimr" and config.blocks == base.blocks:
         config = dataclasses.replace(config, layers=base.layers)
+=======
+        initial, _ = runfolder.read_weights(runfolder.find_weights(init))
+    recipe = settle(before.get("recipe"), RECIPES[variant], recipe or {}, device)
+    if not data.flips:
+        recipe = dataclasses.replace(recipe, flip=False)
+    if before:
+        base = dimr.Config(**before["config"])
+    elif initial:
+        base = initial.config
+    else:
+        base = dimr.VARIANTS[variant]
+    config = configure(base, data, recipe.label_dropout > 0, **(network or {}))
+>>>>>>> containers
     record = {
         "variant": variant or before.get("variant") or defaults.OWN,
         "config": dataclasses.asdict(config),
         "recipe": dataclasses.asdict(recipe),
         "init": init and str(init),
         "data": {
-            "path": str(Path(source.path).resolve()),
+            "path": str(Path(data.root).resolve()),
             "kind": data.kind,
             "items": len(data),
             "res": source.res,
@@ -235,6 +253,8 @@ def make_plan(
             "fingerprint": data.fingerprint if parallel.is_main() else None,
         },
     }
+    if source.classes:
+        record["data"]["only"] = data.classes
     record = json.loads(json.dumps(record))  # as it reads back
     changed = {}
     if before and parallel.is_main():
@@ -294,9 +314,21 @@ def open_data(source, variant):
     if source.path is None:
         raise UserError("no training data: give --data FOLDER, or run dimr encode first")
     default = None
+<<<<<<< HEAD
     if variant and networks.VARIANTS[variant].space == "pixel":
         default = networks.VARIANTS[variant].size
     return dataset.open_data(source.path, source.res, exif=source.exif, default_size=default)
+=======
+    if variant and dimr.VARIANTS[variant].space == "pixel":
+        default = dimr.VARIANTS[variant].size
+    return dataset.open_data(
+        source.path,
+        source.res,
+        exif=source.exif,
+        default_size=default,
+        classes=source.classes,
+    )
+>>>>>>> containers
 
 
 def settle(values, changes, device):
@@ -849,6 +881,9 @@ def watch_fid(out, plan, extractor, watch):
 def begin(out, plan, device, say) -> State:
     """The state that a run goes on from: its newest whole checkpoint, else the initial weights,
     else fresh ones."""
+    say(plan.data.about)
+    if not plan.data.flips:
+        say("these latents are of the images alone: training goes without flips")
     state = State(new_network(plan.config, plan.recipe.seed), plan.recipe, device)
     newest = runfolder.newest_whole(out) if parallel.is_main() else None
     checkpoint = parallel.broadcast(newest)

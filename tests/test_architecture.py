@@ -19,6 +19,8 @@ PARTS = [
     "parallel",
     "randomness",
     "downloads",
+    "archives",
+    "containers",
     "shards",
     "dataset",
     "imagesets",

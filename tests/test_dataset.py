@@ -20,6 +20,7 @@ import torch
 from conftest import DATA
 from PIL import Image
 
+import archives
 import dataset
 import randomness
 from storage import UserError
@@ -237,14 +238,14 @@ def test_classes_are_numbered_by_sorted_folder_name(folder):
     (folder / "b" / ".hidden.png").write_bytes(b"")
     (folder / "b" / "notes.txt").write_text("not an image")
     (folder / "b" / "folder.png").mkdir()
-    data = dataset.ImageFolder(folder)
+    data = dataset.Images(folder)
     assert data.classes == ["b", "zebra"]
     assert data.labels.tolist() == [0] * 10 + [1] * 10
     assert data.labels.dtype == np.int64
     assert len(data) == 20
     assert (data.kind, data.size, data.channels) == ("pixels", 20, 3)
     expected = [folder / name / f"{i}.png" for name in ("b", "zebra") for i in range(10)]
-    assert list(data.paths) == [str(path) for path in expected]
+    assert [data.place(i) for i in range(20)] == [str(path) for path in expected]
 
 
 def test_a_flat_folder_is_one_class(folder):
@@ -253,15 +254,16 @@ def test_a_flat_folder_is_one_class(folder):
     assert data.labels.tolist() == [0] * 10
 
 
-def test_paths_come_back_as_they_were():
+def test_names_come_back_as_they_were():
     names = ["a/é.png", os.fsdecode(b"b/\xff.png"), "c/x y.png"]
-    paths = dataset.Paths("/photos", names)
-    assert [paths.name(i) for i in range(3)] == names
-    assert paths[-1] == "/photos/c/x y.png"
-    assert paths[-3] == "/photos/a/é.png"
-    assert len(paths) == 3
+    kept = archives.Names(names)
+    assert list(kept) == names
+    assert [kept[i] for i in range(3)] == names
+    assert kept[-1] == "c/x y.png"
+    assert kept[-3] == "a/é.png"
+    assert len(kept) == 3
     with pytest.raises(IndexError):
-        paths[3]
+        kept[3]
 
 
 def test_folders_that_are_not_data_are_refused_with_what_to_do(folder, tmp_path):
@@ -286,19 +288,19 @@ def test_folders_that_are_not_data_are_refused_with_what_to_do(folder, tmp_path)
 
 
 def test_size_is_the_images_own_only_if_they_share_one(folder):
-    assert dataset.ImageFolder(folder, default_size=64).size == 20
+    assert dataset.Images(folder, default_size=64).size == 20
     Image.fromarray(noise(20, 30)).save(folder / "b" / "5.png")
     with pytest.raises(UserError, match=r"20×20.*5\.png is 30×20.*--res"):
-        dataset.ImageFolder(folder)
-    assert dataset.ImageFolder(folder, default_size=64).size == 64
-    assert dataset.ImageFolder(folder, size=16, default_size=64).size == 16
+        dataset.Images(folder)
+    assert dataset.Images(folder, default_size=64).size == 64
+    assert dataset.Images(folder, size=16, default_size=64).size == 16
 
 
 def test_a_shared_size_that_is_not_square_is_nobodys(tmp_path):
     Image.fromarray(noise(20, 30)).save(tmp_path / "x.png")
     with pytest.raises(UserError, match="not of one square size .*x.png is 30×20"):
-        dataset.ImageFolder(tmp_path)
-    assert dataset.ImageFolder(tmp_path, default_size=64).size == 64
+        dataset.Images(tmp_path)
+    assert dataset.Images(tmp_path, default_size=64).size == 64
 
 
 MANY = dataset.PROBED + 20
@@ -312,13 +314,13 @@ def test_a_sample_is_all_of_a_few_images_and_reaches_from_the_first_to_the_last(
         Image.fromarray(noise(8, 8)).save(tmp_path / f"{i:03}.png")
     Image.fromarray(noise(8, 12)).save(tmp_path / f"{odd:03}.png")
     with pytest.raises(UserError, match=f"{odd:03}.png is 12×8"):
-        dataset.ImageFolder(tmp_path)
+        dataset.Images(tmp_path)
 
 
 def test_grey_folders_have_one_channel_and_colour_among_them_is_named(tmp_path):
     for i in range(3):
         Image.fromarray(noise(16, 16, 1, i)[..., 0]).save(tmp_path / f"{i}.png")
-    data = dataset.ImageFolder(tmp_path)
+    data = dataset.Images(tmp_path)
     assert data.channels == 1
     images, _ = data.batch([0], [False])
     assert images.shape == (1, 1, 16, 16)
@@ -328,7 +330,7 @@ def test_grey_folders_have_one_channel_and_colour_among_them_is_named(tmp_path):
     Image.fromarray(noise(16, 16)).save(tmp_path / "1.png")
     with pytest.raises(UserError, match=r"1\.png is in colour"):
         list(dataset.loader(data, [([0, 1], [False, False])], 0, on_bad="skip"))
-    assert dataset.ImageFolder(tmp_path).channels == 3
+    assert dataset.Images(tmp_path).channels == 3
 
 
 def test_colour_in_one_channel_alone_is_colour(tmp_path):
@@ -342,13 +344,13 @@ def test_colour_in_one_channel_alone_is_colour(tmp_path):
 
 
 def test_fingerprint_follows_names_and_sizes_but_not_the_place(folder, tmp_path):
-    before = dataset.ImageFolder(folder).fingerprint
+    before = dataset.Images(folder).fingerprint
     shutil.copytree(folder, tmp_path / "copy")
-    assert dataset.ImageFolder(tmp_path / "copy").fingerprint == before
+    assert dataset.Images(tmp_path / "copy").fingerprint == before
     (folder / "a" / "0.png").rename(folder / "a" / "00.png")
-    assert dataset.ImageFolder(folder).fingerprint != before
+    assert dataset.Images(folder).fingerprint != before
     (tmp_path / "copy" / "b" / "3.png").write_bytes(b"")
-    assert dataset.ImageFolder(tmp_path / "copy").fingerprint != before
+    assert dataset.Images(tmp_path / "copy").fingerprint != before
 
 
 def test_fingerprint_is_that_of_all_versions(folder):
@@ -358,16 +360,16 @@ def test_fingerprint_is_that_of_all_versions(folder):
         for i in range(10)
     ]
     expected = hashlib.sha256("".join(lines).encode()).hexdigest()
-    assert dataset.ImageFolder(folder).fingerprint == expected
+    assert dataset.Images(folder).fingerprint == expected
 
 
 def test_a_batch_holds_crops_and_mirrored_crops(folder):
-    data = dataset.ImageFolder(folder, size=16)
+    data = dataset.Images(folder, size=16)
     images, labels = data.batch([3, 12], np.array([False, True]))
     assert images.dtype == torch.uint8
     assert images.is_contiguous()
     assert labels.tolist() == [0, 1]
-    crops = [dataset.read_image(data.paths[i], 16) for i in (3, 12)]
+    crops = [dataset.read_image(data.place(i), 16) for i in (3, 12)]
     assert (images[0].permute(1, 2, 0).numpy() == crops[0]).all()
     assert (images[1].permute(1, 2, 0).numpy() == crops[1][:, ::-1]).all()
 
@@ -423,7 +425,7 @@ def forever():
 
 
 def test_any_number_of_workers_gives_the_same_batches(folder):
-    data = dataset.ImageFolder(folder, size=16)
+    data = dataset.Images(folder, size=16)
     order = randomness.Order(20, 0)
     before = torch.random.get_rng_state()
     runs = [list(dataset.loader(data, stretches(order, 7, 10), n)) for n in (0, 1, 2)]
@@ -438,7 +440,7 @@ def test_any_number_of_workers_gives_the_same_batches(folder):
 
 
 def test_readers_are_as_many_as_this_process_has_cores(folder, monkeypatch):
-    data = dataset.ImageFolder(folder)
+    data = dataset.Images(folder)
     for cores, processes, expected in ((2, 1, 2), (9, 2, 4), (9, 1, 8), (3, 8, 1)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: range(n), raising=False)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
@@ -451,7 +453,7 @@ def without(folder, *names):
     """The folder's data, with these files empty."""
     for name in names:
         (folder / name).write_bytes(b"")
-    return dataset.ImageFolder(folder, 16, 3)
+    return dataset.Images(folder, 16, 3)
 
 
 def messages(folder, *names):
@@ -514,11 +516,11 @@ def test_a_folder_without_a_readable_image_ends(folder):
     with pytest.raises(UserError, match="none of the 20 images can be read"):
         list(dataset.loader(data, [([0], [False])], 0, on_bad="skip"))
     with pytest.raises(dataset.BadImage):
-        dataset.ImageFolder(folder)
+        dataset.Images(folder)
 
 
 def test_a_killed_worker_is_an_error_here_and_not_in_the_training_step(folder):
-    data = dataset.ImageFolder(folder, size=16)
+    data = dataset.Images(folder, size=16)
     batches = dataset.loader(data, forever(), 2)
     next(batches)
     victim = multiprocessing.active_children()[0].pid
@@ -541,14 +543,14 @@ def test_a_worker_told_to_stop_as_it_starts_goes_on(folder, monkeypatch):
 
     monkeypatch.setattr(dataset, "_follow", told)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    data = dataset.ImageFolder(folder)
+    data = dataset.Images(folder)
     assert len(list(dataset.loader(data, [([0], [False])] * 5, 2))) == 5
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 ABANDON = """
 import itertools, sys, dataset
-images = dataset.ImageFolder(sys.argv[1])
+images = dataset.Images(sys.argv[1])
 batches = dataset.loader(images, itertools.repeat(([0], [False])), 2)
 try:
     next(batches)
@@ -568,7 +570,7 @@ WAIT = """
 import itertools, multiprocessing, sys, time, torch, dataset
 # PyTorch's own check, which a kill at the start misleads
 torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 10**6
-images = dataset.ImageFolder(sys.argv[1])
+images = dataset.Images(sys.argv[1])
 batches = dataset.loader(images, itertools.repeat(([0], [False])), 3)
 next(batches)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)

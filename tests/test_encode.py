@@ -127,12 +127,12 @@ COMMAND = (
 def test_pixel_shards_hold_every_crop_with_its_label(good, tmp_path):
     encode(good, tmp_path / "out", workers=2)
     data = dataset.open_data(tmp_path / "out")
-    source = dataset.ImageFolder(good, 32)
+    source = dataset.Images(good, 32)
     assert len(data) == len(source) == COUNT - 2
     assert data.classes == ["a", "b", "c"]
     assert (data.labels == source.labels).all()
     stored, _ = data.batch(np.arange(len(data)), np.zeros(len(data), bool))
-    crops = np.stack([dataset.read_image(path, 32) for path in source.paths])
+    crops = np.stack([source.read(i) for i in range(len(source))])
     assert (stored.permute(0, 2, 3, 1).numpy() == crops).all()
 
 
@@ -145,7 +145,7 @@ def test_the_index_and_the_summary_say_what_there_is(good, tmp_path):
     assert sorted(files) == ["index.json"] + [f"shard-{k:05}.safetensors" for k in range(6)]
     assert summary["bytes"] == sum(len(raw) for name, raw in files.items() if "shard" in name)
     index = read_json(tmp_path / "out" / "index.json")
-    fingerprint = dataset.ImageFolder(good, 32).fingerprint
+    fingerprint = dataset.Images(good, 32).fingerprint
     assert index["counts"] == [15, 14, 14]
     assert index["options"] == {"res": 32, "exif": False, "crop": "adm"}
     assert index["source"] == {"items": COUNT - 2, "fingerprint": fingerprint}
@@ -176,7 +176,7 @@ def test_latent_shards_hold_diffusers_mean_and_log_variance_of_image_and_flip(
     summary = encode(good, tmp_path / "out", pixels=False, vae_weights=vae_file)
     assert (summary["kind"], summary["size"], summary["channels"]) == ("latents", 4, 4)
     data = dataset.open_data(tmp_path / "out")
-    source = dataset.ImageFolder(good, 32)
+    source = dataset.Images(good, 32)
     every = np.arange(len(source))
     for flip in (False, True):
         flips = np.full(len(source), flip)
@@ -206,7 +206,7 @@ def test_preview_shows_images_beside_their_decoded_latents(good, theirs, vae_fil
     data = dataset.open_data(tmp_path / "out")
     original = sheet[2:66:2, 2:66:2]  # 32 pixels, doubled, in frames of 2
     decoded = sheet[2:66:2, 70:134:2]
-    assert (original == dataset.read_image(dataset.ImageFolder(good, 32).paths[0], 32)).all()
+    assert (original == dataset.read_image(dataset.Images(good, 32).place(0), 32)).all()
     latents, _ = data.batch([0], [False])
     with torch.inference_mode():
         image = theirs.decode(latents[:, 0].float()).sample[0].clamp(-1, 1)

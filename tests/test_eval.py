@@ -706,7 +706,7 @@ def test_latents_are_compared_with_the_images_they_were_made_from(digits, monkey
     index = {
         "format": shards.FORMAT,
         "kind": "latents",
-        "source": {"fingerprint": dataset.ImageFolder(digits, 8, 3).fingerprint},
+        "source": {"fingerprint": dataset.Images(digits, 8, 3).fingerprint},
         "options": {"exif": True},
     }
     storage.write_json("latents/index.json", index)

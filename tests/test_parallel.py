@@ -218,7 +218,7 @@ def test_a_failure_of_any_rank_is_named_with_it_and_ends_all(digits, tmp_path):
     shutil.copytree(digits, data)
     folder = dataset.open_data(data)
     read_by_rank_1 = randomness.Order(len(folder), 0)(8, 16)[0]
-    Path(folder.paths[int(read_by_rank_1[0])]).write_bytes(b"not an image")
+    Path(folder.place(int(read_by_rank_1[0]))).write_bytes(b"not an image")
     train = ["train", "--data", data, "--out", tmp_path / "run", *SMALL]
     done = dimr_command(*train, torchrun=2, check=False)
     assert done.returncode == 1
