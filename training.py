@@ -214,31 +214,19 @@ def make_plan(
     init = init or before.get("init")
     initial = None
     if init and not runfolder.checkpoints(out):
-<<<<<<< HEAD
         initial = read_initial(init, network.get("heads"), kind)
         check_kind(variant, init, initial.network.config)
     base = first_config(before, initial, variant, data, network)
     chosen, values = first_recipe(before, initial, variant, base, len(data), recipe)
     recipe = settle(values, recipe, device)
+    if not data.flips:
+        recipe = dataclasses.replace(recipe, flip=False)
     null_class = recipe.label_dropout > 0
     if before or initial:
         null_class |= base.null_class
     config = configure(base, data, null_class, **network)
     if before and networks.kind(config) == "dimr" and config.blocks == base.blocks:
         config = dataclasses.replace(config, layers=base.layers)
-=======
-        initial, _ = runfolder.read_weights(runfolder.find_weights(init))
-    recipe = settle(before.get("recipe"), RECIPES[variant], recipe or {}, device)
-    if not data.flips:
-        recipe = dataclasses.replace(recipe, flip=False)
-    if before:
-        base = dimr.Config(**before["config"])
-    elif initial:
-        base = initial.config
-    else:
-        base = dimr.VARIANTS[variant]
-    config = configure(base, data, recipe.label_dropout > 0, **(network or {}))
->>>>>>> containers
     record = {
         "variant": variant or before.get("variant") or defaults.OWN,
         "config": dataclasses.asdict(config),
@@ -314,13 +302,8 @@ def open_data(source, variant):
     if source.path is None:
         raise UserError("no training data: give --data FOLDER, or run dimr encode first")
     default = None
-<<<<<<< HEAD
     if variant and networks.VARIANTS[variant].space == "pixel":
         default = networks.VARIANTS[variant].size
-    return dataset.open_data(source.path, source.res, exif=source.exif, default_size=default)
-=======
-    if variant and dimr.VARIANTS[variant].space == "pixel":
-        default = dimr.VARIANTS[variant].size
     return dataset.open_data(
         source.path,
         source.res,
@@ -328,7 +311,6 @@ def open_data(source, variant):
         default_size=default,
         classes=source.classes,
     )
->>>>>>> containers
 
 
 def settle(values, changes, device):
