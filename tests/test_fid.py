@@ -402,6 +402,8 @@ def test_a_point_on_a_balls_edge_is_within():
     # real 5 lies 3 from the four at 8, whose balls have no width, and 5 from 10, whose has 2
     assert found["recall"] == 0
     assert found["coverage"] == 2 / 6
+    # with the parts exchanged, the same ball decides on recall
+    assert fid.manifold_metrics(fake, real)["recall"] == 4 / 6
 
 
 def test_precision_and_recall_are_torch_fidelitys():
