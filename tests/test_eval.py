@@ -438,7 +438,9 @@ def test_fewer_images_than_inceptions_features_are_remarked_on(count, warned):
     one = extraction.Measured(
         "", "", 256, count, extraction.STANDARD, "", torch.zeros(2048), torch.zeros(1, 1)
     )
-    line = f"{count:,} samples are fewer than the 2,048 features: Fréchet distances are biased upwards"
+    line = (
+        f"{count:,} samples are fewer than the 2,048 features: Fréchet distances are biased upwards"
+    )
     assert (line in evaluation.remarks("fid", one, None)) == warned
     assert line not in evaluation.remarks("is", one, None)  # which knows no such bias
 
