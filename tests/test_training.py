@@ -62,6 +62,21 @@ def test_what_a_sample_is_made_of_depends_on_its_position_alone():
     )
 
 
+def test_what_is_drawn_is_what_0_1_0_drew():
+    """So that its runs go on, and a seed gives the image that it gave."""
+    times = [0.8343258329715609, 0.5037377198890749, 0.24096762104591085, 0.27401587619557244]
+    assert randomness.uniform(5, "time", 14, 18).tolist() == times
+    noise = torch.tensor([[-0.7529266, -0.5306678], [-1.504608, 1.347067], [-1.993757, 1.44316]])
+    torch.testing.assert_close(
+        randomness.normal(5, "noise", 15, 18, (2,)), noise, rtol=1e-5, atol=0
+    )
+    start = torch.tensor([-0.1467951, 0.7861412, 0.9468216, -1.114344])
+    torch.testing.assert_close(randomness.start_noise((4,), 7), start, rtol=1e-5, atol=0)
+    items, flips = randomness.Order(7, 5)(5, 19)
+    assert items.tolist() == [2, 3, 3, 5, 2, 1, 0, 6, 4, 5, 6, 1, 4, 2]
+    assert flips.astype(int).tolist() == [1, 1, 1, 1, 0, 0, 1, 0, 0, 1, 0, 1, 1, 1]
+
+
 def test_noise_is_standard_normal_and_times_uniform():
     from scipy import stats
 
