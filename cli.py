@@ -1680,7 +1680,7 @@ def run_measurement(folder, values):
 
 
 @eval_group.command("fidelity")
-@click.argument("samples", type=click.Path(path_type=Path))
+@click.argument("samples", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option(
     "--classifier",
     default=JUDGE,
@@ -1697,7 +1697,8 @@ def run_measurement(folder, values):
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Folder for marked.csv and contact sheets [default: SAMPLES-marked].",
+    help="Folder for marked.csv and contact sheets [default: SAMPLES-marked, or of several "
+    "sets marked-NAMES].",
 )
 @res_option
 @click.option("--batch-size", type=POSITIVE, help="Images at once.")
@@ -1707,51 +1708,62 @@ def eval_fidelity(samples, classifier, threshold, out, res, batch_size, device, 
     """Mark images of low fidelity: a classifier gives their class a probability under the threshold
     (paper, Sec. 5.3).
 
-    SAMPLES: what sample wrote, an .npz with classes under arr_1, or one folder per class, in the
-    order of the classifier's classes (ImageNet's). Preprocessing: bicubic to 248, centre crop to
-    224, values to [-1, 1]. Not every image marked is distorted: let people judge the contact
-    sheets, and give their votes to dimr eval distortion.
+    Each of SAMPLES: what sample wrote, an .npz with classes under arr_1, or one folder per class,
+    in the order of the classifier's classes (ImageNet's). Preprocessing: bicubic to 248, centre
+    crop to 224, values to [-1, 1]. Not every image marked is distorted: let people judge the
+    contact sheets, and give their votes to dimr eval distortion.
 
-    Example: dimr eval fidelity samples/xl2r-cfg1.5-fast-250nfe/balanced-50000.npz
+    Of several sets the shares stand side by side, and the marked images of all are shuffled on one
+    set of sheets that doesn't say whose they are. The key lies beside the folder.
+
+    \b
+    Examples:
+      dimr eval fidelity samples/xl2r-cfg1.5-fast-250nfe/balanced-50000.npz
+      dimr eval fidelity dimr.npz uvit.npz dit.npz --out judged
     """
     import distortion
     import downloads
     import imagesets
     import parallel
 
-    images = imagesets.open_set(samples, res)
+    sets = [imagesets.open_set(path, res) for path in samples]
     if classifier == JUDGE:
         downloads.ask(classifier)
     judge = distortion.load(classifier, parallel.pick_device(device))
-    out = out or samples.with_name(f"{samples.stem}-marked")
-    result = distortion.mark(images, judge, out, threshold=threshold, batch_size=batch_size)
+    options = {"threshold": threshold, "batch_size": batch_size}
+    if len(sets) > 1:
+        result = distortion.compare(sets, judge, out, **options)
+        report(result, as_json, distortion.comparison_table(result))
+        return
+    out = out or samples[0].with_name(f"{samples[0].stem}-marked")
+    result = distortion.mark(sets[0], judge, out, **options)
     report(result, as_json, distortion.table(result))
 
 
 @eval_group.command("distortion")
 @click.argument("votes", type=click.Path(path_type=Path))
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    help="What dimr eval fidelity wrote beside the sheets of several sets: a rate for each.",
+)
 @json_option
-def eval_distortion(votes, as_json):
+def eval_distortion(votes, key, as_json):
     """The distortion rate that people's votes give, as in the paper's Sec. 5.3.
 
     VOTES is a CSV with the columns image, person, distorted (1/0 or yes/no). The rate is the mean
     over people of the share of the images they judged that they call distorted; the interval is
     Student's t over people, 95%.
 
-    Example: dimr eval distortion votes.csv
+    \b
+    Examples:
+      dimr eval distortion votes.csv
+      dimr eval distortion votes.csv --key judged-key.csv
     """
     import distortion
 
-    result = distortion.distortion(votes)
-    interval = " (one person: no interval)"
-    if result["interval"]:
-        interval = " (95% interval over people {:.1%} to {:.1%})".format(*result["interval"])
-    report(
-        result,
-        as_json,
-        f"distortion rate {result['distortion_rate']:.1%}{interval}: {len(result['people'])} "
-        f"people, {result['images']:,} images, {result['votes']:,} votes",
-    )
+    result = distortion.distortion(votes, key)
+    report(result, as_json, distortion.distortion_lines(result))
 
 
 if __name__ == "__main__":

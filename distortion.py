@@ -1,11 +1,13 @@
 """How much generated images are distorted (paper, Sec. 5.3): a classifier (ViT-B/16, vit.py) marks
-the images of low fidelity, people look at those, and the distortion rate is what they say."""
+the images of low fidelity, people look at those, and the distortion rate is what they say. Of
+several sets at once the marked images are shuffled, and a key kept apart says whose each is."""
 
 import ours
 
 import csv
 import dataclasses
 import statistics
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from storage import UserError, load_tensors, sha256, writing
 THRESHOLD = 0.2  # an intended class less probable than this marks low fidelity
 SHEET = 64  # images on a contact sheet
 COLUMNS = ("image", "person", "distorted")  # of votes
+KEY = ("image", "set", "original", "class", "probability")  # columns of a key
 CONFIDENCE = 0.95
 TRUTHS = {"1": True, "0": False, "yes": True, "no": False, "true": True, "false": False}
 BATCH_SIZE = {"cuda": 256, "mps": 32, "cpu": 16}
@@ -70,15 +73,16 @@ def mark(
     *,
     threshold: float = THRESHOLD,
     batch_size: int | None = None,
+    show: "Sheets | Judging | None" = None,
     quiet: bool = False,
 ) -> dict:
     """Mark those of `images` (imagesets) whose intended class has a probability under `threshold`.
 
     Writes into folder `out` marked.csv (image, class, name, probability) and contact sheets of the
-    marked ones. Returns a dict with their `share` and a row per class. Raises UserError where the
-    intended classes are not known."""
+    marked ones, unless `show` takes these. Returns a dict with their `share` and a row per class.
+    Raises UserError where the intended classes are not known."""
     check_classes(images, classifier.classes)
-    marking = Marking(images, classifier, Path(out), threshold)
+    marking = Marking(images, classifier, Path(out), threshold, show or Sheets(Path(out)))
     size = batch_size or BATCH_SIZE[classifier.device.type]
     firsts = range(0, len(images), size)
     stretches = [np.arange(first, min(first + size, len(images))) for first in firsts]
@@ -108,42 +112,63 @@ def check_classes(images, known: int):
         )
 
 
+class Sheets:
+    """Contact sheets in folder `out`, written as they fill."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.waiting = []  # (image, caption) for the next one
+        self.paths = []
+
+    def add(self, image: np.ndarray, caption: str):
+        self.waiting.append((image, caption))
+        if len(self.waiting) == SHEET:
+            self._write()
+
+    def take(self, marking: "Marking", number: int, image: np.ndarray):
+        """A marked image, under its probability and class."""
+        self.add(image, f"{marking.probabilities[number]:.2f} {marking.class_name(number)}")
+
+    def _write(self):
+        images = [image for image, _ in self.waiting]
+        captions = [caption for _, caption in self.waiting]
+        path = self.out / f"sheet-{len(self.paths):04d}.png"
+        pictures.save(pictures.grid(images, captions), path)
+        self.paths.append(str(path))
+        self.waiting.clear()
+
+    def finish(self) -> list[str]:
+        """Write what is left; returns the paths of all."""
+        if self.waiting:
+            self._write()
+        return self.paths
+
+
 class Marking:
     """Probabilities of the intended classes, and files that show the low ones."""
 
-    def __init__(self, images, classifier, out, threshold):
+    def __init__(self, images, classifier, out, threshold, show):
         self.images = images
         self.labels = images.labels
         self.classifier = classifier
         self.out = out
         self.threshold = threshold
+        self.show = show
         self.probabilities = np.empty(len(images))
-        self.waiting = []  # (number, image) for the next sheet
-        self.sheets = []  # paths
 
     def add(self, numbers, pixels, probabilities):
         """Take in the probabilities (B, classes) of the images `numbers`, uint8 (B, H, W, 3)."""
         intended = probabilities[range(len(numbers)), self.labels[numbers]].numpy()
         self.probabilities[numbers] = intended
         for row in np.flatnonzero(self.probabilities[numbers] < self.threshold):
-            self.waiting.append((numbers[row], pixels[row].numpy()))
-            if len(self.waiting) == SHEET:
-                self._write_sheet()
+            self.show.take(self, numbers[row], pixels[row].numpy())
 
-    def _write_sheet(self):
-        captions = [f"{self.probabilities[i]:.2f} {self._name(i)}" for i, _ in self.waiting]
-        path = self.out / f"sheet-{len(self.sheets):04d}.png"
-        pictures.save(pictures.grid([image for _, image in self.waiting], captions), path)
-        self.sheets.append(str(path))
-        self.waiting.clear()
-
-    def _name(self, i):
+    def class_name(self, i):
         return name_of(self.labels[i], self.classifier.classes)
 
     def finish(self):
         """Write the last sheet and marked.csv; returns what `mark` does."""
-        if self.waiting:
-            self._write_sheet()
+        sheets = self.show.finish()
         low = self.probabilities < self.threshold
         self._write_csv(np.flatnonzero(low))
         return {
@@ -154,17 +179,16 @@ class Marking:
             "source": str(self.images.path),
             "classifier_sha256": self.classifier.sha256,
             "out": str(self.out),
-            "sheets": self.sheets,
+            "sheets": sheets,
             "classes": self._by_class(low),
         }
 
     def _write_csv(self, numbers):
-        with writing(self.out / "marked.csv", "w") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["image", "class", "name", "probability"])
-            for i in numbers:
-                probability = f"{self.probabilities[i]:.4f}"
-                rows.writerow([self.images.name(i), self.labels[i], self._name(i), probability])
+        rows = []
+        for i in numbers:
+            probability = f"{self.probabilities[i]:.4f}"
+            rows.append([self.images.name(i), self.labels[i], self.class_name(i), probability])
+        write_rows(self.out / "marked.csv", ["image", "class", "name", "probability"], rows)
 
     def _by_class(self, low):
         counts = np.bincount(self.labels)
@@ -210,17 +234,162 @@ def table(result: dict, rows: int = 20) -> str:
     return "\n".join(lines)
 
 
+# ----------------------------------------------------------------------------- several sets at once
+
+
+class Judging:
+    """Marked images of several sets on their way to one shuffled set of contact sheets. They wait
+    in a file without a name, since a model's 80,000 can have gigabytes of them."""
+
+    def __init__(self, folder: Path, size: int):
+        self.shape = (size, size, 3)
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as this)
+        self.rows = []  # of the key, without the first column
+        self.captions = []
+        self.set = None  # the name of the one that is being marked
+
+    def take(self, marking: Marking, number: int, image: np.ndarray):
+        name = marking.images.name(number)
+        probability = f"{marking.probabilities[number]:.4f}"
+        self.file.write(image.tobytes())
+        self.rows.append((self.set, name, marking.labels[number], probability))
+        self.captions.append(marking.class_name(number))
+
+    def finish(self) -> list[str]:
+        """A set's sheets: none of its own."""
+        return []
+
+    def image(self, k: int) -> np.ndarray:
+        size = int(np.prod(self.shape))
+        self.file.seek(k * size)
+        return np.frombuffer(self.file.read(size), np.uint8).reshape(self.shape)
+
+    def shuffled(self, sheets: Sheets, key: Path, seed: int = 0) -> list[str]:
+        """Write the sheets in an order that the seed decides, each image under its number and class
+        and nothing else, and the key to whose it is. Returns the sheets' paths."""
+        order = np.random.default_rng(seed).permutation(len(self.rows))
+        rows = []
+        for place, k in enumerate(order):
+            label = f"i{place:05d}"  # a spreadsheet would cut a bare number's zeros
+            sheets.add(self.image(k), f"{label} {self.captions[k]}")
+            rows.append((label, *self.rows[k]))
+        write_rows(key, KEY, rows)
+        return sheets.finish()
+
+
+def write_rows(path: Path, header, rows):
+    """Write a CSV, whole or not at all."""
+    with writing(path, "w") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(header)
+        table.writerows(rows)
+
+
+def compare(
+    sets: list,
+    classifier: Classifier,
+    out: str | Path | None = None,
+    *,
+    threshold: float = THRESHOLD,
+    batch_size: int | None = None,
+    quiet: bool = False,
+) -> dict:
+    """`mark` several sets (imagesets), and show all their marked images as the paper's judges saw
+    them: in one shuffled set of contact sheets that names classes and not models.
+
+    Writes into folder `out` marked.csv of each set, in a folder of its own, and the sheets; beside
+    `out`, OUT-key.csv, which belongs to whoever counts the votes. Returns a dict with what `mark`
+    returns of each. Raises UserError."""
+    names = set_names([images.path for images in sets])
+    sizes = {images.size for images in sets}
+    if len(sizes) > 1:
+        raise UserError(
+            f"the sets hold images of {' and '.join(map(str, sorted(sizes)))} pixels, which would "
+            "tell them apart; compare sets of one size"
+        )
+    for images in sets:
+        check_classes(images, classifier.classes)
+    out = Path(out or f"marked-{'-'.join(names)}")
+    key = out.with_name(f"{out.name}-key.csv")
+    out.mkdir(parents=True, exist_ok=True)
+    judging = Judging(out, sizes.pop())
+    marked = {}
+    for name, images in zip(names, sets, strict=True):
+        judging.set = name
+        marked[name] = mark(
+            images,
+            classifier,
+            out / name,
+            threshold=threshold,
+            batch_size=batch_size,
+            show=judging,
+            quiet=quiet,
+        )
+    sheets = judging.shuffled(Sheets(out), key)
+    return {"sets": marked, "out": str(out), "sheets": sheets, "key": str(key)}
+
+
+def set_names(paths: list) -> list[str]:
+    """A short name for each path: its last part, or as many as it takes to tell all apart."""
+    if len(set(paths)) < len(paths):
+        raise UserError(
+            f"{', '.join(map(str, paths))}: the same set is given twice; compare others"
+        )
+    parts = [Path(path).resolve().with_suffix("").parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(one[-count:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"{', '.join(map(str, paths))} have the same name but for the ending; move one")
+
+
+def comparison_table(result: dict) -> str:
+    """The result of `compare` for people."""
+    lines = [f"{'set':30} {'low fidelity':>12} {'of':>8} {'share':>7}"]
+    for name, one in result["sets"].items():
+        row = f"{name[:30]:30} {one['marked']:12,} {one['images']:8,} {one['share']:7.1%}"
+        lines.append(row)
+    lines.append(
+        f"for the judges: {len(result['sheets'])} contact sheets in {result['out']}, shuffled; "
+        f"keep {result['key']} from them until dimr eval distortion VOTES --key {result['key']}"
+    )
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------- distortion rate
 
 
-def distortion(path: str | Path) -> dict:
+def distortion(path: str | Path, key: str | Path | None = None) -> dict:
     """The distortion rate that people's votes give: the mean over people of the share of images
-    they call distorted.
+    they call distorted; with a `key` that `compare` wrote, of each set by itself under `sets`.
 
     `path`: CSV with the columns image, person, distorted (1/0, yes/no, true/false). The interval is
     Student's t over people, who are few; None for one person. Returns a dict. Raises UserError
     naming the line at fault."""
     votes = read_votes(path)
+    found = rate_of(votes)
+    if key is None:
+        return found
+    owners = read_key(key)
+    strange = sorted(set().union(*votes.values()) - owners.keys())
+    if strange:
+        raise UserError(
+            f"{path} judges {strange[0]}, which {key} doesn't know ({len(strange)} such images); "
+            "give the key that was written with the contact sheets"
+        )
+    found["sets"] = {}
+    for name in dict.fromkeys(owners.values()):
+        own = {}
+        for person, judged in votes.items():
+            theirs = {image: vote for image, vote in judged.items() if owners[image] == name}
+            if theirs:
+                own[person] = theirs
+        found["sets"][name] = rate_of(own) if own else None
+    return found
+
+
+def rate_of(votes: dict[str, dict[str, float]]) -> dict:
+    """The distortion rate of votes, person → image → 1.0 or 0.0, with its interval."""
     shares = {person: statistics.mean(judged.values()) for person, judged in votes.items()}
     rate = statistics.mean(shares.values())
     return {
@@ -231,6 +400,39 @@ def distortion(path: str | Path) -> dict:
         "images": len(set().union(*votes.values())),
         "votes": sum(map(len, votes.values())),
     }
+
+
+def read_key(path: str | Path) -> dict[str, str]:
+    """Image → set, of a key that `compare` wrote. Raises UserError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} can't be read as a key ({error})") from None
+    if not rows or not {"image", "set"} <= rows[0].keys():
+        raise UserError(
+            f"{path} is no key: expected a CSV with the columns {', '.join(KEY)}, which dimr eval "
+            "fidelity writes for several sets"
+        )
+    return {row["image"]: row["set"] for row in rows}
+
+
+def distortion_lines(result: dict) -> str:
+    """The result of `distortion` for people."""
+    lines = [_rate_line("distortion rate", result)]
+    for name, one in result.get("sets", {}).items():
+        lines.append(_rate_line(name, one) if one else f"{name}: nobody judged an image of it")
+    return "\n".join(lines)
+
+
+def _rate_line(name, result):
+    interval = " (one person: no interval)"
+    if result["interval"]:
+        interval = " (95% interval over people {:.1%} to {:.1%})".format(*result["interval"])
+    return (
+        f"{name} {result['distortion_rate']:.1%}{interval}: {len(result['people'])} people, "
+        f"{result['images']:,} images, {result['votes']:,} votes"
+    )
 
 
 def _interval(rate, shares):

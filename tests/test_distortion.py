@@ -179,6 +179,124 @@ def test_samples_of_another_number_of_classes_are_refused(small):
     assert "of 1000 and the classifier knows 10" in message
 
 
+# Several sets at once
+
+
+def two_sets(counts=(80, 70), size=32):
+    """Sets of photographs in folders of models, in files of the same name."""
+    images = photographs(sum(counts), size).numpy()
+    labels = np.arange(sum(counts)) % 10
+    for name, part in (("dimr", slice(0, counts[0])), ("dit", slice(counts[0], None))):
+        Path(name).mkdir()
+        np.savez(f"{name}/set.npz", arr_0=images[part], arr_1=labels[part])
+    return images, labels
+
+
+def compared(classifier, *options):
+    done = run(
+        "fidelity", "dimr/set.npz", "dit/set.npz", "--classifier", classifier, *options, "--json"
+    )
+    return json.loads(done.stdout)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def tiles(sheets):
+    """The pictures on contact sheets, row by row: each was 32 pixels and is enlarged to 64."""
+    for path in sheets:
+        with Image.open(path) as sheet:
+            pixels = np.asarray(sheet)
+        rows, columns = pixels.shape[0] // 82, pixels.shape[1] // 68
+        for row in range(rows):
+            for column in range(columns):
+                tile = pixels[row * 82 + 2 :, column * 68 + 2 :][:64:2, :64:2]
+                if (tile < 255).any():  # the last row may not be full
+                    yield tile
+
+
+def test_several_sets_are_marked_side_by_side_and_shown_in_one_shuffled_set(small):
+    images, _ = two_sets()
+    result = compared(small, "--out", "judged")
+    alone = [marked(small, samples=f"{name}/set.npz") for name in ("dimr", "dit")]
+    assert list(result["sets"]) == ["dimr-set", "dit-set"]
+    for one, own in zip(result["sets"].values(), alone, strict=True):
+        assert (one["share"], one["marked"]) == (own["share"], own["marked"])
+        assert Path(one["out"], "marked.csv").read_text() == (
+            Path(own["out"], "marked.csv").read_text()
+        )
+        assert not list(Path(one["out"]).glob("*.png"))
+
+    key = read_csv("judged-key.csv")
+    assert len(key) == sum(own["marked"] for own in alone)
+    assert [row["image"] for row in key] == [f"i{k:05d}" for k in range(len(key))]
+    owners = [row["set"] for row in key]
+    assert owners != sorted(owners) and owners != sorted(owners, reverse=True)
+    offset = {"dimr-set": 0, "dit-set": 80}
+    shown = list(tiles(result["sheets"]))
+    assert len(shown) == len(key)
+    for row, tile in zip(key, shown, strict=True):
+        assert (tile == images[int(row["original"]) + offset[row["set"]]]).all()
+
+    again = compared(small, "--out", "again")
+    assert Path("again-key.csv").read_text() == Path("judged-key.csv").read_text()
+    assert len(again["sheets"]) == -(-len(key) // 64)
+    told = run("fidelity", "dimr/set.npz", "dit/set.npz", "--classifier", small).output
+    assert "keep marked-dimr-set-dit-set-key.csv from them" in told
+    assert f"{alone[0]['share']:.1%}" in told
+
+
+def test_votes_with_the_key_give_each_sets_rate(small):
+    two_sets(counts=(20, 20))
+    compared(small, "--out", "judged", "--threshold", 1)
+    key = read_csv("judged-key.csv")
+    rows = []
+    for person, doubtful in (("Ann", 3), ("Bob", 5)):
+        seen = {"dimr-set": 0, "dit-set": 0}
+        for row in key:
+            seen[row["set"]] += 1
+            vote = seen[row["set"]] <= doubtful * (1 + (row["set"] == "dit-set"))
+            rows.append(f"{row['image']},{person},{int(vote)}")
+    rows.append(f"{key[0]['image']},Cy,1")  # who saw an image of one set alone
+    write_votes(rows)
+    result = json.loads(run("distortion", "votes.csv", "--key", "judged-key.csv", "--json").stdout)
+    shares = {"dimr-set": [3 / 20, 5 / 20], "dit-set": [6 / 20, 10 / 20]}
+    shares[key[0]["set"]].append(1)
+    for name, expected in shares.items():
+        one = result["sets"][name]
+        assert one["distortion_rate"] == pytest.approx(np.mean(expected))
+        low, high = stats.t.interval(
+            0.95, len(expected) - 1, loc=np.mean(expected), scale=stats.sem(expected)
+        )
+        assert one["interval"] == pytest.approx([max(0, low), min(1, high)])
+    told = run("distortion", "votes.csv", "--key", "judged-key.csv").output.splitlines()
+    assert told[0].startswith("distortion rate") and len(told) == 3
+
+
+def test_sets_and_keys_that_do_not_fit_are_refused(small):
+    two_sets(counts=(12, 12))
+    np.savez("large.npz", arr_0=photographs(2, 64).numpy(), arr_1=np.arange(2))
+    message = refused("fidelity", "dimr/set.npz", "large.npz", "--classifier", small)
+    assert "the sets hold images of 32 and 64 pixels" in message
+    message = refused("fidelity", "dimr/set.npz", "dimr/set.npz", "--classifier", small)
+    assert "the same set is given twice" in message
+    assert not Path("marked-dimr-set-large").exists()
+    write_votes(["i00009,Ann,1"])
+    assert "nokey.csv can't be read as a key" in refused(
+        "distortion", "votes.csv", "--key", "nokey.csv"
+    )
+    assert "is no key" in refused("distortion", "votes.csv", "--key", "votes.csv")
+    Path("key.csv").write_text("image,set,original,class,probability\ni00001,a,0,0,0.1\n")
+    message = refused("distortion", "votes.csv", "--key", "key.csv")
+    assert "judges i00009, which key.csv doesn't know (1 such images)" in message
+    write_votes(["i00001,Ann,1"])
+    Path("key.csv").write_text("image,set\ni00001,a\ni00002,b\n")
+    told = run("distortion", "votes.csv", "--key", "key.csv").output
+    assert "b: nobody judged an image of it" in told
+
+
 # Votes
 
 
