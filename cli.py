@@ -172,6 +172,23 @@ class Numbers(click.ParamType):
         self.fail(message, param, context)
 
 
+class Rows(click.ParamType):
+    """Comma-separated keys of one of our tables, as a tuple."""
+
+    def __init__(self, module, table):
+        self.keys = ours.keys(module, table)
+        self.name = ",".join(self.keys)
+
+    def convert(self, value, param, context):
+        if isinstance(value, tuple):
+            return value
+        rows = tuple(value.split(","))
+        for row in rows:
+            if row not in self.keys:
+                self.fail(f"{row!r} is not one of {', '.join(self.keys)}", param, context)
+        return rows
+
+
 class Seeds(click.ParamType):
     """Seeds as a list of numbers and ranges: 0-63 or 3,7,10-12."""
 
@@ -385,6 +402,12 @@ shape_options = Options(
     click.option("--layers", type=Numbers(int, "39,20"), help="Layers per branch, coarse to fine."),
     click.option("--dims", type=Numbers(int, "960,480"), help="Widths per branch."),
     click.option("--heads", type=POSITIVE),
+    click.option(
+        "--blocks",
+        "kinds",
+        type=Rows("dimr", "BLOCKS"),
+        help="Kind of blocks, by branch [default: transformer, then convnext].",
+    ),
     click.option("--norm", type=row_of("dimr", "NORMS")),
     click.option("--mlp", type=row_of("dimr", "MLPS")),
 )

@@ -16,6 +16,7 @@ VARIANTS = {**dimr.VARIANTS, **peers.VARIANTS}
 
 # A peer's fields under the names that the command line has for a network's. The first two are one
 # number each, since a peer has no branches.
+OPTIONS = {"kinds": "blocks"}  # fields whose option is called otherwise
 PEER_FIELDS = {"layers": "depth", "dims": "width", "heads": "heads", "patch": "patch"}
 
 
@@ -98,7 +99,7 @@ def changed(config: Config, changes: dict, **fields) -> Config:
         known = PEER_FIELDS
         if config.learned_variance:
             fields["learned_variance"] = False  # training here leaves it out
-    strange = [f"--{name}" for name in changes if name not in known]
+    strange = [f"--{OPTIONS.get(name, name)}" for name in changes if name not in known]
     if strange:
         options = [name for name in PEER_FIELDS if name in known]
         raise ValueError(

@@ -81,6 +81,15 @@ def test_choices_are_the_tables_rows():
     assert draw["preset"] == list(space.PRESETS)
 
 
+def test_kinds_of_blocks_are_chosen_by_branch():
+    kinds = ["--blocks", "transformer,transformer"]
+    plain = json.loads(invoke("info", "--variant", "demo", "--json").output)
+    changed = json.loads(invoke("info", "--variant", "demo", *kinds, "--json").output)
+    assert [branch["kind"] for branch in plain["branches"]] == ["transformer", "convnext"]
+    assert [branch["kind"] for branch in changed["branches"]] == ["transformer"] * 2
+    assert changed["gmacs"] > plain["gmacs"]
+
+
 def test_every_metric_is_a_command_and_has_words():
     for name, metric in evaluation.METRICS.items():
         assert metric.help in " ".join(cli.eval_group.commands[name].help.split())
@@ -220,6 +229,9 @@ def test_info_says_both_counts_of_row_2_of_table_2():
     "arguments, status, words",
     [
         (["info", "--variant", "xxl"], 2, "xl2r"),
+        (["info", "--variant", "demo", "--blocks", "convnext,convnext"], 1, "see no class token"),
+        (["info", "--variant", "demo", "--blocks", "mamba"], 2, "'mamba' is not one of"),
+        (["info", "--variant", "uvit-m4", "--blocks", "transformer"], 1, "--blocks is not for"),
         (["train", "--variant", "xxl"], 2, "xl2r"),
         (["train", "--betas", "0.9"], 2, "0.99,0.99"),
         (["train", "--steps", "0"], 2, "--steps"),
