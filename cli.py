@@ -75,7 +75,7 @@ class Group(click.Group):
         try:
             return self.run(context)
         except click.ClickException as error:
-            if context.meta["json"]:
+            if context.meta["json"] and "reported" not in context.meta:
                 report({"error": error.format_message()}, True, "")
             raise
 
@@ -361,6 +361,7 @@ def report(result, as_json, text):
         return
     if as_json:
         text = json.dumps(result)
+    click.get_current_context().meta["reported"] = True
     click.echo(text)
 
 

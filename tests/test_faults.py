@@ -276,7 +276,7 @@ TABLE = [  # command line, exit status, words of the message
     (
         "encode --data {spoiled} --on-bad-image skip",
         0,
-        "cut.png|zero.png|fake.png|bomb.png|12 pixels",
+        "cut.png|zero.png|fake.png|bomb.png|12 images",
     ),
     ("encode --data {oneclass}", 0, "6 images of 1 classes"),
     ("encode --data {one} --batch-size 64", 0, "1 images of 1 classes"),

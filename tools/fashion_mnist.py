@@ -2,9 +2,9 @@
 
     apt-get install dataset-fashion-mnist             # Debian: 60,000 + 10,000 real 28 × 28 images
     python tools/fashion_mnist.py write data/fashion  # -> data/fashion/{train,test}/CLASS/*.png
-    dimr train --data data/fashion/train ...          # docs/fashion.md has the command
-    dimr sample --balanced -n 2000
-    python tools/fashion_mnist.py judge data/fashion samples/.../balanced-2000.npz
+    dimr train --data data/fashion/train --steps 3500
+    dimr sample --balanced -n 1000 --out samples/fashion.npz
+    python tools/fashion_mnist.py judge data/fashion samples/fashion.npz
 
 Images are padded to 32 × 32."""
 
@@ -52,21 +52,20 @@ def write(out):
             Image.fromarray(image).save(path)
 
 
+def read(folder):
+    """All images and labels of a folder, in an order that a seed decides: the folder is sorted by
+    class."""
+    data = dataset.open_data(folder)
+    images, labels = data.batch(range(len(data)), np.zeros(len(data), bool))
+    order = np.random.default_rng(0).permutation(len(data))
+    return digits_demo.Digits(images.numpy()[order], labels.numpy()[order], order)
+
+
 def judge(out, samples):
-    folders = [dataset.open_data(out / split) for split in ("train", "test")]
-    (train, _), (test, labels) = (
-        folder.batch(range(len(folder)), np.zeros(len(folder), bool)) for folder in folders
-    )
     with np.load(samples) as arrays:
-        made, classes = arrays["arr_0"][..., 0], arrays["arr_1"]
-    order = np.random.default_rng(0).permutation(len(test))  # the folder is sorted by class
-    print(
-        json.dumps(
-            digits_demo.judge(
-                test.numpy()[order], labels.numpy()[order], made, classes, train.numpy()
-            )
-        )
-    )
+        made = digits_demo.Digits(arrays["arr_0"][..., 0], arrays["arr_1"], None)
+    figures = digits_demo.judge(read(out / "test"), made, read(out / "train").images)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,25 @@
+"""tools/fashion_mnist.py, on digits in Fashion-MNIST's place: the package need not be installed."""
+
+import json
+import shutil
+
+import fashion_mnist
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_judge_recognises_real_images_and_no_noise(digits, tmp_path, capsys):
+    shutil.copytree(digits, tmp_path / "train")
+    shutil.copytree(digits, tmp_path / "test")
+    real = fashion_mnist.read(tmp_path / "test")
+    images = np.repeat(real.images.transpose(0, 2, 3, 1), 3, axis=3)
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
+    shares = {}
+    for name, made in (("real", images), ("noise", noise)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=made, arr_1=real.labels)
+        fashion_mnist.judge(tmp_path, tmp_path / f"{name}.npz")
+        shares[name] = json.loads(capsys.readouterr().out)["accuracy_generated"]
+    assert shares["real"] > 0.8
+    assert shares["noise"] < 0.3
