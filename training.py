@@ -542,7 +542,8 @@ class State:
         labels = torch.zeros(micro, dtype=torch.long, device=self.device)
         with parallel.autocast(self.device, self.recipe.precision):
             predictions = self.model(blank, tau, labels)
-        sums, _ = diffusion.multi_scale_loss(predictions, blank, self.recipe.target_scale)
+        recipe = self.recipe
+        sums, _ = diffusion.multi_scale_loss(predictions, blank, recipe.target_scale, recipe.loss)
         sums.sum().backward()
         self.optimizer.zero_grad()
 
