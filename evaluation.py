@@ -165,8 +165,8 @@ def in_words(names: Sequence[str], word: str = "and") -> str:
     return f"{', '.join(names[:-1])} {word} {names[-1]}"
 
 
-# Published results by variant: (what, {metric: value}). Tables 5 to 7 of the paper, and the
-# release's page for g2r.
+# Published results by variant: (what, {metric: value}). Tables 1, 2 and 5 to 7 of the paper, and
+# the release's page for g2r.
 PAPER = {
     "m3r": [
         ("no guidance", {"fid": 3.65, "inception_score": 42.41, "precision": 0.74, "recall": 0.59})
@@ -199,6 +199,43 @@ PAPER = {
         ("800 epochs, none", {"fid": 7.93}),
     ],
     "g2r": [("800 epochs", {"fid": 1.63})],
+    "uvit-m4": [
+        ("no guidance", {"fid": 5.85, "inception_score": 33.71, "precision": 0.69, "recall": 0.61})
+    ],
+    "uvit-l4": [
+        ("no guidance", {"fid": 4.26, "inception_score": 40.66, "precision": 0.71, "recall": 0.62})
+    ],
+    "uvit-l2": [
+        ("guidance", {"fid": 3.40, "inception_score": 219.9, "precision": 0.83, "recall": 0.52})
+    ],
+    "uvit-h2": [
+        ("guidance", {"fid": 2.29, "inception_score": 263.9, "precision": 0.82, "recall": 0.57}),
+        ("none", {"fid": 6.58}),
+    ],
+    "uvit-l4-512": [
+        ("guidance", {"fid": 4.67, "inception_score": 213.3, "precision": 0.87, "recall": 0.45})
+    ],
+    "uvit-h4": [
+        ("guidance", {"fid": 4.05, "inception_score": 263.8, "precision": 0.84, "recall": 0.48}),
+        ("none", {"fid": 15.70}),
+    ],
+    "dit-xl2": [
+        ("guidance", {"fid": 2.27, "inception_score": 278.2, "precision": 0.83, "recall": 0.57}),
+        ("none", {"fid": 9.62}),
+    ],
+    "dit-xl2-512": [
+        ("guidance", {"fid": 3.04, "inception_score": 240.8, "precision": 0.84, "recall": 0.54}),
+        ("none", {"fid": 12.03}),
+    ],
+    "sit-xl2": [
+        ("guidance", {"fid": 2.06, "inception_score": 270.3, "precision": 0.82, "recall": 0.59})
+    ],
+    "table2-1": [("Table 2", {"fid": 5.85})],
+    "table2-2": [("Table 2", {"fid": 5.44})],
+    "table2-3": [("Table 2", {"fid": 7.91})],
+    "table2-4": [("Table 2", {"fid": 5.21})],
+    "table2-5": [("Table 2", {"fid": 4.86})],
+    "table2-6": [("Table 2", {"fid": 3.65})],
 }
 
 

@@ -3,6 +3,7 @@ exit status, nothing half-written and nothing lost. Faults that need processes o
 test_resume, test_parallel and soak."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -19,11 +20,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import DATA
 from PIL import Image
 from safetensors.torch import save_file
 
 import cli
 import dataset
+import networks
 import runfolder
 import training
 from storage import load_tensors, save_tensors
@@ -38,6 +41,7 @@ DEFAULTS = {  # what every row of a command has besides what it says
     "encode": "--pixels --res 8 --workers 0 --device cpu --out {out}",
     "convert": "",
     "info": "",
+    "analyse": "",
     "curves": "",
     "ema": "",
     "demo": "",
@@ -76,6 +80,26 @@ def digest(folder):
         for path in sorted(folder.rglob("*"))
         if path.name != ".lock" and not path.is_symlink()
     }
+
+
+def peer_files(w):
+    """Files of others: a small DiT, whose kind and heads no tensor tells; one without its last
+    layer; a training checkpoint that holds what none should; a U-ViT of ours; a key and votes."""
+    arrays = load_tensors(DATA / "dit.safetensors")[0]
+    tensors = {}
+    for name, value in arrays.items():
+        if name.startswith("weight."):
+            tensors[name.removeprefix("weight.")] = value
+    torch.save(tensors, w / "dit.pt")
+    headless = {name: value for name, value in tensors.items() if "final_layer" not in name}
+    torch.save(headless, w / "headless.pt")
+    torch.save({"ema": tensors, "args": Code(str(w / "ran"))}, w / "checkpoint.pt")
+    config = dataclasses.replace(
+        networks.VARIANTS["uvit-m4"], size=8, channels=1, width=8, depth=1, heads=1, num_classes=2
+    )
+    runfolder.write_weights(w / "uvit.safetensors", networks.new(config), {})
+    (w / "key.csv").write_text("image,set\ni00000,a\n")
+    (w / "votes.csv").write_text("image,person,distorted\ni00007,Ann,1\n")
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +163,7 @@ def world(trained, tmp_path_factory):
         {**tensors, "branches.0.position": tensors["branches.0.position"] * float("nan")},
         about,
     )
+    peer_files(w)
     config = json.loads(about["config"])
     save_tensors(
         w / "other.safetensors",
@@ -221,6 +246,15 @@ NETWORKS = WEIGHTS + [
     ("{other.safetensors}", "other.safetensors|does not fit"),
     ("{else.safetensors}", "else.safetensors|does not fit"),
 ]
+PEERS = [  # what a file of others' needs to be told, and what can't be mended so
+    ("{dit.pt}", "--kind dit or --kind sit"),
+    ("{dit.pt} --kind dit", "give it with --heads"),
+    ("{dit.pt} --kind dit --heads 5", "heads 5 does not divide the width 48"),
+    ("{headless.pt} --kind dit --heads 3", "missing final_layer.linear.weight"),
+    ("{checkpoint.pt} --kind dit --heads 3", "checkpoint.pt|nothing in it was run"),
+    ("{uvit.safetensors} --kind dit", "--kind dit: it says that it is uvit"),
+]
+DIT = "--weights {dit.pt} --kind dit --heads 3"
 PLACES = [("{readonly}", "readonly|/sys/dimr"), ("{text}/x", "text")]
 EVAL = "eval {} --features plain_features:pooled --device cpu"
 
@@ -305,6 +339,29 @@ TABLE = [  # command line, exit status, words of the message
     ("curves {text}", 1, "text"),
     ("curves", 1, "no run"),
     ("info --variant xxl", 2, "xl2r"),
+    *[(f"info {weights}", 1, words) for weights, words in PEERS],
+    *[(f"sample --weights {weights}", 1, words) for weights, words in PEERS],
+    (f"sample {DIT} --cfg-channels 5 --cfg 2", 1, "guidance of 5 channels: this network has 4"),
+    (f"sample {DIT} --cfg-channels 0", 2, "--cfg-channels"),
+    (f"sample {DIT} --solver ddpm --steps 1", 1, "1 steps of DDPM are not between 2 and 1000"),
+    (f"sample {DIT} --solver ddpm --grid time", 1, "ddpm lays its times itself; leave out --grid"),
+    ("sample --weights {ema} --solver ddpm", 1, "kind dimr does not have|such as ancestral"),
+    ("sample --weights {uvit.safetensors} --cfg 2", 1, "null class"),
+    ("convert {uvit.safetensors} {out}.pth", 1, "kind uvit; write|safetensors instead"),
+    ("train --data {good} --variant m3r --init {uvit.safetensors}", 1, "of kind uvit|kind dimr"),
+    ("train --data {good} --init {dit.pt}", 1, "--kind dit or --kind sit"),
+    ("train --data {good} --variant dit-b2 --norm tdln", 1, "--norm is not for this kind, dit"),
+    ("train --data {good} --variant uvit-m4", 1, "--layers 1,1 has 2 numbers"),
+    ("train --data {good} --patch 2", 1, "--patch is not for this kind, dimr"),
+    ("train --data {good} --loss coarse", 2, "--loss"),
+    ("analyse pca --weights {ema}", 1, "has no adaLN-Zero"),
+    ("analyse pca --weights {uvit.safetensors}", 1, "has no adaLN-Zero"),
+    ("analyse time --weights {uvit.safetensors}", 1, "has no TD-LN"),
+    (f"analyse time {DIT}", 1, "has no TD-LN"),
+    (f"analyse pca {DIT} --layers 5", 1, "layer 5 is not one of 1 to 4"),
+    ("analyse time --weights {ema} --layers 4", 1, "layer 4 is not one of 1 to 3"),
+    (f"analyse pca {DIT} --layers a", 2, "--layers"),
+    *[(f"analyse time --weights {weights}", 1, words) for weights, words in NETWORKS],
     ("weights get xxl", 2, "xl2r"),
     ("weights get xl2r", 1, "DIMR_OFFLINE"),
     *[(f"demo --out {out}", 1, words) for out, words in PLACES],
@@ -356,6 +413,11 @@ TABLE = [  # command line, exit status, words of the message
     *[(f"{EVAL.format('stats')} {{good}} {out}/a.safetensors", 1, words) for out, words in PLACES],
     ("eval stats {good} {out}", 2, "safetensors"),
     ("eval distortion {missing}", 1, "missing"),
+    ("eval distortion {votes.csv} --key {missing}", 1, "missing|can't be read as a key"),
+    ("eval distortion {votes.csv} --key {votes.csv}", 1, "votes.csv is no key"),
+    ("eval distortion {votes.csv} --key {key.csv}", 1, "judges i00007, which|doesn't know"),
+    ("eval fidelity {images.npz} {images.npz} --classifier {cut.pth}", 1, "cut.pth"),
+    ("eval fidelity", 2, "SAMPLES"),
     ("eval distortion {text}", 1, "text"),
     ("eval fid {images.npz} -n 4", 2, "SAMPLES"),
 ]
