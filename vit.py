@@ -81,6 +81,10 @@ def from_state_dict(tensors: dict[str, torch.Tensor]) -> ViT:
     return network.eval().requires_grad_(False)
 
 
+def _is_finite(tensor):
+    return tensor is None or bool(tensor.isfinite().all())
+
+
 def _check_names(network, tensors):
     shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
     faults = [f"unknown {name}" for name in tensors if name not in shapes]
@@ -90,6 +94,7 @@ def _check_names(network, tensors):
         for name, shape in shapes.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
+    faults += [f"{name} is not finite" for name in shapes if not _is_finite(tensors.get(name))]
     if faults:
         raise ValueError(f"{len(faults)} of {len(shapes)} tensors don't fit: " + "; ".join(faults))
 

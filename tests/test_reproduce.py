@@ -132,7 +132,11 @@ def place(tmp_path_factory):
         torch.save(small_peer(variant, size).state_dict(), root / f"{name}.pth")
     torch.save(small_peer("sit-xl2", 4).state_dict(), root / "SiT-XL-2-256.pt")
     np.savez(root / "images.npz", arr_0=photographs(8, 32).numpy())
-    torch.save(vit.ViT(32, 16, 64, 1, 64, 1000).state_dict(), root / "vit.pth")
+    judge_network = vit.ViT(32, 16, 64, 1, 64, 1000)
+    with torch.no_grad():  # which hold whatever memory held
+        judge_network.cls_token.normal_(std=0.02)
+        judge_network.pos_embed.normal_(std=0.02)
+    torch.save(judge_network.state_dict(), root / "vit.pth")
     return root
 
 
