@@ -197,7 +197,8 @@ def test_rank_0_alone_prints_and_writes(digits, tmp_path):
     assert len(done.stdout.strip().splitlines()) == 1
     assert json.loads(done.stdout)["step"] == 12
     assert "12/12" in done.stderr
-    assert "rank" not in done.stderr
+    assert not re.search(r"\brank \d", done.stderr)
+    assert done.stderr.count("a new run") == 1
     assert [line["step"] for line in journal.read_metrics(run)] == list(range(1, 13))
 
 
