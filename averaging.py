@@ -135,10 +135,16 @@ def warn(line):
 
 
 def rebuild(run, width: float, step: int | None = None, say: Callable = warn) -> Rebuilt:
-    """The average of `width` that run folder `run` had after `step`, a snapshot's (None: the last).
+    """The average of `width` that run folder `run` had after `step`, a snapshot's (None: the one
+    that RUN@STEP names, else the last).
 
     Snapshots that are damaged or missing are said through `say` and done without. Raises UserError
     where those that are left don't span the width."""
+    run, named = runfolder.run_and_step(run)
+    if step is None:
+        step = named
+    elif named not in (None, step):
+        raise UserError(f"{run}@{named} and --step {step} name two steps; give one")
     known = read_run(run)
     found = snapshots(run)
     if not found:

@@ -415,7 +415,7 @@ shape_options = Options(
 
 
 @main.command()
-@click.argument("what", required=False, metavar="[RUN|FILE|NAME]")
+@click.argument("what", required=False, metavar="[RUN|RUN@STEP|FILE|NAME]")
 @click.option("--variant", type=VARIANT, help=f"[default: {DEFAULT_VARIANT}]")
 @shape_options
 @kind_option
@@ -438,6 +438,7 @@ def info(what, variant, kind, micro_batch, ema_profiles, as_json, **shape):
       dimr info --variant xl2r --micro-batch 64
       dimr info --variant m3r --layers 9,5 --dims 384,192 --heads 6
       dimr info runs/mine
+      dimr info runs/mine@5000
     """
     if what and variant:
         raise click.UsageError(f"{what} is a network already; leave out --variant, or {what}")
@@ -756,7 +757,8 @@ watch_options = Options(
 )
 @click.option(
     "--init",
-    help="Weights to start from, with their recipe: a name, a file or a run. Classes go by name.",
+    help="Weights to start from, with their recipe: a name, a file, a run or RUN@STEP. Classes go "
+    "by name.",
 )
 @click.option(
     "--force", is_flag=True, help="Let a run that goes on change --lr or --grad-clip; recorded."
@@ -921,7 +923,8 @@ def training_line(result):
 generator_options = Options(
     click.option(
         "--weights",
-        help="A run, a weights file or a name [default: the newest run under runs/, else xl2r].",
+        help="A run, RUN@STEP, a weights file or a name [default: the newest run under runs/, else "
+        "xl2r].",
     ),
     click.option(
         "--ema/--raw", default=True, help="Averaged weights, or the raw ones  [default: ema]."
@@ -1029,6 +1032,7 @@ def sample(classes, count, seed, seeds, as_json, **values):
     Examples:
       dimr sample --class 388 --cfg 1.5
       dimr sample --class "giant panda" --class 207 -n 8 --seed 100
+      dimr sample --weights runs/xl2r@500000
       torchrun --nproc-per-node 8 -m cli sample --balanced -n 50000 --preset paper
     """
 
@@ -1101,10 +1105,10 @@ def sampling_line(result):
 def ema(run, out, width, step, as_json):
     """Make the average of any width, after training, of a run's snapshots (arXiv:2312.02696).
 
-    RUN was trained with --ema-profiles. OUT is a weights file that sample and eval take:
-    .safetensors, or .pth under the authors' names [default: a file in RUN/averages, whose name is
-    said]. Snapshots that are damaged or missing are named and done without, as long as the rest
-    spans the width.
+    RUN was trained with --ema-profiles; RUN@STEP is RUN with that --step. OUT is a weights file
+    that sample and eval take: .safetensors, or .pth under the authors' names [default: a file in
+    RUN/averages, whose name is said]. Snapshots that are damaged or missing are named and done
+    without, as long as the rest spans the width.
 
     \b
     Examples:
@@ -1146,7 +1150,8 @@ def analyse():
 analysis_options = Options(
     click.option(
         "--weights",
-        help="A run, a weights file or a name [default: the newest run under runs/, else xl2r].",
+        help="A run, RUN@STEP, a weights file or a name [default: the newest run under runs/, else "
+        "xl2r].",
     ),
     click.option(
         "--layers",
@@ -1387,6 +1392,59 @@ def encoding_lines(result, out):
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------- dimr runs
+
+
+@main.group("runs", invoke_without_command=True)
+@click.option("--under", default="runs", show_default=True, help="Folder that the runs are in.")
+@json_option
+@click.pass_context
+def runs_group(context, under, as_json):
+    """List the runs: variant, step, loss, FID if it was watched, size on disk, newest sample grid.
+
+    The run written to last comes first; the loss is the mean of the last 50 steps.
+
+    \b
+    Examples:
+      dimr runs
+      dimr runs --under /scratch/runs --json
+      dimr runs prune runs/xl2r --keep-every 100000
+    """
+    if context.invoked_subcommand is not None:
+        return
+    import inventory
+
+    found = inventory.runs(under)
+    report(found, as_json, inventory.table(found))
+
+
+@runs_group.command("prune")
+@click.argument("run")
+@click.option(
+    "--keep-every",
+    type=POSITIVE,
+    required=True,
+    help="Keep the checkpoints whose step is a multiple of this, and the newest.",
+)
+@click.option("--dry-run", is_flag=True, help="Delete nothing; say what would be.")
+@json_option
+def runs_prune(run, keep_every, dry_run, as_json):
+    """Delete a run's checkpoints but for one every so many steps, and say how much that freed.
+
+    The newest whole checkpoint always stays. A run that trains is left alone. One that goes on with
+    fewer --keep than are left deletes the oldest of them: give it --keep 0.
+
+    \b
+    Examples:
+      dimr runs prune runs/xl2r --keep-every 100000 --dry-run
+      dimr runs prune runs/xl2r --keep-every 100000
+    """
+    import inventory
+
+    result = inventory.prune(run, keep_every, dry_run)
+    report(result, as_json, inventory.pruned_lines(result))
+
+
 # ----------------------------------------------------------------------- dimr curves, demo, weights
 
 
@@ -1500,13 +1558,15 @@ def weights_get(name, as_json):
 def convert(source, target, kind, heads, as_json):
     """Turn released weights into ours, or ours into released ones.
 
-    IN is a run, a file or a name (see dimr weights). OUT ends in .safetensors for our names, in
-    .pth for the authors' of DiMR, which their code loads. The configuration goes with the weights.
+    IN is a run, RUN@STEP, a file or a name (see dimr weights). OUT ends in .safetensors for our
+    names, in .pth for the authors' of DiMR, which their code loads. The configuration goes with the
+    weights.
 
     \b
     Examples:
       dimr convert xl2r xl2r.safetensors
       dimr convert runs/mine mine.pth
+      dimr convert runs/mine@5000 mine-5000.safetensors
     """
     import runfolder
 

@@ -1,6 +1,7 @@
 """The record of a training run as it goes: metrics.jsonl, a line per step, loss.png, its picture,
 and a hook through which others are told the same."""
 
+import collections
 import contextlib
 import errno
 import json
@@ -197,14 +198,35 @@ def metrics(out: Path) -> Iterator[tuple[dict, bytes]]:
         for number, text in enumerate(lines, 1):
             if not text.endswith(b"\n"):
                 return
-            try:
-                line = json.loads(text)
-                _ = line["step"], line["loss"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{path}: line {number} is damaged; restore it, or delete it and those after it"
-                ) from None
-            yield line, text
+            yield parsed(path, number, text), text
+
+
+def parsed(path, number, text):
+    """The dict in line `number` of metrics. Raises UserError."""
+    try:
+        line = json.loads(text)
+        if not (isinstance(line["step"], int) and isinstance(line["loss"], float | int | None)):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path}: line {number} is damaged; restore it, or delete it and those after it"
+        ) from None
+    return line
+
+
+def newest(out: Path, key: str = "loss", count: int = 1) -> list[dict]:
+    """The newest `count` of the steps whose metrics have `key`, oldest first; other lines, which
+    may be a million, are not parsed. Raises UserError."""
+    path = Path(out) / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    mark = json.dumps(key).encode()
+    found = collections.deque(maxlen=count)
+    with open(path, "rb") as lines:
+        for number, text in enumerate(lines, 1):
+            if mark in text and text.endswith(b"\n"):
+                found.append((number, text))
+    return [parsed(path, number, text) for number, text in found]
 
 
 def read_metrics(out: Path) -> list[dict]:

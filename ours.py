@@ -47,6 +47,7 @@ MODULES = (
     "encoding",
     "memory",
     "averaging",
+    "inventory",
     "sampling",
     "extraction",
     "evaluation",

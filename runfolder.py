@@ -43,6 +43,8 @@ ROOT = Path("runs")
 RELEASED = "xl2r"  # what is drawn from where there is no run
 FILES = {"weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
 CHECKPOINT = re.compile(r"step-(\d{7,})")  # a checkpoint's folder; what is called otherwise is none
+AT_STEP = re.compile(r"(.+)@(\d{1,15})")  # RUN@STEP
+NAMED = 10  # steps that a line names one by one
 
 
 def newest(root: Path = ROOT) -> Path | None:
@@ -62,6 +64,12 @@ def checkpoints(run: Path) -> list[Path]:
         if CHECKPOINT.fullmatch(path.name) and (path / "manifest.json").is_file():
             found.append(path)
     return sorted(found, key=step_of)
+
+
+def newest_grid(run: Path) -> Path | None:
+    """A run's newest sample grid, or None."""
+    found = (Path(run) / "samples").glob("step-*.png")
+    return max(found, key=lambda path: (len(path.name), path.name), default=None)
 
 
 def run_of(weights: Path) -> Path | None:
@@ -248,16 +256,49 @@ def write_weights(path: Path, model: networks.Network, record: dict) -> None:
         )
 
 
+def run_and_step(source: str | Path) -> tuple[Path, int | None]:
+    """(run, step) of RUN@STEP; of what names no step, or is there under that very name, (itself,
+    None)."""
+    parts = AT_STEP.fullmatch(str(source))
+    if parts is None or Path(source).exists():
+        return Path(source), None
+    return Path(parts[1]), int(parts[2])
+
+
+def checkpoint_at(run: Path, step: int) -> Path:
+    """The checkpoint of `step` in a run folder, whole. Raises UserError naming the steps that there
+    are."""
+    found = {step_of(checkpoint): checkpoint for checkpoint in checkpoints(run)}
+    if step not in found:
+        raise UserError(f"{run} holds no checkpoint of step {step:,}; {steps_there(found, step)}")
+    verify(found[step])
+    return found[step]
+
+
+def steps_there(steps, wanted):
+    """The steps that there are, in words: of many, those nearest to the one that was wanted."""
+    steps = sorted(steps)
+    if not steps:
+        return "it holds none at all"
+    if len(steps) <= NAMED:
+        return f"it has {', '.join(str(step) for step in steps)}"
+    near = sorted(sorted(steps, key=lambda step: abs(step - wanted))[:2])
+    names = " and ".join(str(step) for step in near)
+    return f"of the {len(steps)} that it has the nearest are {names}"
+
+
 def find_weights(source: str | Path | None = None, ema: bool = True) -> Path:
-    """Path of the weights file for a run folder, a file, a name, or (None) the newest run, else the
-    released xl2r. Raises UserError."""
+    """Path of the weights file for a run folder, a step of it (RUN@STEP), a file, a name, or (None)
+    the newest run, else the released xl2r. Raises UserError."""
     if source is None:
         source = newest() or RELEASED
         downloads.ask(source)
-    path = Path(source)
+    path, step = run_and_step(source)
     if path.is_dir():
         checkpoint = path
-        if (path / "manifest.json").is_file():
+        if step is not None:
+            checkpoint = checkpoint_at(path, step)
+        elif (path / "manifest.json").is_file():
             verify(path)
         else:
             checkpoint = newest_whole(path)
@@ -266,6 +307,6 @@ def find_weights(source: str | Path | None = None, ema: bool = True) -> Path:
                 f"{path} holds no whole checkpoint; expected a run folder that train wrote"
             )
         return checkpoint / ("ema.safetensors" if ema else "weights.safetensors")
-    if path.is_file():
+    if path.is_file() and step is None:
         return path
     return downloads.find(str(source))

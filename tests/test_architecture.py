@@ -37,6 +37,7 @@ JOBS = [
     "encoding",
     "memory",
     "averaging",
+    "inventory",
     "sampling",
     "extraction",
     "evaluation",

@@ -44,6 +44,7 @@ DEFAULTS = {  # what every row of a command has besides what it says
     "analyse": "",
     "curves": "",
     "ema": "",
+    "runs": "",
     "demo": "",
     "weights": "",
     "eval": "",
@@ -292,6 +293,20 @@ TABLE = [  # command line, exit status, words of the message
     ("train --data {good} --device cuda", 1, "--device auto"),
     ("train", 1, "--data"),
     *[(f"sample --weights {weights}", 1, words) for weights, words in NETWORKS],
+    *[
+        (f"{command} {{run}}@7", 1, "no checkpoint of step 7|it has 4, 8, 12")
+        for command in (
+            *("sample --weights", "info", "analyse time --weights", "train --data {good} --init"),
+            "eval fid --features plain_features:pooled --device cpu --weights",
+        )
+    ],
+    ("convert {run}@7 {out}/a.safetensors", 1, "no checkpoint of step 7|it has 4, 8, 12"),
+    ("ema {run}@7 --width 0.05", 1, "holds no snapshots"),
+    ("runs --under {missing}", 1, "missing|is no folder of runs"),
+    ("runs prune {missing} --keep-every 5", 1, "missing|is no run folder"),
+    ("runs prune {good} --keep-every 5", 1, "good|is no run folder"),
+    ("runs prune {run} --keep-every 0", 2, "--keep-every"),
+    ("runs prune {run}", 2, "--keep-every"),
     ("sample --weights {ema} --class 10", 1, "0 to 9"),
     ("sample --weights {ema} --class cat", 1, "cat"),
     ("sample --weights {ema} --cfg 0.5", 2, "1.4"),
