@@ -75,7 +75,7 @@ def heads(width: int) -> int:
 
 
 def recipe(config: networks.Config, images: int, steps: int | None = None) -> dict:
-    """Values of training.Recipe for a network and a number of images; those that say how long
+    """Values of recipes.Recipe for a network and a number of images; those that say how long
     something takes are parts of `steps` (None: PASSES over the data)."""
     width = config.dims[0] if networks.kind(config) == "dimr" else config.width
     batch_size = 64

@@ -53,6 +53,7 @@ MODULES = (
     "evaluation",
     "distortion",
     "analysis",
+    "recipes",
     "training",
     "digits_demo",
 )

@@ -10,14 +10,13 @@ import ours
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,118 +26,28 @@ from tqdm import tqdm
 import averages
 import averaging
 import dataset
-import defaults
 import diffusion
 import dimr
-import imagenet_names
 import imagesets
 import journal
 import networks
 import parallel
 import randomness
+import recipes
 import runfolder
 import sampling
 import space
 import storage
+from recipes import Plan, Source, is_deterministic, make_plan, weights_record
 from storage import VERSION, UserError, open_tensors, read_json, write_json
 
 LOG_EVERY = 10  # steps between reads of the losses from the device
 GRID = {"pixel": 64, "latent": 16}  # images of a sample grid on a GPU
+GRID_ON_CPU = {"pixel": 16, "latent": 4}
 # how the names of tensors end that have a row per class
 CLASS_EMBEDDING = ("class_token.weight", "embedding_table.weight", "label_emb.weight")
 NULL_CLASS = "the null class"
 STOPPING = b"\nfinishing this step and saving; Ctrl-C again ends at once\n"
-GRID_ON_CPU = {"pixel": 16, "latent": 4}
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to train. Defaults are the paper's (Table 4) where it gives them."""
-
-    lr: float = 2e-4
-    steps: int = 1_000_000
-    batch_size: int = 1024  # global: over all processes and accumulation steps
-    micro_batch: int | None = None  # per process and pass; None: the process's share at once
-    warmup: int = 5000
-    weight_decay: float = 0.03
-    betas: tuple[float, float] = (0.99, 0.99)
-    ema: float = 0.9999
-    ema_profiles: tuple[float, ...] = ()  # widths of averages kept for afterwards (averaging.py)
-    ema_every: int | None = None  # steps between their snapshots; None: averaging.COUNT in a run
-    ema_precision: str = "fp32"  # of the snapshots; a key of averages.PRECISIONS
-    label_dropout: float = 0.1  # above 0 the network gets a null class
-    flip: bool = True  # random horizontal flips
-    grad_clip: float | None = None
-    target_scale: str = "unit"
-    loss: str = "multi"  # or "output": of the last prediction alone (Table 2)
-    precision: str | None = None  # None: bf16 on CUDA, else fp32
-    compile: bool | None = None  # None: on CUDA
-    checkpoint_blocks: bool = False
-    deterministic: bool = False  # the same bytes each time on CUDA too, or refused
-    seed: int = 0
-
-    def __post_init__(self):
-        object.__setattr__(self, "betas", tuple(self.betas))
-        object.__setattr__(self, "ema_profiles", tuple(self.ema_profiles))
-
-    def learning_rate(self, step):
-        """Linear warm-up from 0, then constant."""
-        if self.warmup:
-            return self.lr * min(1, step / self.warmup)
-        return self.lr
-
-
-_PIXELS = Recipe(lr=3e-4, steps=300_000, label_dropout=0)
-_OUTPUT = dataclasses.replace(_PIXELS, loss="output")
-_DIT = dict(lr=1e-4, batch_size=256, warmup=0, weight_decay=0, betas=(0.9, 0.999))
-_DIGITS = dict(batch_size=32, warmup=200, betas=(0.9, 0.98), ema=0.998, weight_decay=0.01)
-
-RECIPES = {
-    "m3r": _PIXELS,
-    "l3r": _PIXELS,
-    "xl2r": Recipe(),
-    "xl3r": Recipe(),
-    "g2r": Recipe(),
-    "demo": Recipe(lr=8e-3, steps=3800, flip=False, **_DIGITS),
-    "table2-1": _PIXELS,
-    "table2-2": _PIXELS,
-    "table2-3": _OUTPUT,
-    "table2-4": _OUTPUT,
-    "table2-5": _OUTPUT,
-    "table2-6": _PIXELS,
-    # U-ViT's own (arXiv:2209.12152, App. A), whose rates and steps the paper takes over
-    "uvit-m4": _PIXELS,
-    "uvit-l4": _PIXELS,
-    "uvit-l2": Recipe(steps=300_000, label_dropout=0.15),
-    "uvit-h2": Recipe(steps=500_000),
-    "uvit-l4-512": Recipe(steps=500_000, label_dropout=0.15),
-    "uvit-h4": Recipe(steps=500_000),
-    # DiT's (arXiv:2212.09748, Sec. 4), which SiT took over: B/2 400K steps as in its comparison of
-    # sizes, XL/2 as long as the released weights
-    "dit-b2": Recipe(steps=400_000, **_DIT),
-    "dit-xl2": Recipe(steps=7_000_000, **_DIT),
-    "dit-xl2-512": Recipe(steps=3_000_000, **_DIT),
-    "sit-xl2": Recipe(steps=7_000_000, **_DIT),
-}
-# when a run is resumed
-MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks", "ema_precision"}
-MAY_BE_FORCED = {"lr", "grad_clip"}  # with --force: they move no sample
-# of a recipe, what belongs to a machine and a run, not to the weights that come of it
-OF_THE_RUN = {*MAY_CHANGE, "precision", "seed", "ema_profiles", "ema_every"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where training images come from. `path`: images in a folder or container, read at `res`
-    pixels (None: their own size), or a shard set; None looks in the run's config.json. `classes`:
-    the only ones to take."""
-
-    path: str | Path | None = None
-    res: int | None = None
-    exif: bool = False
-    on_bad: str = "error"  # or "skip": an unreadable image
-    workers: int | None = None  # reading processes; None: by cores
-    classes: Sequence[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,283 +70,6 @@ class Watch:
     ref: str | None = None
     inception: str = "inception"
     features: str | None = None
-
-
-# ------------------------------------------------------------------------------------ configuration
-
-
-@dataclasses.dataclass(frozen=True)
-class Initial:
-    """Weights that a run starts from: their network, the names of its classes and the recipe they
-    were trained with; each of these may be empty."""
-
-    source: str
-    network: networks.Network
-    classes: list
-    recipe: dict
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a run is. `record`: what config.json says of it; `initial`: what it starts from, or
-    None; `chosen`: whose recipe it is, in words; `changed`: what differs from the run so far, by
-    --force, as name → [before, now]."""
-
-    record: dict
-    config: networks.Config
-    recipe: Recipe
-    data: object
-    initial: Initial | None
-    chosen: str
-    changed: dict
-
-
-def make_plan(
-    out, source, *, variant, recipe, network, init, device, kind=None, force=False
-) -> Plan:
-    """What a run in folder `out` is. Everything not given comes from the run's config.json if there
-    is one, else from the weights to start from, else from the variant, else from the data
-    (defaults.py). `kind` is that of `init`, where its file doesn't tell. Raises UserError where
-    that is no longer the same run and can't be forced."""
-    before = read_json(out / "config.json") if (out / "config.json").exists() else {}
-    known = before.get("data", {})
-    source = dataclasses.replace(
-        source,
-        path=source.path or known.get("path"),
-        res=source.res or known.get("res"),
-        exif=source.exif or known.get("exif", False),
-        classes=source.classes or known.get("only"),
-    )
-    data = open_data(source, variant)
-    recipe = recipe or {}
-    network = network or {}
-    init = init or before.get("init")
-    initial = None
-    if init and not runfolder.checkpoints(out):
-        initial = read_initial(init, network.get("heads"), kind)
-        check_kind(variant, init, initial.network.config)
-    base = first_config(before, initial, variant, data, network)
-    chosen, values = first_recipe(before, initial, variant, base, len(data), recipe)
-    recipe = settle(values, recipe, device)
-    if not data.flips:
-        recipe = dataclasses.replace(recipe, flip=False)
-    null_class = recipe.label_dropout > 0
-    if before or initial:
-        null_class |= base.null_class
-    config = configure(base, data, null_class, **network)
-    if before and networks.kind(config) == "dimr" and config.blocks == base.blocks:
-        config = dataclasses.replace(config, layers=base.layers)
-    record = {
-        "variant": variant or before.get("variant") or defaults.OWN,
-        "config": dataclasses.asdict(config),
-        "recipe": dataclasses.asdict(recipe),
-        "init": init and str(init),
-        "data": {
-            "path": str(Path(data.root).resolve()),
-            "kind": data.kind,
-            "items": len(data),
-            "res": source.res,
-            "exif": source.exif,
-            "fingerprint": data.fingerprint if parallel.is_main() else None,
-        },
-    }
-    if source.classes:
-        record["data"]["only"] = data.classes
-    record = json.loads(json.dumps(record))  # as it reads back
-    changed = {}
-    if before and parallel.is_main():
-        changed = check_same(out, before, record, force)
-        if recipe.deterministic:
-            check_same_sums(out, before, recipe, device)
-    if "history" in before:
-        record["history"] = before["history"]
-    return Plan(record, config, recipe, data, initial, chosen, changed)
-
-
-def read_initial(init, heads, kind) -> Initial:
-    """The weights that --init names: a run, a file or a name. Raises UserError."""
-    path = runfolder.find_weights(init)
-    network, record = runfolder.read_weights(path, heads, kind)
-    run = runfolder.run_of(path)
-    recipe = record.get("recipe", {})
-    if run:
-        recipe = read_json(run / "config.json")["recipe"]
-    recipe = {name: value for name, value in recipe.items() if name not in OF_THE_RUN}
-    classes = record.get("classes", [])
-    if not classes and network.config.num_classes == len(imagenet_names.CLASSES):
-        classes = [identifier for identifier, _ in imagenet_names.CLASSES]
-    return Initial(str(init), network, classes, recipe)
-
-
-def first_config(before, initial, variant, data, network):
-    """The Config that a run's own is made from (`configure`). Raises UserError."""
-    if before:
-        return networks.config_of(before["config"])
-    if initial:
-        return initial.network.config
-    if variant:
-        return networks.in_space(networks.VARIANTS[variant], space.of_data(data).name)
-    try:
-        return defaults.network(data, network)
-    except ValueError as error:
-        raise UserError(f"this network can't be built: {error}") from None
-
-
-def first_recipe(before, initial, variant, config, images, given):
-    """(whose it is, values of Recipe) before what the user says, `given`, is put in."""
-    if before:
-        return "as before", before["recipe"]
-    if variant:
-        return f"{variant}'s", dataclasses.asdict(RECIPES[variant])
-    values = dataclasses.asdict(Recipe())
-    values |= defaults.recipe(config, images, given.get("steps"))
-    if initial and initial.recipe:
-        return f"that of {initial.source}", {**values, **initial.recipe}
-    return "chosen for this data and length", values
-
-
-def open_data(source, variant):
-    """The dataset at `source`; images of several sizes are read at the variant's. Raises
-    UserError."""
-    if source.path is None:
-        raise UserError("no training data: give --data FOLDER, or run dimr encode first")
-    default = None
-    if variant and networks.VARIANTS[variant].space == "pixel":
-        default = networks.VARIANTS[variant].size
-    return dataset.open_data(
-        source.path,
-        source.res,
-        exif=source.exif,
-        default_size=default,
-        classes=source.classes,
-    )
-
-
-def settle(values, changes, device):
-    """The Recipe of a run: `values` with `changes`, every choice made."""
-    recipe = Recipe(**{**values, **changes})
-    cuda = device.type == "cuda"
-    if recipe.precision is None:
-        recipe = dataclasses.replace(recipe, precision="bf16" if cuda else "fp32")
-    if recipe.compile is None:
-        recipe = dataclasses.replace(recipe, compile=cuda and not recipe.deterministic)
-    if recipe.deterministic:
-        check_can_be_deterministic(recipe, device)
-    if recipe.ema_profiles and recipe.ema_every is None:
-        every = max(1, round(recipe.steps / averaging.COUNT))
-        recipe = dataclasses.replace(recipe, ema_every=every)
-    check_profiles(recipe.ema_profiles)
-    return recipe
-
-
-def check_can_be_deterministic(recipe, device):
-    """Raises UserError."""
-    if recipe.compile:
-        raise UserError(
-            "a deterministic run can't be compiled: torch.compile chooses kernels by their time, "
-            "anew in each life of a run; leave out --compile or --deterministic"
-        )
-    if device.type == "mps":
-        raise UserError(
-            "--deterministic: PyTorch has no deterministic kernels for mps; use --device cpu"
-        )
-
-
-def check_profiles(widths):
-    """Raise UserError unless they are widths of averages, no two alike."""
-    try:
-        for width in widths:
-            averages.exponent(width)
-    except ValueError as error:
-        raise UserError(f"--ema-profiles: {error}; 0.05,0.10 suit any run") from None
-    if len(set(widths)) < len(widths):
-        raise UserError(f"--ema-profiles names a width twice in {list(widths)}; give each once")
-
-
-def configure(base, data, null_class, **changes):
-    """The network's Config: `base` (a variant's, or the initial weights') with size, channels and
-    classes from the data and the user's `changes` of its fields. Raises UserError."""
-    theirs = space.of_data(data)
-    if base.space != theirs.name:
-        raise UserError(
-            f"this network works in {base.space} space and {data.root} holds {data.kind}; choose "
-            f"one of {', '.join(networks.variants(theirs.name))}, or other data (dimr encode)"
-        )
-    try:
-        return networks.changed(
-            base,
-            changes,
-            size=data.size,
-            channels=data.channels,
-            num_classes=len(data.classes),
-            null_class=null_class,
-        )
-    except ValueError as error:
-        raise UserError(f"this network can't be built: {error}") from None
-
-
-def check_kind(variant, init, config):
-    """Raise UserError where `init`, whose network has `config`, is of another kind than the variant
-    that was asked for."""
-    if variant is None:
-        return
-    asked = networks.kind(networks.VARIANTS[variant])
-    found = networks.kind(config)
-    if found != asked:
-        raise UserError(
-            f"{init} holds a network of kind {found}, and --variant {variant} is of kind {asked}; "
-            "leave out --variant, or give --init weights of that kind"
-        )
-
-
-def check_same(out, before, now, force):
-    """{name: [before, now]} of what differs between two records of a run and may, being forced.
-    Raises UserError where the record `now` is not of the run that `before` is of."""
-
-    def fixed(record):
-        network, recipe = record["config"], record["recipe"]
-        recipe = {"deterministic": False, **recipe}  # older ones don't say
-        fields = {"variant": record["variant"], **network, **recipe}
-        fields["data's fingerprint"] = record["data"]["fingerprint"]
-        return {name: value for name, value in fields.items() if name not in MAY_CHANGE}
-
-    old = fixed(before)
-    changed = {}
-    for name, value in fixed(now).items():
-        if old.get(name, value) == value:
-            continue
-        if force and name in MAY_BE_FORCED:
-            changed[name] = [old[name], value]
-            continue
-        advice = "give what it had"
-        if name in MAY_BE_FORCED:
-            advice += ", change it from here on with --force"
-        raise UserError(
-            f"{out} was trained with {name} {old[name]}, not {value}; {advice}, or choose another "
-            f"--out (with --init {out} it starts from these weights: the steps, the optimiser and "
-            "the metrics begin anew)"
-        )
-    return changed
-
-
-def check_same_sums(out, before, recipe, device):
-    """Raise UserError where a deterministic run would go on in a way that rounds differently."""
-    was = {
-        "processes": before["processes"],
-        "micro-batch": before["recipe"]["micro_batch"],
-        "device": torch.device(before["device"]).type,
-    }
-    now = {
-        "processes": parallel.world_size(),
-        "micro-batch": recipe.micro_batch,
-        "device": device.type,
-    }
-    for name, value in now.items():
-        if was[name] != value:
-            raise UserError(
-                f"{out} is deterministic and was trained with {name} {was[name]}, not {value}, "
-                "which would round differently; give what it had, or choose another --out"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -724,6 +356,147 @@ def train_step(state, batches, division):
     return total, *state.update()
 
 
+# ------------------------------------------------------------------------------------------ the run
+
+
+@dataclasses.dataclass
+class Run:
+    """A run as it goes: what it is, what training changes, and whom that is told and shown.
+    `measure`: what FID is watched with, or None; `keep`: see Saving; `record`: what its weights
+    files say besides the network; `skipped`: what is said of images left out."""
+
+    out: Path
+    plan: Plan
+    state: State
+    log: journal.Journal
+    measure: Callable | None
+    keep: int
+
+    def __post_init__(self):
+        self.record = weights_record(self.plan.data, self.plan.recipe)
+        self.first = self.state.step
+        self.estimated = False
+        self.skipped = set()
+        self.bar = None
+
+    @property
+    def at_end(self):
+        return self.state.step == self.state.recipe.steps
+
+    def tell(self):
+        """Read the losses from the device and write them down; once, say how long it will take."""
+        self.bar.set_postfix(self.log.flush(), refresh=False)
+        known = self.state.step - self.first >= 2 * LOG_EVERY
+        if known and not self.estimated and not self.at_end:
+            self.log.say(expectation(self.state, self.log))
+            self.estimated = True
+
+    def measure_fid(self):
+        with doing(self.bar, "measuring FID"):
+            self.log.remark(lambda: self.measure(self.generator()))
+
+    def generator(self):
+        """Draws images with the EMA's weights as they are now."""
+        model = networks.from_config(self.plan.config, self.state.ema).requires_grad_(False)
+        return sampling.Generator(
+            model,
+            self.state.device,
+            self.state.recipe.precision,
+            self.record["classes"],
+            str(self.out),
+            "",
+            self.record,
+            vae_source=self.record.get("vae"),
+        )
+
+    def save(self, must):
+        """Write a checkpoint, and before it the metrics up to it, on rank 0. One that fails is
+        reported and training goes on, unless it `must` succeed: the last."""
+        step = self.state.step
+        if parallel.is_main():
+            try:
+                self.log.write(sync=True)
+                files = self.state.files(self.record)
+                runfolder.save_checkpoint(self.out, step, files, {"step": step}, self.keep)
+            except OSError as error:
+                if must:
+                    raise
+                self.warn(f"checkpoint at step {step} NOT saved", error)
+        self.log.restart_clock()
+
+    def save_averages(self):
+        """Write the averages' snapshots, on rank 0. One that fails is reported and training goes
+        on."""
+        step = self.state.step
+        if parallel.is_main():
+            try:
+                averaging.save(
+                    self.out,
+                    self.state.averages,
+                    config=self.plan.config,
+                    step=step,
+                    precision=self.state.recipe.ema_precision,
+                    record=self.record,
+                )
+            except (OSError, UserError) as error:
+                self.warn(f"averages at step {step} NOT saved", error)
+        self.log.restart_clock()
+
+    def warn(self, what, error):
+        reason = getattr(error, "strerror", None) or error
+        self.log.say(f"WARNING: {what} ({reason}); training goes on")
+
+    def draw(self):
+        """A grid from fixed seeds with the EMA's weights, on rank 0. Without the VAE there is no
+        picture, said and no more."""
+        with doing(self.bar, "drawing samples"):
+            if parallel.is_main():
+                self._draw()
+        self.log.restart_clock()
+
+    def _draw(self):
+        config = self.plan.config
+        counts = GRID_ON_CPU if self.state.device.type == "cpu" else GRID
+        count = counts[config.space]
+        classes = [i % config.num_classes for i in range(count)]
+        captions = []
+        for seed, index in enumerate(classes):
+            captions.append(sampling.caption(self.record["classes"][index], index, seed))
+        path = self.out / "samples" / f"step-{self.state.step:07d}.png"
+        try:
+            images = self.generator().images(classes, range(count))
+            sampling.save_grid(path, images, captions)
+            imagesets.save_strip(path.parent, captions, count)
+        except (UserError, OSError) as error:
+            self.log.say(f"WARNING: no sample grid at step {self.state.step}: {error}")
+        else:
+            self.log.picture(path)
+
+    def finish(self):
+        """Draw the curves, and say on every process's behalf which images were left out."""
+        self.skipped = sorted(set().union(*parallel.gather(self.skipped)))
+        if parallel.is_main():
+            journal.plot(self.out)
+        for message in self.skipped:
+            self.log.say(f"skipped {message}")
+
+    def summary(self, stopped, begun):
+        """What `train` returns."""
+        state = self.state
+        return {
+            "out": str(self.out),
+            "step": state.step,
+            "steps": state.recipe.steps,
+            "stopped": stopped,
+            "loss": self.log.last.get("loss"),
+            "params": sum(p.numel() for p in state.parameters.values()),
+            "seconds": round(time.monotonic() - begun, 1),
+            "skipped_steps": self.log.bad,
+            "skipped_images": len(self.skipped),
+            "peak_bytes": parallel.peak_memory(state.device),
+        }
+
+
 # ------------------------------------------------------------------------------------------ the job
 
 
@@ -755,23 +528,13 @@ def train(
     begun = time.monotonic()
     out = Path(out)
     say = journal.speaker(quiet)
+    changes = {"recipe": recipe, "network": network, "init": init, "kind": kind, "force": force}
     with contextlib.ExitStack() as stack:
         if is_deterministic(out, recipe):
             stack.enter_context(parallel.deterministic())
         device = parallel.pick_device(device)
-        plan = make_plan(
-            out,
-            source,
-            variant=variant,
-            recipe=recipe,
-            network=network,
-            init=init,
-            kind=kind,
-            device=device,
-            force=force,
-        )
-        recipe = plan.recipe
-        division = divide(recipe.batch_size, recipe.micro_batch)
+        plan = make_plan(out, source, variant=variant, device=device, **changes)
+        division = divide(plan.recipe.batch_size, plan.recipe.micro_batch)
         extractor = feature_extractor(watch, device)
         parallel.start(device)
         if parallel.is_main():
@@ -781,59 +544,60 @@ def train(
             say(line)
         log = journal.Journal(out, state, say, record_start(out, plan, state, say), sinks)
         measure = watch and watch_fid(out, plan, extractor, watch)
-        every = save_every(saving, recipe)
-        draw_every = every if saving.sample_every is None else saving.sample_every
-        record = weights_record(plan.data, recipe)
+        run = Run(out, plan, state, log, measure, keep=saving.keep)
         state.start(division.micro)
-        skipped = set()
-        batches = read_ahead(plan.data, state, division, source, skipped)
-        bar = stack.enter_context(progress(out, state, quiet))
-        stop = stack.enter_context(Stop())
-        stopped = None
-        first = state.step
-        estimated = False
-        while state.step < recipe.steps and not stopped:
-            log.add(*train_step(state, batches, division))
-            bar.update()
-            at_end = state.step == recipe.steps
-            if not at_end:
-                late = saving.max_time and time.monotonic() - begun > saving.max_time
-                stopped = parallel.first(stop.reason or ("max-time" if late else None))
-            save_now = at_end or stopped or state.step % every == 0
-            watch_now = watch and (at_end or state.step % watch.every == 0)
-            if watch_now:
-                with doing(bar, "measuring FID"):
-                    log.remark(lambda: measure(ema_generator(out, state, record)))
-            snapshot_now = recipe.ema_profiles and (at_end or state.step % recipe.ema_every == 0)
-            if save_now or watch_now or snapshot_now or state.step % LOG_EVERY == 0:
-                bar.set_postfix(log.flush(), refresh=False)
-                if not estimated and state.step - first >= 2 * LOG_EVERY and not at_end:
-                    say(expectation(state, log))
-                    estimated = True
-            if snapshot_now:
-                save_averages(out, state, log, record)
-                log.restart_clock()
-            if save_now:
-                save(out, state, log, record, saving.keep, must=at_end or stopped)
-                log.restart_clock()
-            if draw_every and (at_end or state.step % draw_every == 0):
-                with doing(bar, "drawing samples"):
-                    draw_samples(out, state, log, record)
-                log.restart_clock()
-        skipped = sorted(set().union(*parallel.gather(skipped)))
-        finish(out, skipped, say)
-        return summary(out, state, log, stopped, skipped, begun)
+        batches = read_ahead(run, division, source)
+        run.bar = stack.enter_context(progress(out, state, quiet))
+        stop = stack.enter_context(Stop(begun, saving.max_time))
+        stopped = loop(run, batches, division, timetable(saving, watch, plan.recipe), stop)
+        run.finish()
+        return run.summary(stopped, begun)
 
 
-def is_deterministic(out, changes):
-    """Whether a run asks for deterministic kernels: CUDA has to know before it starts, and so
-    before there is a Plan."""
-    if changes and "deterministic" in changes:
-        return changes["deterministic"]
-    if not (out / "config.json").exists():
-        return False
-    recipe = read_json(out / "config.json").get("recipe", {})
-    return recipe.get("deterministic", False)
+def loop(run, batches, division, times, stop):
+    """Train to the end of the run, or until told to stop: returns why, or None."""
+    stopped = None
+    while not run.at_end and not stopped:
+        run.log.add(*train_step(run.state, batches, division))
+        run.bar.update()
+        if not run.at_end:
+            stopped = parallel.first(stop.reason)
+        due = due_now(times, run, stopped)
+        if "measure" in due:
+            run.measure_fid()
+        if "log" in due:
+            run.tell()
+        if "snapshot" in due:
+            run.save_averages()
+        if "save" in due:
+            run.save(must=run.at_end or stopped)
+        if "draw" in due:
+            run.draw()
+    return stopped
+
+
+def timetable(saving, watch, recipe):
+    """Steps between what is done beside training: name → steps, or None for never."""
+    every = saving.every or max(1, min(5000, recipe.steps // 4))
+    return {
+        "measure": watch and watch.every,
+        "snapshot": recipe.ema_every if recipe.ema_profiles else None,
+        "save": every,
+        "draw": every if saving.sample_every is None else saving.sample_every,
+    }
+
+
+def due_now(times, run, stopped):
+    """Names of what is to be done after the step that was taken; after the last step, all."""
+    due = set()
+    for name, every in times.items():
+        if every and (run.at_end or run.state.step % every == 0):
+            due.add(name)
+    if stopped:
+        due.add("save")
+    if due - {"draw"} or run.state.step % LOG_EVERY == 0:
+        due.add("log")
+    return due
 
 
 def feature_extractor(watch, device):
@@ -932,68 +696,21 @@ def introduction(out, plan, state, division):
     )
     parameters = sum(p.numel() for p in state.parameters.values())
     yield (
-        f"network  {plan.record['variant']}: {shape_words(config)}; {parameters:,} parameters, "
-        f"{sum(config.macs) / 1e9:,.4f} GMAC an image"
+        f"network  {plan.record['variant']}: {recipes.shape_words(config)}; {parameters:,} "
+        f"parameters, {sum(config.macs) / 1e9:,.4f} GMAC an image"
     )
-    yield f"recipe   {plan.chosen}: {recipe_words(recipe)}"
+    yield f"recipe   {plan.chosen}: {recipes.recipe_words(recipe)}"
     yield (
         f"         {recipe.steps:,} steps of batch {recipe.batch_size:,} = processes "
         f"{parallel.world_size()} × passes {division.passes} × micro-batch {division.micro:,}"
     )
-    yield from warnings_of(recipe)
+    yield from recipes.warnings_of(recipe)
     compiled = ", compiled" if recipe.compile else ""
     yield f"device   {state.device}, {recipe.precision}{compiled}"
     begun = f"goes on from step {state.step:,}" if state.step else "a new run"
     yield f"run      {out}: {begun}; config.json keeps all this"
     for name, (before, now) in plan.changed.items():
         yield f"         {name} is {now} from here on, it was {before} (--force)"
-
-
-def shape_words(config):
-    """A network's branches in words, coarse to fine; of a peer, its one."""
-    if networks.kind(config) != "dimr":
-        return f"{config.depth} blocks of width {config.width}, patches of {config.patch}"
-    blocks = ", ".join(map(str, config.blocks))
-    widths = ", ".join(map(str, config.dims))
-    words = f"{blocks} blocks of widths {widths}"
-    if config.layers != config.blocks:
-        words += f" (layers {', '.join(map(str, config.layers))}: even ones get one more)"
-    return words
-
-
-def recipe_words(recipe):
-    """Rate, average and labels in words."""
-    guidance = "no guidance (no label is dropped)"
-    if recipe.label_dropout:
-        guidance = f"guidance ({recipe.label_dropout:.0%} of labels dropped)"
-    flips = "flips" if recipe.flip else "no flips"
-    if recipe.grad_clip:
-        flips += f", gradients clipped at {recipe.grad_clip:g}"
-    return (
-        f"rate {recipe.lr:g} after {recipe.warmup:,} steps of warm-up, EMA {recipe.ema:g} (about "
-        f"{average_span(recipe):,.0f} steps), {guidance}, {flips}"
-    )
-
-
-def average_span(recipe):
-    """Steps that the average of the weights reaches back."""
-    return 1 / (1 - recipe.ema)
-
-
-def warnings_of(recipe):
-    """Lines on a recipe whose beginning lasts as long as the run."""
-    if recipe.warmup >= recipe.steps:
-        yield (
-            f"WARNING: the warm-up of {recipe.warmup:,} steps is as long as the run of "
-            f"{recipe.steps:,}: the rate ends at {recipe.learning_rate(recipe.steps - 1):.2g}; "
-            f"--warmup {recipe.steps // defaults.WARMUP} would do"
-        )
-    if average_span(recipe) >= recipe.steps:
-        yield (
-            f"WARNING: the average of the weights (EMA {recipe.ema:g}) reaches back "
-            f"{average_span(recipe):,.0f} steps and the run has {recipe.steps:,}: it still holds "
-            f"the start; --ema {defaults.decay(recipe.steps / defaults.AVERAGE)} would do"
-        )
 
 
 def expectation(state, log):
@@ -1048,27 +765,9 @@ def averages_line(out, state):
     )
 
 
-def weights_record(data, recipe):
-    """What weights files say of a run besides its network."""
-    lasting = {}
-    for name, value in dataclasses.asdict(recipe).items():
-        if name not in OF_THE_RUN:
-            lasting[name] = value
-    record = {"classes": list(data.classes), "recipe": lasting}
-    if data.kind == "latents":
-        record |= {key: data.index[key] for key in ("vae", "vae_sha256")}
-    return record
-
-
-def save_every(saving, recipe):
-    """Steps between checkpoints."""
-    return saving.every or max(1, min(5000, recipe.steps // 4))
-
-
-def read_ahead(data, state, division, source, skipped):
-    """Yield (images, labels) on the device for each pass from the state's step to the end. What is
-    said of images left out is added to the set `skipped`."""
-    recipe = state.recipe
+def read_ahead(run, division, source):
+    """Yield (images, labels) on the device for each pass from the run's step to its end."""
+    data, state, recipe = run.plan.data, run.state, run.plan.recipe
     order = randomness.Order(len(data), recipe.seed)
 
     def positions():
@@ -1086,7 +785,7 @@ def read_ahead(data, state, division, source, skipped):
     batches = dataset.loader(data, reads(), source.workers, on_bad=source.on_bad, pin=pin)
     batches = dataset.naming_the_way_out(batches)
     for images, labels, bad in batches:
-        skipped.update(bad)
+        run.skipped.update(bad)
         yield (
             images.to(state.device, non_blocking=True),
             labels.to(state.device, non_blocking=True),
@@ -1117,124 +816,36 @@ def doing(bar, what):
 
 class Stop(contextlib.AbstractContextManager):
     """Remembers the first of the signals to stop as `reason`, so that the loop can finish its step
-    and save. A second SIGINT ends at once."""
+    and save; "max-time" when more than `seconds` have gone by since `begun`. A second SIGINT ends
+    at once."""
+
+    def __init__(self, begun, seconds):
+        self.end = begun + seconds if seconds else math.inf
+        self.signal = None
+        self.interrupted = False
 
     def __enter__(self):
-        self.reason = None
-        self.interrupted = False
         self.before = {n: signal.signal(n, self.note) for n in dataset.STOPS}
         return self
 
     def note(self, number, frame):
         if self.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.reason is None and parallel.is_main():
+        if self.signal is None and parallel.is_main():
             with contextlib.suppress(OSError):
                 os.write(2, STOPPING)  # print might be in the middle of another line
         self.interrupted |= number == signal.SIGINT
-        self.reason = self.reason or signal.Signals(number).name
+        self.signal = self.signal or signal.Signals(number).name
+
+    @property
+    def reason(self):
+        if self.signal is None and time.monotonic() > self.end:
+            return "max-time"
+        return self.signal
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def save(out, state, log, record, keep, must):
-    """Write a checkpoint, and before it the metrics up to it, on rank 0. One that fails is reported
-    and training goes on, unless it `must` succeed: the last."""
-    if not parallel.is_main():
-        return
-    try:
-        log.write(sync=True)
-        files = state.files(record)
-        runfolder.save_checkpoint(out, state.step, files, {"step": state.step}, keep)
-    except OSError as error:
-        if must:
-            raise
-        reason = error.strerror or error
-        log.say(f"WARNING: checkpoint at step {state.step} NOT saved ({reason}); training goes on")
-
-
-def save_averages(out, state, log, record):
-    """Write the averages' snapshots, on rank 0. One that fails is reported and training goes on."""
-    if not parallel.is_main():
-        return
-    try:
-        averaging.save(
-            out,
-            state.averages,
-            config=state.network.config,
-            step=state.step,
-            precision=state.recipe.ema_precision,
-            record=record,
-        )
-        return
-    except OSError as error:
-        reason = error.strerror or error
-    except UserError as error:
-        reason = error
-    log.say(f"WARNING: averages at step {state.step} NOT saved ({reason}); training goes on")
-
-
-def ema_generator(out, state, record):
-    """Draws images with the EMA's weights as they are now."""
-    model = networks.from_config(state.network.config, state.ema).requires_grad_(False)
-    return sampling.Generator(
-        model,
-        state.device,
-        state.recipe.precision,
-        record["classes"],
-        str(out),
-        "",
-        record,
-        vae_source=record.get("vae"),
-    )
-
-
-def draw_samples(out, state, log, record):
-    """A grid from fixed seeds with the EMA's weights, on rank 0. Without the VAE there is no
-    picture, said and no more."""
-    if not parallel.is_main():
-        return
-    config = state.network.config
-    counts = GRID_ON_CPU if state.device.type == "cpu" else GRID
-    count = counts[config.space]
-    classes = [i % config.num_classes for i in range(count)]
-    captions = []
-    for seed, index in enumerate(classes):
-        captions.append(sampling.caption(record["classes"][index], index, seed))
-    path = out / "samples" / f"step-{state.step:07d}.png"
-    try:
-        images = ema_generator(out, state, record).images(classes, range(count))
-        sampling.save_grid(path, images, captions)
-        imagesets.save_strip(path.parent, captions, count)
-    except (UserError, OSError) as error:
-        log.say(f"WARNING: no sample grid at step {state.step}: {error}")
-    else:
-        log.picture(path)
-
-
-def finish(out, skipped, say):
-    if parallel.is_main():
-        journal.plot(out)
-    for message in skipped:
-        say(f"skipped {message}")
-
-
-def summary(out, state, log, stopped, skipped, begun):
-    """What `train` returns."""
-    return {
-        "out": str(out),
-        "step": state.step,
-        "steps": state.recipe.steps,
-        "stopped": stopped,
-        "loss": log.last.get("loss"),
-        "params": sum(p.numel() for p in state.parameters.values()),
-        "seconds": round(time.monotonic() - begun, 1),
-        "skipped_steps": log.bad,
-        "skipped_images": len(skipped),
-        "peak_bytes": parallel.peak_memory(state.device),
-    }
 
 
 def versions():

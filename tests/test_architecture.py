@@ -43,6 +43,7 @@ JOBS = [
     "evaluation",
     "distortion",
     "analysis",
+    "recipes",
     "training",
     "digits_demo",
 ]

@@ -24,9 +24,9 @@ import averages
 import averaging
 import dimr
 import memory
+import recipes
 import runfolder
 import sampling
-import training
 from storage import UserError, load_tensors, read_json, save_tensors, write_json
 
 GIVEN = json.loads((DATA / "posthoc_ema.json").read_text())
@@ -544,7 +544,7 @@ def test_memory_counts_each_profile():
 
 
 def test_recipes_of_before_keep_no_averages():
-    recipe = training.settle({"lr": 1e-3}, {}, torch.device("cpu"))
+    recipe = recipes.settle({"lr": 1e-3}, {}, torch.device("cpu"))
     assert recipe.ema_profiles == () and recipe.ema_every is None
 
 

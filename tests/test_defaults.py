@@ -6,7 +6,7 @@ import pytest
 
 import defaults
 import dimr
-import training
+import recipes
 
 
 class Data:
@@ -72,7 +72,7 @@ def test_heads_divide_the_width():
 
 @pytest.mark.parametrize("variant", ["demo", "m3r", "l3r", "xl2r", "xl3r", "g2r"])
 def test_the_learning_rate_goes_through_the_demos_and_the_papers(variant):
-    published = training.RECIPES[variant].lr
+    published = recipes.RECIPES[variant].lr
     found = defaults.learning_rate(dimr.VARIANTS[variant].dims[0])
     assert found == pytest.approx(published, rel=0.2)
 
@@ -81,18 +81,18 @@ def test_the_learning_rate_goes_through_the_demos_and_the_papers(variant):
 def test_warm_up_and_average_are_parts_of_the_run(steps):
     config = defaults.network(Data(8))
     values = defaults.recipe(config, 1000, steps)
-    recipe = training.Recipe(**values)
+    recipe = recipes.Recipe(**values)
     assert recipe.steps == steps
     assert recipe.warmup <= steps / 10
     assert recipe.label_dropout > 0  # guidance is possible
     if steps > 1:
-        assert list(training.warnings_of(recipe)) == []
+        assert list(recipes.warnings_of(recipe)) == []
     assert recipe.learning_rate(steps - 1) == recipe.lr
 
 
 def test_a_long_run_has_the_papers_warm_up_and_average():
     recipe = defaults.recipe(defaults.network(Data(8)), 1000, 1_000_000)
-    paper = training.Recipe()
+    paper = recipes.Recipe()
     assert (recipe["warmup"], recipe["ema"]) == (paper.warmup, paper.ema)
 
 
@@ -105,16 +105,16 @@ def test_a_run_of_unsaid_length_sees_the_data_often_within_bounds():
 
 
 def test_a_beginning_as_long_as_the_run_is_warned_of():
-    recipe = dataclasses.replace(training.RECIPES["xl2r"], steps=400)
-    warmup, average = training.warnings_of(recipe)
+    recipe = dataclasses.replace(recipes.RECIPES["xl2r"], steps=400)
+    warmup, average = recipes.warnings_of(recipe)
     assert "warm-up of 5,000 steps is as long as the run of 400" in warmup
     assert "rate ends at 1.6e-05" in warmup
     assert "--warmup 20 would do" in warmup
     assert "EMA 0.9999" in average and "--ema 0.975 would do" in average
     better = dataclasses.replace(recipe, warmup=20, ema=0.975)
-    assert list(training.warnings_of(better)) == []
+    assert list(recipes.warnings_of(better)) == []
 
 
-@pytest.mark.parametrize("variant", training.RECIPES)
+@pytest.mark.parametrize("variant", recipes.RECIPES)
 def test_named_variants_are_warned_of_nothing(variant):
-    assert list(training.warnings_of(training.RECIPES[variant])) == []
+    assert list(recipes.warnings_of(recipes.RECIPES[variant])) == []

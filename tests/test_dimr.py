@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
 import dimr
+import recipes
 import sampling
 import training
 
@@ -286,7 +287,7 @@ def test_training_and_sampling_compile_one_graph_each():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model.compile(backend=counter)
     cpu = torch.device("cpu")
-    state = training.State(model.train(), training.Recipe(precision="fp32"), cpu)
+    state = training.State(model.train(), recipes.Recipe(precision="fp32"), cpu)
     for step in range(4):
         images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
         sums, _ = training.losses(state, images, torch.randint(5, (4,)), 4 * step)

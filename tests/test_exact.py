@@ -20,6 +20,7 @@ import evaluation
 import extraction
 import journal
 import parallel
+import recipes
 import runfolder
 import training
 from storage import UserError
@@ -233,10 +234,10 @@ def test_a_deterministic_run_is_not_divided_otherwise(
 def test_what_can_t_be_deterministic_is_refused(digits, tmp_path, own_flags):
     with pytest.raises(UserError, match="can't be compiled.*leave out --compile or"):
         train_deterministically(tmp_path / "run", digits, compile=True)
-    values = dataclasses.asdict(training.Recipe(deterministic=True))
+    values = dataclasses.asdict(recipes.Recipe(deterministic=True))
     with pytest.raises(UserError, match="no deterministic kernels for mps"):
-        training.settle(values, {}, torch.device("mps"))
-    assert not training.settle(values, {}, torch.device("cuda")).compile
+        recipes.settle(values, {}, torch.device("mps"))
+    assert not recipes.settle(values, {}, torch.device("cuda")).compile
     assert not (tmp_path / "run").exists()
 
 

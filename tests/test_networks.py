@@ -16,6 +16,7 @@ import dimr
 import downloads
 import networks
 import peers
+import recipes
 import runfolder
 import sampling
 import training
@@ -81,7 +82,7 @@ def invoke(*arguments):
 
 
 def test_every_variant_has_a_recipe():
-    assert training.RECIPES.keys() == networks.VARIANTS.keys()
+    assert recipes.RECIPES.keys() == networks.VARIANTS.keys()
 
 
 @pytest.mark.parametrize("variant", networks.VARIANTS)
@@ -103,7 +104,7 @@ def test_the_rows_of_table_2_differ_by_one_thing_each():
         found = set()
         for one, other in (
             (networks.VARIANTS[a], networks.VARIANTS[b]),
-            (training.RECIPES[a], training.RECIPES[b]),
+            (recipes.RECIPES[a], recipes.RECIPES[b]),
         ):
             values, others = dataclasses.asdict(one), dataclasses.asdict(other)
             found |= {name for name in values if values[name] != others[name]}
@@ -119,16 +120,16 @@ def test_the_rows_of_table_2_differ_by_one_thing_each():
 
 def test_the_peers_recipes_are_their_papers():
     for name in ("dit-xl2", "sit-xl2"):
-        recipe = training.RECIPES[name]
+        recipe = recipes.RECIPES[name]
         assert (recipe.lr, recipe.betas, recipe.weight_decay) == (1e-4, (0.9, 0.999), 0)
         assert (recipe.warmup, recipe.batch_size, recipe.ema) == (0, 256, 0.9999)
         assert recipe.learning_rate(0) == recipe.learning_rate(10**6) == 1e-4
         assert recipe.label_dropout == 0.1
-    dropout = {name: training.RECIPES[name].label_dropout for name in peers.VARIANTS}
+    dropout = {name: recipes.RECIPES[name].label_dropout for name in peers.VARIANTS}
     assert [dropout[name] for name in ("uvit-m4", "uvit-l4")] == [0, 0]
     assert [dropout[name] for name in ("uvit-l2", "uvit-l4-512")] == [0.15, 0.15]
     assert [dropout[name] for name in ("uvit-h2", "uvit-h4")] == [0.1, 0.1]
-    assert training.RECIPES["uvit-m4"] == training.RECIPES["m3r"]
+    assert recipes.RECIPES["uvit-m4"] == recipes.RECIPES["m3r"]
 
 
 # --------------------------------------------------------------------------------------- the shapes
@@ -166,7 +167,7 @@ def test_a_peer_follows_its_data_into_either_space_and_dimr_does_not():
 
 @pytest.mark.parametrize("variant", ["table2-3", "table2-4", "table2-5"])
 def test_the_loss_of_the_output_alone_leaves_no_parameter_without_a_gradient(variant):
-    recipe = dataclasses.replace(training.RECIPES[variant], precision="fp32", compile=False)
+    recipe = dataclasses.replace(recipes.RECIPES[variant], precision="fp32", compile=False)
     state = training.State(small(variant, null_class=False), recipe, CPU)
     images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
     sums, branches = training.losses(state, images, torch.arange(4), 0)
@@ -207,7 +208,7 @@ def test_every_kind_trains_goes_on_and_draws(digits, tmp_path, variant):
     assert images.shape == (2, 8, 8, 1)
     assert (images[1:] == generator.images([1], [6], batch_size=2, steps=4)).all()
     record = json.loads((tmp_path / "cut" / "config.json").read_text())
-    assert record["recipe"]["loss"] == training.RECIPES[variant].loss
+    assert record["recipe"]["loss"] == recipes.RECIPES[variant].loss
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cli
 import dimr
 import journal
+import recipes
 import runfolder
 import training
 from storage import load_tensors, save_tensors
@@ -462,7 +463,7 @@ def test_a_step_never_waits_for_the_device():
         null_class=True,
         space="pixel",
     )
-    recipe = training.Recipe(
+    recipe = recipes.Recipe(
         grad_clip=1.0, precision="fp32", compile=False, ema_profiles=(0.05, 0.1)
     )
     state = training.State(training.new_network(config, 0), recipe, torch.device("cpu"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import dimr
 import journal
 import randomness
+import recipes
 import runfolder
 import storage
 import training
@@ -30,7 +31,7 @@ CONFIG = dimr.Config(
     null_class=True,
     space="pixel",
 )
-RECIPE = dataclasses.replace(training.RECIPES["demo"], precision="fp32", compile=False)
+RECIPE = dataclasses.replace(recipes.RECIPES["demo"], precision="fp32", compile=False)
 
 
 def read(run):

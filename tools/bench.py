@@ -47,6 +47,7 @@ import fid
 import networks
 import parallel
 import randomness
+import recipes
 import sampling
 import shards
 import training
@@ -467,7 +468,7 @@ def train(bench):
         ]
     for name, config, batch, precision in jobs:
         torch._dynamo.reset()
-        recipe = training.Recipe(
+        recipe = recipes.Recipe(
             batch_size=batch, precision=precision, compile=bench.cuda or bench.compiled
         )
         flops = 6 * sum(config.macs) * batch
