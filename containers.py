@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -263,6 +264,8 @@ def _in_folder(path, wanted):
         for pattern, kind in DATABASES.items():
             if any(path.glob(pattern)):
                 raise _database(path, kind)
+        for place in sorted(path.glob("*.tar.*")) + sorted(path.glob("*.tgz")):
+            return _in_file(place, wanted)  # which says how to unpack it
     tars = _tars_alone(path)
     if not tars:
         return _class_folders(path, wanted, "a folder of images")
@@ -364,7 +367,7 @@ def _in_file(path, wanted):
         if head.startswith(magic):
             raise UserError(
                 f"{path} is compressed, so that no image in it can be reached alone; unpack it: "
-                f"{command} {path}"
+                f"{command} {shlex.quote(str(path))}"
             )
     if head.startswith(b"PAR1"):
         raise _database(path, "parquet")

@@ -12,6 +12,7 @@ import torch
 
 import averages
 import averaging
+import containers
 import dataset
 import defaults
 import imagenet_names
@@ -165,7 +166,7 @@ def make_plan(
     known = before.get("data", {})
     source = dataclasses.replace(
         source,
-        path=source.path or known.get("path"),
+        path=source.path or known_place(out, known),
         res=source.res or known.get("res"),
         exif=source.exif or known.get("exif", False),
         classes=source.classes or known.get("only"),
@@ -214,6 +215,17 @@ def make_plan(
     if "history" in before:
         record["history"] = before["history"]
     return Plan(record, config, recipe, data, initial, chosen, changed)
+
+
+def known_place(out, known) -> str | None:
+    """Where the data of the run in `out` was, None if it is new. Raises UserError where it is
+    gone."""
+    path = known.get("path")
+    if path and not (Path(path).exists() or containers.expand(path)):
+        raise UserError(
+            f"the data of {out} is no longer at {path}; if it has moved, say where to: --data"
+        )
+    return path
 
 
 def read_initial(init, heads, kind) -> Initial:

@@ -2,6 +2,7 @@
 refused."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import pickle
@@ -13,11 +14,12 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import dimr_command
-from packing import MANY, make_tar, make_zip, png, refusal, tar_bytes
+from packing import MANY, add, make_tar, make_zip, png, refusal, tar_bytes
 
 import containers
 import dataset
@@ -443,6 +445,55 @@ def test_databases_are_refused_with_two_lines_that_write_a_tar(tmp_path):
     assert "webdataset.TarWriter" in refusal(tmp_path)
 
 
+class TarWriter:
+    """What two lines of ours need of webdataset.TarWriter, where that is not installed: a member
+    for each field of a sample, numbers as text."""
+
+    def __init__(self, path):
+        self.tar = tarfile.open(path, "w")  # noqa: SIM115 (closed on leaving)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.tar.close()
+
+    def write(self, sample):
+        key = sample.pop("__key__")
+        for field, value in sample.items():
+            add(self.tar, f"{key}.{field}", value if type(value) is bytes else b"%d" % value)
+
+
+def test_the_two_lines_that_write_a_tar_do(tmp_path, monkeypatch):
+    (tmp_path / "0.parquet").write_bytes(b"PAR1")
+    lines = refusal(tmp_path / "0.parquet").partition("that is read: ")[2].split(" | ")
+    if not importlib.util.find_spec("webdataset"):
+        monkeypatch.setitem(sys.modules, "webdataset", SimpleNamespace(TarWriter=TarWriter))
+    monkeypatch.chdir(tmp_path)
+    rows = [(png(value), value % 3) for value in range(5)]
+    exec("import webdataset\n" + "\n    ".join(lines), {"rows": rows})
+    found = dataset.Images("images.tar")
+    assert found.about.endswith("WebDataset's tar: 3 classes, 5 images")
+    assert found.classes == ["0", "1", "2"]
+    images, labels = found.batch(range(5), [False] * 5)
+    assert labels.tolist() == [0, 0, 1, 1, 2]
+    assert images[:, 0, 0, 0].tolist() == [0, 3, 1, 4, 2]
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2"])
+def test_a_compressed_tar_is_refused_with_a_command_that_unpacks_it(tmp_path, kind):
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    with tarfile.open(folder / f"a b.tar.{kind}", f"w:{kind}") as tar:
+        for name, data in MANY.items():
+            add(tar, name, data)
+    for place in (folder, folder / f"a b.tar.{kind}"):
+        said = refusal(place)
+        assert "is compressed" in said
+    subprocess.run(said.partition("unpack it: ")[2], shell=True, check=True)
+    assert len(containers.find(folder / "a b.tar")) == len(MANY)
+
+
 @pytest.mark.parametrize(
     "members, words",
     [
@@ -615,18 +666,28 @@ TINY = [
 
 @pytest.mark.slow
 def test_a_run_goes_on_where_its_data_have_moved(photographs, tmp_path):
-    """From a folder to a tar; the chosen classes are remembered."""
+    """From a folder to a tar, to the byte as if they had not; the chosen classes are remembered."""
     out = tmp_path / "run"
     chosen = ["--classes", "n01440764,n01443537"]
-    train = ["train", *TINY, "--res", 16, "--out", out, "--save-every", 2]
+    train = ["train", *TINY, "--res", 16, "--save-every", 2, "--ema", 0.9]
+    undisturbed = [*train, "--out", tmp_path / "undisturbed"]
+    dimr_command(*undisturbed, "--data", photographs, *chosen, "--steps", 4)
+    train += ["--out", out]
     dimr_command(*train, "--data", photographs, *chosen, "--steps", 2)
     path = tar(photographs, tmp_path)
     done = dimr_command(*train, "--data", path, "--steps", 4)
     assert f"{path}: a tar: 2 classes, 5 images" in done.stderr
     assert "going on from" in done.stderr
+    last = "checkpoints/step-0000004"
+    for file in (tmp_path / "undisturbed" / last).iterdir():
+        assert (out / last / file.name).read_bytes() == file.read_bytes()
     record = read_json(out / "config.json")["data"]
     assert (record["path"], record["items"]) == (str(path), 5)
     assert record["only"] == ["n01440764", "n01443537"]
     done = dimr_command(*train, "--classes", "n02123045", "--steps", 6, check=False)
     assert done.returncode == 1
     assert "not" in done.stderr
+    path.rename(tmp_path / "b.tar")
+    done = dimr_command(*train, "--steps", 6, check=False)
+    assert done.returncode == 1
+    assert f"is no longer at {path}; if it has moved, say where to: --data" in done.stderr
