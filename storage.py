@@ -191,7 +191,7 @@ def save_tensors(
     tensors = dict(sorted(tensors.items(), key=place))
     header = {}
     if metadata:
-        header["__metadata__"] = metadata
+        header["__metadata__"] = dict(sorted(metadata.items()))
     end = 0
     for name, tensor in tensors.items():
         first = end

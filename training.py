@@ -548,7 +548,7 @@ def train(
         state.start(division.micro)
         batches = read_ahead(run, division, source)
         run.bar = stack.enter_context(progress(out, state, quiet))
-        stop = stack.enter_context(Stop(begun, saving.max_time))
+        stop = stack.enter_context(Stop(begun + (saving.max_time or math.inf)))
         stopped = loop(run, batches, division, timetable(saving, watch, plan.recipe), stop)
         run.finish()
         return run.summary(stopped, begun)
@@ -816,11 +816,11 @@ def doing(bar, what):
 
 class Stop(contextlib.AbstractContextManager):
     """Remembers the first of the signals to stop as `reason`, so that the loop can finish its step
-    and save; "max-time" when more than `seconds` have gone by since `begun`. A second SIGINT ends
-    at once."""
+    and save; "max-time" from the time `end` of the monotonic clock on. A second SIGINT ends at
+    once."""
 
-    def __init__(self, begun, seconds):
-        self.end = begun + seconds if seconds else math.inf
+    def __init__(self, end=math.inf):
+        self.end = end
         self.signal = None
         self.interrupted = False
 
