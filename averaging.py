@@ -57,7 +57,7 @@ class Damaged(Exception):
 # -------------------------------------------------------------------------------------- in training
 
 
-def folder(run) -> Path:
+def folder(run: str | Path) -> Path:
     return Path(run) / "averages"
 
 
@@ -78,7 +78,15 @@ def snapshots(run) -> list[Snapshot]:
     return sorted(found, key=lambda one: (one.step, one.width))
 
 
-def save(run, held: averages.Averages, *, config, step, precision, record):
+def save(
+    run: str | Path,
+    held: averages.Averages,
+    *,
+    config: networks.Config,
+    step: int,
+    precision: str,
+    record: dict,
+) -> None:
     """Write a snapshot of each average that is not there yet. `record`: what weights files say of
     the run. Raises OSError; UserError for a value that `precision` can't hold."""
     for width in held.exponents:
@@ -95,7 +103,7 @@ def save(run, held: averages.Averages, *, config, step, precision, record):
         save_tensors(snapshot.path, tensors, metadata)
 
 
-def cut(run, step: int) -> list[Snapshot]:
+def cut(run: str | Path, step: int) -> list[Snapshot]:
     """Delete the snapshots beyond `step`, from which a run goes on, and return them: it writes them
     anew."""
     beyond = [one for one in snapshots(run) if one.step > step]
@@ -134,7 +142,9 @@ def warn(line):
         print(line, file=sys.stderr)
 
 
-def rebuild(run, width: float, step: int | None = None, say: Callable = warn) -> Rebuilt:
+def rebuild(
+    run: str | Path, width: float, step: int | None = None, say: Callable = warn
+) -> Rebuilt:
     """The average of `width` that run folder `run` had after `step`, a snapshot's (None: the one
     that RUN@STEP names, else the last).
 
@@ -187,7 +197,7 @@ def rebuild(run, width: float, step: int | None = None, say: Callable = warn) ->
     return Rebuilt(model, {**record, "step": step, "ema_width": width}, place, facts)
 
 
-def find_run(source=None) -> Path:
+def find_run(source: str | Path | None = None) -> Path:
     """The run folder that `source` names, or (None) the newest that was trained under runs/. Raises
     UserError."""
     run = source or runfolder.newest()
@@ -196,7 +206,7 @@ def find_run(source=None) -> Path:
     return Path(run)
 
 
-def read_run(run):
+def read_run(run: str | Path) -> dict:
     """What a run folder's config.json says. Raises UserError if it is none."""
     if not (Path(run) / "config.json").is_file():
         raise UserError(f"{run} is no run folder; give one that dimr train wrote")
@@ -316,7 +326,13 @@ def read_snapshot(snapshot, config):
     return tensors, about
 
 
-def write(run, width: float, step: int | None = None, out=None, say: Callable = warn) -> dict:
+def write(
+    run: str | Path,
+    width: float,
+    step: int | None = None,
+    out: str | Path | None = None,
+    say: Callable = warn,
+) -> dict:
     """Make the average of `width` at `step` and write it to `out` (None: the run's averages/), a
     weights file as `runfolder.write_weights` writes it. Returns `Rebuilt.facts` and `out`. Raises
     UserError."""

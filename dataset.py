@@ -470,6 +470,9 @@ def _share_of_cores(data):
     return min(MOST_WORKERS, max(1, cores // processes))
 
 
+Data = Images | LatentFiles | Shards  # what a run trains on
+
+
 class _Steps(torch.utils.data.Dataset):
     """What a worker does for one (indices, flips). A foreseen error travels as a value: raised in a
     worker it would reach the user inside the worker's traceback."""

@@ -9,6 +9,7 @@ import ours
 import math
 from collections.abc import Mapping
 
+import dataset
 import dimr
 import networks
 import space
@@ -31,7 +32,7 @@ PAPER_WARMUP = 5000
 PAPER_AVERAGE = 10_000  # steps: a decay of 0.9999
 
 
-def network(data, given: Mapping = {}) -> dimr.Config:  # noqa: B006 (read alone)
+def network(data: dataset.Data, given: Mapping = {}) -> dimr.Config:  # noqa: B006 (read alone)
     """A network for `data` (as dataset.open_data gives it). Of the fields `given`, layers and dims
     say how many branches it has, and dims how wide it is. Raises ValueError for what makes none."""
     theirs = space.of_data(data)

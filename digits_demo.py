@@ -7,6 +7,7 @@ import ours
 import dataclasses
 import shlex
 import time
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -31,7 +32,7 @@ class Digits:
     numbers: np.ndarray
 
 
-def run(out, seed=0, quiet=False) -> dict:
+def run(out: str | Path, seed: int = 0, quiet: bool = False) -> dict:
     """Write digits, train, sample, judge, all under folder `out`. Returns the figures. Raises
     UserError."""
     begun = time.monotonic()

@@ -26,6 +26,7 @@ import downloads
 import parallel
 import pictures
 import shards
+import space
 import storage
 import vae
 from storage import UserError, read_json, sha256, write_json
@@ -464,7 +465,7 @@ class Coder:
         return self._run(self._encode, images)
 
     def decode(self, mean: torch.Tensor) -> torch.Tensor:
-        """Images uint8 (B, 3, H, W) of latent means (B, 4, h, w)."""
+        """Images uint8 (B, H, W, 3) of latent means (B, 4, h, w)."""
         return self._run(self._decode, mean)
 
     def _run(self, function, batch):
@@ -477,14 +478,13 @@ class Coder:
             return function(full)[: len(batch)].cpu()
 
     def _encode(self, images):
-        x = images.float() / 127.5 - 1
+        x = space.from_uint8(images)
         both = torch.stack([x, x.flip(-1)], 1).flatten(0, 1)
         moments = torch.stack(self.model.encode(both), 1)  # (2B, 2, 4, h, w)
         return moments.unflatten(0, (-1, 2)).half()
 
     def _decode(self, mean):
-        x = self.model.decode(mean).clamp(-1, 1)
-        return ((x + 1) * 127.5).round().byte()
+        return torch.from_numpy(space.to_uint8(self.model.decode(mean)))
 
 
 def _load_vae(plan, device):
@@ -553,7 +553,7 @@ def _write_preview(job, rows, skipped, coder):
         decoded = coder.decode(mean[None])[0]
         if job.folder.kind == "pixels":
             tiles.append(job.folder.read(stored[position]))
-        tiles.append(decoded.permute(1, 2, 0).numpy())
+        tiles.append(decoded.numpy())
     pictures.save(pictures.grid(tiles, columns=4), job.out / "preview.png")
 
 

@@ -53,15 +53,15 @@ class Journal:
         self.bad_run = 0
         self.restart_clock()
 
-    def restart_clock(self):
+    def restart_clock(self) -> None:
         self.since = time.monotonic()
 
-    def add(self, losses, norm, bad):
+    def add(self, losses: torch.Tensor, norm: torch.Tensor, bad: torch.Tensor) -> None:
         """Note a step's losses (1 + R,): sum and branches, its gradient's norm and whether that was
         not finite (1.0 or 0.0)."""
         self.pending.append(torch.cat([losses, norm[None], bad[None]]))
 
-    def remark(self, measure):
+    def remark(self, measure: Callable[[], dict]) -> None:
         """Put what `measure()` returns, a dict, into the newest step's line; the time it takes is
         not training's. What it can't do is said and no more."""
         before = time.monotonic()
@@ -71,7 +71,7 @@ class Journal:
             self.say(f"WARNING: no evaluation at step {self.state.step}: {error}")
         self.since += time.monotonic() - before
 
-    def picture(self, path):
+    def picture(self, path: Path) -> None:
         for sink in self.sinks:
             sink.picture(self.state.step, path)
 
@@ -159,7 +159,7 @@ class Journal:
             "it with a lower --lr or --grad-clip 1 under another --out (--init)"
         )
 
-    def write(self, sync=False):
+    def write(self, sync: bool = False) -> None:
         """Append the lines that metrics.jsonl lacks. Raises OSError, the file being as it was and
         the lines kept."""
         if not parallel.is_main():

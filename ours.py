@@ -118,7 +118,7 @@ def _lies_in(place, name):
     return spec is not None and spec.has_location and not is_ours(spec.origin)
 
 
-def shipped(name):
+def shipped(name: str) -> Path:
     """The file `name` that comes with the tool: under share/dimr beside the modules (a checkout,
     an editable installation), or under the share/dimr that pip noted for an installation.
 
@@ -139,7 +139,7 @@ def shipped(name):
     )
 
 
-def keys(module, table):
+def keys(module: str, table: str) -> list[str]:
     """The keys of a dict at the top level of one of our modules, as a tuple, read from the source:
     the command line names them without importing PyTorch.
 

@@ -11,13 +11,19 @@ import sys
 import time
 import uuid
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401  (see below)
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from storage import UserError
+
+T = TypeVar("T")
 
 JOIN = 1800  # seconds for all processes to come
 DAY = 24 * 60  # minutes to wait for the slowest, where work is not in step
@@ -30,19 +36,19 @@ WORKSPACES = (":4096:8", ":16:8")
 # threads then outlive stop(), and now and then abort Python's exit.
 
 
-def rank():
+def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def world_size():
+def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def is_main():
+def is_main() -> bool:
     return rank() == 0
 
 
-def pick_device(name="auto"):
+def pick_device(name: str = "auto") -> torch.device:
     """The torch device for `auto`, `cpu`, `cuda` or `mps`; on CUDA the one of this process's local
     rank, or the only one that it is shown. From then on float32 means float32 there. Raises
     UserError."""
@@ -66,7 +72,7 @@ def pick_device(name="auto"):
     return torch.device("cuda", local)
 
 
-def local_gpu(count):
+def local_gpu(count: int) -> int:
     """Which of the `count` GPUs that this process sees is its own. Raises UserError."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     # SLURM can show each task its own GPU alone, which is then number 0 to all of them. torchrun
@@ -81,7 +87,7 @@ def local_gpu(count):
     return local
 
 
-def no_tf32():
+def no_tf32() -> None:
     """Switch off TF32, which keeps 10 bits of float32's 23: PyTorch has it on for convolutions, and
     some containers' environment (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE) for products.
 
@@ -92,7 +98,7 @@ def no_tf32():
 
 
 @contextlib.contextmanager
-def deterministic():
+def deterministic() -> Iterator[None]:
     """A context in which the same work on the same hardware gives the same bytes, on CUDA too.
 
     Raises UserError where that can't be: at once if cuBLAS, which decides when it starts, has been
@@ -119,7 +125,7 @@ def deterministic():
         cudnn.benchmark = before[2]
 
 
-def settle_workspaces():
+def settle_workspaces() -> None:
     """Give cuBLAS workspaces of fixed size, without which its products may differ from time to
     time. Raises UserError where it is too late."""
     given = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
@@ -138,7 +144,7 @@ def settle_workspaces():
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = WORKSPACES[0]
 
 
-def start(device, minutes=30):
+def start(device: torch.device, minutes: float = 30) -> None:
     """Join the other processes (NCCL on GPUs, gloo on CPUs), which have to come within JOIN. Later
     a lost peer is an error after `minutes` at most."""
     if world_size() > 1 and not dist.is_initialized():
@@ -174,25 +180,25 @@ def _fresh(store):
     return dist.PrefixStore(word, store)
 
 
-def is_lost_peer(error):
+def is_lost_peer(error: BaseException) -> bool:
     """Whether a RuntimeError says that another process can't be reached."""
     return world_size() > 1 and (
         isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
     )
 
 
-def is_joined():
+def is_joined() -> bool:
     """Whether `start` has joined other processes."""
     return dist.is_initialized()
 
 
-def stop():
+def stop() -> None:
     """Part from the other processes, once all have done their work."""
     if is_joined():
         dist.destroy_process_group()
 
 
-def leave(status):
+def leave(status: int) -> NoReturn:
     """End this process, which has failed and said so, at once. `stop` could wait for ever: for the
     others, which may wait for this one in an exchange. Once it is gone they notice, or torchrun
     ends them."""
@@ -202,19 +208,19 @@ def leave(status):
     os._exit(status)
 
 
-def barrier():
+def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
 
 
-def idle_gpus(device):
+def idle_gpus(device: torch.device) -> int:
     """GPUs of this machine that no process of this job uses."""
     if device.type != "cuda":
         return 0
     return max(0, torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def wrap(model, device):
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` for training: with several processes, its gradients are averaged over them."""
     if not dist.is_initialized():
         return model
@@ -226,12 +232,12 @@ def wrap(model, device):
     )
 
 
-def no_sync(model):
+def no_sync(model: nn.Module) -> AbstractContextManager:
     """A context in which backward passes keep their gradients to themselves."""
     return model.no_sync() if dist.is_initialized() else contextlib.nullcontext()
 
 
-def mean(tensor):
+def mean(tensor: torch.Tensor) -> torch.Tensor:
     """The average of a small tensor over processes, summed in order of rank: an all-reduce's order
     would follow from a number's place in the tensor, so that a line of metrics.jsonl would depend
     on which others are averaged with it."""
@@ -245,7 +251,7 @@ def mean(tensor):
     return total / world_size()
 
 
-def first(reason):
+def first(reason: str | None) -> str | None:
     """The first process's `reason` that is not None, on every process: so that all stop at the same
     step. A tiny exchange between hosts; no GPU is waited for."""
     if not dist.is_initialized():
@@ -255,7 +261,7 @@ def first(reason):
     return next(r for r in gather(reason) if r is not None) if flag else None
 
 
-def broadcast(value):
+def broadcast(value: T) -> T:
     """Rank 0's picklable `value`, on every process."""
     if not dist.is_initialized():
         return value
@@ -264,13 +270,13 @@ def broadcast(value):
     return box[0]
 
 
-def broadcast_tensor(tensor):
+def broadcast_tensor(tensor: torch.Tensor) -> None:
     """Fill `tensor` on every process with rank 0's values."""
     if dist.is_initialized():
         dist.broadcast(tensor, src=0)
 
 
-def collect(value):
+def collect(value: T) -> list[T] | None:
     """Every process's picklable `value`, in order of rank, on rank 0; None on the others."""
     if not dist.is_initialized():
         return [value]
@@ -279,7 +285,7 @@ def collect(value):
     return box
 
 
-def gather(value):
+def gather(value: T) -> list[T]:
     """Every process's picklable `value`, in order of rank, on every process."""
     if not dist.is_initialized():
         return [value]
@@ -288,7 +294,7 @@ def gather(value):
     return box
 
 
-def divide(total, done):
+def divide(total: int, done: Callable[[], set[int]]) -> tuple[list[int], list[int]]:
     """Which of a job's pieces 0..total-1 are to be done: (all of them, those of this process).
 
     `done()` gives the set of pieces that an earlier call finished; every process asks it once all
@@ -315,14 +321,14 @@ PEAK_FLOPS = {  # dense bf16, vendors' data sheets
 }
 
 
-def peak_flops(device):
+def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 operations per second by the vendor's data sheet, or None where the hardware is
     not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def peak_memory(device):
+def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: on the GPU by tensors, else by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -331,7 +337,7 @@ def peak_memory(device):
     )
 
 
-def autocast(device, precision):
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """The context that runs a network in `precision` ("fp32" or "bf16")."""
     return (
         torch.autocast(device.type, torch.bfloat16)
@@ -340,7 +346,7 @@ def autocast(device, precision):
     )
 
 
-def for_inference(model, precision, compiled=False):
+def for_inference(model: nn.Module, precision: str, compiled: bool = False) -> nn.Module:
     """`model` in eval mode, compiled if asked. For "bf16" the weights that autocast would round in
     every call are kept rounded. For "fp32" on CPUs Linear layers without gradients run in oneDNN,
     which takes a tenth less time."""

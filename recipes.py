@@ -5,7 +5,7 @@ import ours
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -53,7 +53,7 @@ class Recipe:
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "ema_profiles", tuple(self.ema_profiles))
 
-    def learning_rate(self, step):
+    def learning_rate(self, step: int) -> float:
         """Linear warm-up from 0, then constant."""
         if self.warmup:
             return self.lr * min(1, step / self.warmup)
@@ -149,14 +149,23 @@ class Plan:
     record: dict
     config: networks.Config
     recipe: Recipe
-    data: object
+    data: dataset.Data
     initial: Initial | None
     chosen: str
     changed: dict
 
 
 def make_plan(
-    out, source, *, variant, recipe, network, init, device, kind=None, force=False
+    out: Path,
+    source: Source,
+    *,
+    variant: str | None,
+    recipe: dict | None,
+    network: dict | None,
+    init: str | Path | None,
+    device: torch.device,
+    kind: str | None = None,
+    force: bool = False,
 ) -> Plan:
     """What a run in folder `out` is. Everything not given comes from the run's config.json if there
     is one, else from the weights to start from, else from the variant, else from the data
@@ -287,7 +296,7 @@ def open_data(source, variant):
     )
 
 
-def settle(values, changes, device):
+def settle(values: dict, changes: dict, device: torch.device) -> Recipe:
     """The Recipe of a run: `values` with `changes`, every choice made."""
     recipe = Recipe(**{**values, **changes})
     cuda = device.type == "cuda"
@@ -414,7 +423,7 @@ def check_same_sums(out, before, recipe, device):
             )
 
 
-def is_deterministic(out, changes):
+def is_deterministic(out: Path, changes: dict | None) -> bool:
     """Whether a run asks for deterministic kernels: CUDA has to know before it starts, and so
     before there is a Plan."""
     if changes and "deterministic" in changes:
@@ -425,7 +434,7 @@ def is_deterministic(out, changes):
     return recipe.get("deterministic", False)
 
 
-def weights_record(data, recipe):
+def weights_record(data: dataset.Data, recipe: Recipe) -> dict:
     """What weights files say of a run besides its network."""
     lasting = {}
     for name, value in dataclasses.asdict(recipe).items():
@@ -440,7 +449,7 @@ def weights_record(data, recipe):
 # ----------------------------------------------------------------------------------------- in words
 
 
-def shape_words(config):
+def shape_words(config: networks.Config) -> str:
     """A network's branches in words, coarse to fine; of a peer, its one."""
     if networks.kind(config) != "dimr":
         return f"{config.depth} blocks of width {config.width}, patches of {config.patch}"
@@ -452,7 +461,7 @@ def shape_words(config):
     return words
 
 
-def recipe_words(recipe):
+def recipe_words(recipe: Recipe) -> str:
     """Rate, average and labels in words."""
     guidance = "no guidance (no label is dropped)"
     if recipe.label_dropout:
@@ -471,7 +480,7 @@ def average_span(recipe):
     return 1 / (1 - recipe.ema)
 
 
-def warnings_of(recipe):
+def warnings_of(recipe: Recipe) -> Iterator[str]:
     """Lines on a recipe whose beginning lasts as long as the run."""
     if recipe.warmup >= recipe.steps:
         yield (

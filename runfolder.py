@@ -20,6 +20,7 @@ import re
 import shutil
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -88,7 +89,7 @@ def step_of(checkpoint: Path) -> int:
     return int(CHECKPOINT.fullmatch(checkpoint.name)[1])
 
 
-def save_checkpoint(run, step, files, state, keep):
+def save_checkpoint(run: Path, step: int, files: dict, state: dict, keep: int) -> None:
     """Write `files` (name → (tensors, metadata)) and `state` as a checkpoint folder, and delete all
     but the newest `keep` (0 keeps all). Everything is synced before the folder's rename."""
     folder = Path(run) / "checkpoints"
@@ -118,7 +119,7 @@ def save_checkpoint(run, step, files, state, keep):
     return final
 
 
-def discard(checkpoint):
+def discard(checkpoint: Path) -> None:
     """Delete a checkpoint if it is there: it is gone at once, not file by file."""
     if checkpoint.exists():
         doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
@@ -139,7 +140,9 @@ def verify(checkpoint):
             raise UserError(f"{checkpoint / name} is damaged (its SHA-256 is not the manifest's)")
 
 
-def newest_whole(run, say=lambda line: print(line, file=sys.stderr)):
+def newest_whole(
+    run: Path, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
+) -> Path | None:
     """The newest checkpoint that agrees with its manifest, or None if there are none at all;
     damaged ones are named through `say`. Raises UserError if all are damaged."""
     found = checkpoints(run)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+import dataset
 import networks
 import vae
 
@@ -23,7 +24,7 @@ class Pixels:
     def x0(self, batch: Tensor, normal: Callable) -> Tensor:
         """x_0 (B, C, H, W) of uint8 pixels (B, C, H, W). `normal(shape)` draws per sample and is
         not needed here."""
-        return batch.float() / 127.5 - 1
+        return from_uint8(batch)
 
     def images(self, x: Tensor, decode: Callable) -> Tensor:
         """Images (B, 3, H, W), about in [-1, 1], of samples x in this space. `decode` is the VAE's
@@ -78,7 +79,7 @@ def of(config: networks.Config) -> Space:
     return SPACES[config.space]
 
 
-def of_data(data) -> Space:
+def of_data(data: dataset.Data) -> Space:
     """The space of a dataset."""
     return next(space for space in SPACES.values() if space.kind == data.kind)
 
@@ -86,6 +87,11 @@ def of_data(data) -> Space:
 def folder(space: Space, side: int) -> Path:
     """Where encode puts data of images of `side` pixels, unless told otherwise."""
     return Path("data") / f"{space.kind}-{side}"
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """Values in [-1, 1] of uint8 ones, of any shape."""
+    return pixels.float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> np.ndarray:

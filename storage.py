@@ -10,7 +10,7 @@ import socket
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -75,14 +75,14 @@ def sweep(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, value) -> None:
+def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all."""
     with writing(path, "w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
 
 
-def read_json(path: str | Path):
+def read_json(path: str | Path) -> Any:
     """The value in a JSON file. Raises UserError where it is missing or no JSON."""
     try:
         return json.loads(Path(path).read_text())

@@ -16,7 +16,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ import runfolder
 import sampling
 import space
 import storage
-from recipes import Plan, Source, is_deterministic, make_plan, weights_record
+from recipes import Plan, Recipe, Source, is_deterministic, make_plan, weights_record
 from storage import VERSION, UserError, open_tensors, read_json, write_json
 
 LOG_EVERY = 10  # steps between reads of the losses from the device
@@ -89,7 +89,7 @@ class Division:
         return parallel.rank() * self.share
 
 
-def divide(batch_size, micro_batch) -> Division:
+def divide(batch_size: int, micro_batch: int | None) -> Division:
     """Raises UserError naming the nearest sizes where the division is uneven."""
     world = parallel.world_size()
     unit = world * (micro_batch or 1)
@@ -128,7 +128,7 @@ class State:
     Saved and restored whole. `network` holds the weights; `model` is what runs it: the same, or
     what `parallel.wrap` puts around it."""
 
-    def __init__(self, network, recipe, device):
+    def __init__(self, network: networks.Network, recipe: Recipe, device: torch.device):
         self.recipe = recipe
         self.device = device
         self.step = 0
@@ -311,7 +311,9 @@ def fill(tensors, path):
 # ----------------------------------------------------------------------------------------- the step
 
 
-def losses(state, images, labels, first):
+def losses(
+    state: State, images: torch.Tensor, labels: torch.Tensor, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Multi-scale losses of the samples at positions first, first + 1, …: weighted sum (B,), per
     branch (R, B).
 
@@ -336,7 +338,9 @@ def losses(state, images, labels, first):
     return diffusion.multi_scale_loss(predictions, target, recipe.target_scale, recipe.loss)
 
 
-def train_step(state, batches, division):
+def train_step(
+    state: State, batches: Iterator, division: Division
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One optimiser step on this process's share of the batch, in passes whose gradients are
     accumulated and, in the last, averaged over processes.
 
@@ -501,20 +505,20 @@ class Run:
 
 
 def train(
-    out,
-    source=Source(),  # noqa: B008 (frozen)
+    out: str | Path,
+    source: Source = Source(),  # noqa: B008 (frozen)
     *,
-    variant=None,
-    recipe=None,
-    network=None,
-    init=None,
-    kind=None,
-    device="auto",
-    saving=Saving(),  # noqa: B008 (frozen)
-    watch=None,
-    sinks=(),
-    quiet=False,
-    force=False,
+    variant: str | None = None,
+    recipe: dict | None = None,
+    network: dict | None = None,
+    init: str | Path | None = None,
+    kind: str | None = None,
+    device: str = "auto",
+    saving: Saving = Saving(),  # noqa: B008 (frozen)
+    watch: Watch | None = None,
+    sinks: Sequence[journal.Sink] = (),
+    quiet: bool = False,
+    force: bool = False,
 ) -> dict:
     """Train into the run folder `out`, or go on from its newest whole checkpoint.
 
