@@ -738,6 +738,15 @@ watch_options = Options(
 )
 
 
+log_option = click.option(
+    "--log",
+    multiple=True,
+    type=row_of("loggers", "SINKS"),
+    help="Tell this package too, if it is installed, of every step and sample grid; may be "
+    "repeated [default: metrics.jsonl alone].",
+)
+
+
 @main.command()
 @click.option(
     "--variant",
@@ -770,6 +779,7 @@ watch_options = Options(
 @device_option
 @saving_options
 @watch_options
+@log_option
 @json_option
 def train(variant, data, out, as_json, **values):
     """Train a network; run the same command again to go on.
@@ -784,6 +794,7 @@ def train(variant, data, out, as_json, **values):
       torchrun --nproc-per-node 8 -m cli train --variant xl2r --micro-batch 64
       dimr train --data photos/ --res 64 --layers 9,5 --dims 384,192 --heads 6 --batch-size 64
       dimr train --data photos/ --res 64 --variant uvit-m4 --layers 9 --dims 384 --heads 6
+      dimr train --data photos/ --res 64 --log tensorboard
     """
 
     goes_on = out is not None and (Path(out) / "config.json").exists()
@@ -822,6 +833,7 @@ def runs_beside(out):
 
 def run_training(out, data, variant, values):
     """`training.train` with the options of `dimr train`."""
+    import loggers
     import training
 
     source = training.Source(data, **source_options.take(values))
@@ -836,6 +848,7 @@ def run_training(out, data, variant, values):
         device=values["device"],
         saving=saving_of(values),
         watch=watch_of(values),
+        sinks=loggers.sinks(values["log"]),
         force=values["force"],
     )
 

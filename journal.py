@@ -27,13 +27,82 @@ BAD_STEPS = 50  # consecutive non-finite steps that end training
 
 class Sink:
     """Somewhere else that a run is told of, on rank 0: subclass it and give an object to `Journal`.
-    metrics.jsonl stays the record."""
+    metrics.jsonl stays the record: whatever a sink raises is said once, it is told no more, and
+    training goes on."""
+
+    name = "a sink"
+    place = ""  # where to look, for people
+
+    def begin(self, out: Path, step: int) -> int:
+        """The run in `out`, whose config.json is written, goes on after `step`. Returns the last
+        step whose line is kept from before: those after it, up to `step`, are told again."""
+        return step
 
     def line(self, line: dict) -> None:
         """A step, as it stands in metrics.jsonl."""
 
     def picture(self, step: int, path: Path) -> None:
         """A sample grid that was written."""
+
+    def flush(self) -> None:
+        """metrics.jsonl is about to be written: nothing told so far may be lost by a kill."""
+
+    def close(self) -> None:
+        """The run ends, for now."""
+
+
+class Audience:
+    """The sinks of a run, told in the order of its steps."""
+
+    def __init__(self, sinks, say):
+        self.sinks = list(sinks)
+        self.say = say
+        self.pictures = []  # (step, path) of steps that are not told yet
+
+    def begin(self, out, step):
+        """Start the sinks, and tell each what it lacks of the steps so far."""
+        for sink in list(self.sinks):
+            held = self._try(sink, "begin", out, step)
+            if sink not in self.sinks:
+                continue
+            self.say(f"log      {sink.name}: {sink.place}")
+            if held < step:
+                self.say(f"         which is told of steps {held + 1:,} to {step:,} now")
+                for line, _ in metrics(out):
+                    if held < line["step"] <= step:
+                        self._try(sink, "line", line)
+                self._try(sink, "flush")
+
+    def line(self, line):
+        self.tell("line", line)
+        while self.pictures and self.pictures[0][0] <= line["step"]:
+            self.tell("picture", *self.pictures.pop(0))
+
+    def picture(self, step, path, told):
+        """A grid of `step`, when the steps up to `told` were."""
+        if step <= told:
+            self.tell("picture", step, path)
+        else:
+            self.pictures.append((step, path))
+
+    def tell(self, what, *arguments):
+        for sink in list(self.sinks):
+            self._try(sink, what, *arguments)
+
+    def _try(self, sink, what, *arguments):
+        if sink not in self.sinks:
+            return None
+        try:
+            return getattr(sink, what)(*arguments)
+        # whatever a package of others' raises, it is no reason to end training
+        except Exception as error:
+            self.sinks.remove(sink)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.say(
+                f"WARNING: {sink.name} failed ({reason}) and is told no more; training goes on, "
+                "and metrics.jsonl has everything"
+            )
+            return None
 
 
 class Journal:
@@ -45,7 +114,8 @@ class Journal:
         self.state = state
         self.say = say
         self.last = last
-        self.sinks = sinks
+        self.audience = Audience(sinks if parallel.is_main() else (), say)
+        self.audience.begin(out, state.step)
         self.pending = []  # rows on the device: loss, losses by branch, gradient's norm, bad
         self.lines = []  # what metrics.jsonl lacks
         self.remarks = {}  # on the newest step
@@ -72,8 +142,12 @@ class Journal:
         self.since += time.monotonic() - before
 
     def picture(self, path: Path) -> None:
-        for sink in self.sinks:
-            sink.picture(self.state.step, path)
+        """A sample grid was written."""
+        told = self.state.step - len(self.pending)
+        self.audience.picture(self.state.step, path, told)
+
+    def close(self) -> None:
+        self.audience.tell("close")
 
     def flush(self):
         """Write what is pending; returns a few figures to show. Raises UserError after BAD_STEPS
@@ -90,6 +164,7 @@ class Journal:
         figures = self._figures(speed)
         self.pending = []
         self.remarks = {}
+        self.audience.tell("flush")
         try:
             self.write()
         except OSError as error:
@@ -132,8 +207,7 @@ class Journal:
             line |= self.remarks
         self.last = {key: finite(value) for key, value in line.items()}
         self.lines.append(json.dumps(self.last))
-        for sink in self.sinks:
-            sink.line(self.last)
+        self.audience.line(self.last)
 
     def _figures(self, speed):
         images_per_second, share = speed

@@ -39,6 +39,7 @@ MODULES = (
     "imagesets",
     "runfolder",
     "journal",
+    "loggers",
     "pictures",
     "imagenet_names",
     "networks",

@@ -483,6 +483,7 @@ class Run:
             journal.plot(self.out)
         for message in self.skipped:
             self.log.say(f"skipped {message}")
+        self.log.close()
 
     def summary(self, stopped, begun):
         """What `train` returns."""

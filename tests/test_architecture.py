@@ -26,6 +26,7 @@ PARTS = [
     "imagesets",
     "runfolder",
     "journal",
+    "loggers",
     "pictures",
     "imagenet_names",
     "networks",

@@ -142,6 +142,7 @@ def test_train_tells_the_job_only_what_was_given(told):
         "device": "auto",
         "saving": training.Saving(),
         "watch": None,
+        "sinks": [],
         "force": False,
     }
 
@@ -184,6 +185,7 @@ def test_train_tells_the_job_all_that_was_given(told):
         "device": "cpu",
         "saving": training.Saving(every=7, keep=3, sample_every=0, max_time=120),
         "watch": training.Watch(5, 20, ref="photos", inception="i", features="a:b"),
+        "sinks": [],
         "force": True,
     }
 
