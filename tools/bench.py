@@ -251,22 +251,26 @@ TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
 
 def other(name, attribute):
     """Something to compare with, or None where it is not installed, which is said."""
-    try:
-        with contextlib.suppress(ImportError):
-            importlib.import_module("torchvision")
-    except (
-        RuntimeError
-    ):  # it expects two compiled operators, which one beside a CPU build of PyTorch does not have
-        for operator in ("nms", "qnms"):
-            with contextlib.suppress(RuntimeError):
-                TORCHVISION.define(
-                    f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                )
+    torchvision()
     try:
         return getattr(importlib.import_module(name), attribute)
     except (ImportError, RuntimeError) as error:
         click.echo(f"not compared with {name.split('.')[0]}: {error}", err=True)
         return None
+
+
+def torchvision():
+    """Import torchvision, if it is there. It expects two compiled operators, which one beside a CPU
+    build of PyTorch does not have."""
+    try:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torchvision")
+    except RuntimeError:
+        for operator in ("nms", "qnms"):
+            with contextlib.suppress(RuntimeError):
+                TORCHVISION.define(
+                    f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                )
 
 
 # ----------------------------------------------------------------------------- the authors' release
@@ -359,6 +363,42 @@ class Release(nn.Module):
         return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
 
 
+class PeerRelease(nn.Module):
+    """The network in a checkout of DiT's or U-ViT's authors, called as ours is. Needs timm and
+    einops, as they do."""
+
+    PLACES = {"dit": ("models", "DiT"), "uvit": ("libs.uvit", "UViT")}
+
+    def __init__(self, checkout, config):
+        super().__init__()
+        module, name = self.PLACES[config.kind]
+        torchvision()  # which timm imports
+        try:
+            with mock.patch.object(sys, "path", [str(checkout), *sys.path]):
+                network = getattr(importlib.import_module(module), name)
+        except ImportError as error:
+            raise click.ClickException(
+                f"--against {checkout}: {error}; expected a checkout of {name}'s authors' code"
+            ) from None
+        self.config = config
+        shape = {
+            "patch_size": config.patch,
+            "depth": config.depth,
+            "num_heads": config.heads,
+            "num_classes": config.num_classes if config.kind == "dit" else config.embeddings,
+        }
+        if config.kind == "dit":
+            shape |= {"input_size": config.size, "in_channels": config.channels}
+            shape |= {"hidden_size": config.width}
+        else:
+            shape |= {"img_size": config.size, "in_chans": config.channels}
+            shape |= {"embed_dim": config.width, "conv": config.convolution}
+        self.net = network(**shape)
+
+    def forward(self, x, time, y):
+        return (self.net(x, time.expand(len(x)), y)[:, : self.config.channels],)
+
+
 def rivals(bench, config):
     """(name, network in training mode on the device): ours, and the release's with the same
     weights, checked."""
@@ -373,11 +413,20 @@ def rivals(bench, config):
         ):
             theirs = Release(bench.against, config, tuned).to(bench.device)
             theirs.net.load_state_dict(released)
-            x, tau, y = inputs(config, 2, bench.device)
-            with torch.no_grad():
-                for a, b in zip(theirs(x, tau, y), ours(x, tau, y), strict=True):
-                    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+            check_same(theirs, ours, inputs(config, 2, bench.device))
             yield name, theirs
+    if bench.against and networks.kind(config) in PeerRelease.PLACES:
+        theirs = PeerRelease(bench.against, config).to(bench.device)
+        theirs.net.load_state_dict(ours.state_dict(), strict=False)
+        check_same(theirs, ours, inputs(config, 2, bench.device))
+        yield "its authors' code", theirs
+
+
+def check_same(theirs, ours, values):
+    """Raise AssertionError unless two networks in training mode compute the same."""
+    with torch.no_grad():
+        for a, b in zip(theirs(*values), ours(*values), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def inputs(config, batch, device):
@@ -789,7 +838,7 @@ def about():
 @click.option(
     "--against",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A checkout of the authors' release.",
+    help="A checkout of the authors' release, or for a peer's --variant of DiT's or U-ViT's.",
 )
 @click.option(
     "--seconds",
