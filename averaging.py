@@ -10,7 +10,6 @@ import ours
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import re
 import sys
@@ -24,7 +23,7 @@ import averages
 import networks
 import parallel
 import runfolder
-from storage import UserError, load_tensors, read_json, save_tensors
+from storage import UserError, load_tensors, save_tensors
 
 NAME = re.compile(r"step-(\d{7,})-(\d[\d.]*(?:e-\d+)?)\.safetensors")
 COUNT = 64  # snapshots that a run holds of each width, about, if not told otherwise
@@ -155,13 +154,14 @@ def rebuild(
         step = named
     elif named not in (None, step):
         raise UserError(f"{run}@{named} and --step {step} name two steps; give one")
-    known = read_run(run)
+    read_run(run)
     found = snapshots(run)
     if not found:
         raise UserError(
             f"{run} holds no snapshots of averages; dimr train keeps them with "
             "--ema-profiles 0.05,0.10"
         )
+    known = runfolder.read_config(run, ("recipe",))
     step = choose_step(run, found, step)
     missing = missing_snapshots(run, known, step)
     if missing:
@@ -207,10 +207,10 @@ def find_run(source: str | Path | None = None) -> Path:
 
 
 def read_run(run: str | Path) -> dict:
-    """What a run folder's config.json says. Raises UserError if it is none."""
+    """What a run folder's config.json says, perhaps nothing. Raises UserError if it is none."""
     if not (Path(run) / "config.json").is_file():
         raise UserError(f"{run} is no run folder; give one that dimr train wrote")
-    return read_json(Path(run) / "config.json")
+    return runfolder.read_config(run, ())
 
 
 def choose_step(run, found, step):
@@ -232,7 +232,7 @@ def missing_snapshots(run, known, step):
     if not every:
         return []
     expected = []
-    for width in recipe["ema_profiles"]:
+    for width in recipe.get("ema_profiles", ()):
         expected += [snapshot_at(run, at, width) for at in range(every, step + 1, every)]
     return [one for one in expected if not one.path.exists()]
 
@@ -288,7 +288,10 @@ def range_text(span):
 def read_mix(mix, known):
     """(network in eval mode, record, precisions that were read) of a Mix of the run that `known` is
     of. Raises Damaged."""
-    config = networks.config_of(known["config"])
+    try:
+        config = networks.config_of(known.get("config"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the run's config.json is damaged (config: {error})") from None
     record = {}
     precisions = set()
 
@@ -309,7 +312,7 @@ def read_snapshot(snapshot, config):
     `config`. Raises Damaged."""
     try:
         tensors, about = load_tensors(snapshot.path)
-        about = {key: json.loads(value) for key, value in about.items()}
+        about = runfolder.parsed(about)
         theirs = networks.config_of(about.pop("config"))
         content = about.pop("content")
         itself = (about.pop("step"), about.pop("width"))

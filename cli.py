@@ -601,6 +601,19 @@ classes_option = click.option(
     type=ClassNames(),
     help="Take only these classes: names, or a file with one in each line.",
 )
+verify_option = click.option(
+    "--verify-data",
+    "verify",
+    is_flag=True,
+    help="First read all of the data and compare them with their hashes: shards with those in "
+    "their index, images with what they were at the first --verify-data.",
+)
+verify_shards_option = click.option(
+    "--verify-data",
+    "verify",
+    is_flag=True,
+    help="First compare shards with the hashes in their index.",
+)
 source_options = Options(
     classes_option,
     click.option(
@@ -611,6 +624,7 @@ source_options = Options(
     exif_option,
     on_bad_option,
     workers_option,
+    verify_option,
 )
 ema_options = Options(
     click.option(
@@ -1632,6 +1646,7 @@ metric_options = Options(
     click.option("--keep", is_flag=True, help="Write the images drawn, as sample --balanced does."),
     *feature_options.options,
     res_option,
+    verify_shards_option,
 )
 
 
@@ -1682,7 +1697,7 @@ def run_evaluation(name, samples, values):
     if values["keep"]:
         samples = draw_balanced(generator, count, settings, values["batch_size"])
     if samples:
-        images = imagesets.open_set(samples, values["res"])
+        images = imagesets.open_set(samples, values["res"], verify=values["verify"])
     else:
         images = extraction.Generation(generator, count, settings, values["batch_size"])
     return evaluation.evaluate(
@@ -1692,6 +1707,7 @@ def run_evaluation(name, samples, values):
         ref=values["ref"],
         res=values["res"],
         batch_size=values["batch_size"],
+        verify=values["verify"],
     )
 
 
@@ -1736,6 +1752,7 @@ for _name, _what in ours.words("evaluation", "METRICS").items():
 @click.argument("out", type=click.Path(path_type=Path))
 @feature_options
 @res_option
+@verify_shards_option
 @batch_option
 @device_option
 @json_option
@@ -1770,7 +1787,7 @@ def run_measurement(folder, values):
     import imagesets
 
     extractor = extractor_of(values["inception"], values["features"], values["device"])
-    images = imagesets.open_set(folder, values["res"])
+    images = imagesets.open_set(folder, values["res"], verify=values["verify"])
     return extraction.measure(
         images, extractor, evaluation.REFERENCE_IMAGES, batch_size=values["batch_size"]
     )

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
 import containers
 import shards
@@ -33,6 +34,7 @@ from storage import UserError
 FORMATS = ("JPEG", "PNG", "WEBP")  # told by content, not by extension
 GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}  # Pillow's, without colour
 PROBED = 64  # images whose headers tell size and channels of a folder
+SAMPLED = 256  # items of a folder whose contents are hashed at each start
 MOST_WORKERS = 8  # reading processes, unless told otherwise
 NPY = {  # by the file format's version
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -192,6 +194,37 @@ class Listed:
         for index, name in enumerate(self.listing.names):
             line = f"{name}\0{self.listing.size(index)}\n"
             digest.update(line.encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def sample(self) -> str:
+        """Hex SHA-256 of the contents of up to SAMPLED items, evenly spaced: most of what a file of
+        another content and the same size could be told by, at once."""
+        count = min(SAMPLED, len(self))
+        return self._contents(np.linspace(0, len(self) - 1, count).astype(int))
+
+    def verify(self, known: str | None = None, quiet: bool = False) -> str:
+        """Hex SHA-256 of all items' contents, each of which is read. Raises UserError where that is
+        not what is `known`."""
+        bar = tqdm(
+            range(len(self)), desc="verifying", unit=self.noun.removesuffix("s"), disable=quiet
+        )
+        found = self._contents(bar)
+        if known not in (None, found):
+            raise UserError(
+                f"{self.root} holds other {self.noun} than it did (of the same names and sizes); "
+                "restore them, or choose another --out"
+            )
+        return found
+
+    def _contents(self, indices):
+        digest = hashlib.sha256()
+        for index in indices:
+            try:
+                content = hashlib.sha256(self.content(int(index))).hexdigest()
+            except BadImage:  # told where it is read
+                content = "damaged"
+            digest.update(f"{index} {content}\n".encode())
         return digest.hexdigest()
 
     def read(self, index: int) -> np.ndarray:

@@ -21,7 +21,7 @@ import imagenet_names
 import imagesets
 import pictures
 import vit
-from storage import UserError, load_tensors, sha256, writing
+from storage import UserError, as_float32, load_tensors, sha256, writing
 
 THRESHOLD = 0.2  # an intended class less probable than this marks low fidelity
 SHEET = 64  # images on a contact sheet
@@ -60,7 +60,7 @@ def load(source: str | Path = "vit-b16", device: str | torch.device = "cpu") -> 
     """The classifier from a name or a path. Raises UserError."""
     path = downloads.find(source)
     try:
-        network = vit.from_state_dict(load_tensors(path)[0])
+        network = vit.from_state_dict(as_float32(path, load_tensors(path)[0]))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     return Classifier(network.to(device), sha256(path))

@@ -10,6 +10,7 @@ import ours
 import contextlib
 import dataclasses
 import functools
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -29,11 +30,12 @@ import shards
 import space
 import storage
 import vae
-from storage import UserError, read_json, sha256, write_json
+from storage import UserError, sha256, write_json
 
 SHARDS = 128  # about as many, unless told otherwise: a kill costs each process a part of one
 MOST_SHARDS = 512  # a reader holds one file descriptor for each
 PREVIEW = 4  # images in preview.png
+OURS = re.compile(r"shard-\d{5}\.(safetensors|json)|preview\.png")  # what lies in a set's folder
 FOREVER = 60 * 24 * 30  # minutes: processes only meet at the start and at the end
 SAMPLED = 256  # latents that others made whose statistics are looked at
 MEANS = np.asarray([0.86, -0.28, 0.22, 0.37])  # of sd-vae-ft-mse's latents of ImageNet, by channel
@@ -128,7 +130,7 @@ def encode(
         if parallel.is_main():
             _check_room(job, todo, quiet)
         parallel.barrier()  # nobody writes before that
-        unfinished = bool(todo) or not (out / "index.json").is_file()
+        unfinished = bool(todo) or not _has_index(job)
         coder = None
         if unfinished and makes_latents:
             coder = Coder(_load_vae(job.plan, device), batch_size)
@@ -148,23 +150,17 @@ def verify(out: str | Path, quiet: bool = False) -> dict:
     what does not agree."""
     out = Path(out)
     index = shards.read_index(out)
-    damaged = []
-    for row in tqdm(index["shards"], desc="verifying", unit="shard", disable=quiet):
-        path = out / row["file"]
-        if not path.is_file():
-            damaged.append(f"{path} is missing")
-        elif sha256(path) != row["sha256"]:
-            damaged.append(f"{path} does not have the recorded hash")
+    damaged = shards.damaged_shards(out, index, quiet)
     return {
         "out": str(out),
-        "items": index["items"],
+        "items": sum(row["count"] for row in index["shards"]),
         "shards": len(index["shards"]),
         "damaged": damaged,
     }
 
 
 def _summary(job, todo, seconds):
-    index = read_json(job.out / "index.json")
+    index = shards.read_encoded(job.out)
     done = job.images(todo)
     return {
         "out": str(job.out),
@@ -194,8 +190,10 @@ def _check_folders(source, out):
         )
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a new or empty folder")
-    there = sorted(path.name for path in out.glob("[!.]*"))
-    if there and not shards.is_set(out):
+    if shards.is_set(out):
+        return
+    there = sorted(path.name for path in out.glob("[!.]*") if not OURS.fullmatch(path.name))
+    if there:
         raise UserError(f"--out {out} holds other files ({there[0]}); choose a new or empty folder")
 
 
@@ -215,7 +213,11 @@ def _plan(folder, shard_size):
         "size": folder.size,
         "channels": folder.channels,
         "classes": folder.classes,
-        "source": {"items": items, "fingerprint": folder.fingerprint},
+        "source": {
+            "items": items,
+            "fingerprint": folder.fingerprint,
+            "sample": folder.sample,
+        },
         "shard_size": shard_size,
         "options": _options(folder),
     }
@@ -309,23 +311,25 @@ def _begin(out, plan):
     """Note the plan in `out`, or find the same one there."""
     before = None
     if (out / "index.json").is_file():
-        before = shards.read_index(out)
+        before = shards.read_encoded(out)
     elif (out / "plan.json").is_file():
-        before = shards.read_index(out, "plan.json")
+        before = shards.read_encoded(out, "plan.json")
     if before and not shards.read_rows(out):  # nothing is lost by starting over
         _remove(out, "plan.json", "shard-*", "preview.png")
         before = None
     if before:
         _check_same(out, _facts(before), _facts(plan))
     else:
+        _remove(out, shards.ROW)  # of a set whose plan is gone
         write_json(out / "plan.json", plan)
 
 
 def _facts(plan):
     """What has to be the same for an encode to go on, the most telling first. Classes and their
     images are behind the fingerprint; a VAE may lie elsewhere, its hash may not change."""
-    fingerprint = plan["source"]["fingerprint"]
-    facts = {"kind": plan["kind"], **plan["options"], "fingerprint": fingerprint, **plan}
+    source = plan["source"]
+    images = {"fingerprint": source["fingerprint"], "sample": source.get("sample")}
+    facts = {"kind": plan["kind"], **plan["options"], **images, **plan}
     for name in ("options", "source", "classes", "vae"):
         facts.pop(name, None)
     return facts
@@ -335,9 +339,13 @@ def _check_same(out, old, new):
     for name, value in new.items():
         if old.get(name) == value:
             continue
+        if name == "sample" and old[name] is None:  # before 0.2
+            continue
         what = f"{name} {old.get(name)}, not {value}"
         if name == "fingerprint":
             what = "other images"
+        if name == "sample":
+            what = "other images (of the same names and sizes)"
         raise UserError(
             f"{out} was begun with {what}; give what it had, choose another --out, or delete it"
         )
@@ -368,9 +376,48 @@ def _finished(job, quiet):
     rows = sorted(shards.read_rows(job.out).items())[parallel.rank() :: world]
     whole = set()
     for number, row in _bar(quiet, iterable=rows, desc="checking", unit="shard", leave=False):
-        if shards.is_whole(job.out, row):
+        if _is_of(job, number, row) and shards.is_whole(job.out, row):
             whole.add(number)
     return set().union(*parallel.gather(whole))
+
+
+def _is_of(job, number, row):
+    """Whether a shard's row tells of all the images that are to be in it."""
+    if number >= len(job.stretches) or row["file"] != shards.shard_path("", number).name:
+        return False
+    stretch = job.stretches[number]
+    skipped = [entry["item"] for entry in row["skipped"]]
+    if row["count"] + len(skipped) != len(stretch) or skipped != sorted(set(skipped)):
+        return False
+    for entry in row["skipped"]:
+        if entry["item"] not in stretch or entry["image"] != job.folder.name(entry["item"]):
+            return False
+    return True
+
+
+def _has_index(job):
+    """Whether the index of a set whose shards are whole is there. One that says anything else than
+    they do is damaged, and written anew from them."""
+    if not (job.out / "index.json").is_file():
+        return False
+    found = shards.read_encoded(job.out)
+    made = shards.make_index(job.out, job.plan, _rows(job))
+    derived = ("classes", "items", "counts", "skipped", "shards")
+    mended = {**found, **{name: made[name] for name in derived}}
+    if mended != found and parallel.is_main():
+        wrong = ", ".join(name for name in derived if mended[name] != found[name])
+        tqdm.write(
+            f"{job.out / 'index.json'} was damaged ({wrong}) and is written anew from the shards",
+            file=sys.stderr,
+        )
+        write_json(job.out / "index.json", mended)
+    return True
+
+
+def _rows(job):
+    """The rows of all shards, in order."""
+    found = shards.read_rows(job.out)
+    return [found[number] for number in range(len(job.stretches))]
 
 
 def _bar(quiet, **options):
@@ -509,7 +556,7 @@ def _load_weights(path, device, dtype):
 
 def _finish(job, coder, quiet):
     """Write the preview of latents, then the index."""
-    rows = [row for _, row in sorted(shards.read_rows(job.out).items())]
+    rows = _rows(job)
     skipped = [entry for row in rows for entry in row["skipped"]]
     if not any(row["count"] for row in rows):
         first = skipped[0]

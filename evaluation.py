@@ -6,7 +6,6 @@ import ours
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ import sampling
 import shards
 import space
 from extraction import Extractor, Generation, Measured
-from storage import VERSION, UserError, read_json, sha256
+from storage import VERSION, UserError, sha256
 
 # whose features are kept for precision, recall and KID, as in ADM's references
 REFERENCE_IMAGES = 10_000
@@ -252,6 +251,7 @@ class Reference:
     res: int | None = None
     exif: bool = False
     classes: Sequence[str] | None = None
+    verify: bool = False  # a shard set's hashes
 
 
 def reference(
@@ -283,7 +283,7 @@ def reference(
         return found if parallel.is_main() else None
     names = imagesets.names(path) if path.suffix == ".npz" else set()
     if not {"mu", "sigma"} <= names:
-        return measured(imagesets.open_set(path, of.res, of.exif, of.classes))
+        return measured(imagesets.open_set(path, of.res, of.exif, of.classes, verify=of.verify))
     if not extractor.standard:
         raise UserError(
             f"{path} holds statistics of the {extraction.STANDARD}, not of {extractor.name}; give "
@@ -325,9 +325,8 @@ def class_names(path: str | Path) -> list[str]:
     run = runfolder.run_of(path)
     if run and not Path(path).exists() and runfolder.checkpoints(run):
         path = runfolder.checkpoints(run)[-1] / "ema.safetensors"
-    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-        return json.loads(about.get("classes", "[]"))
+    with contextlib.suppress(OSError, SafetensorError, ValueError), safe_open(path, "pt") as file:
+        return runfolder.parsed(file.metadata() or {}).get("classes", [])
     return []
 
 
@@ -342,14 +341,14 @@ def fitting_reference(
     if of_imagenet and f"imagenet{size}" in downloads.ASSETS:
         downloads.ask(f"imagenet{size}")
         return Reference(f"imagenet{size}")
-    record = read_json(Path(run) / "config.json").get("data", {}) if run else {}
+    record = runfolder.read_config(run, ()).get("data", {}) if run else {}
     if record.get("kind") == "pixels" and _is_there(record["path"]):
-        return Reference(record["path"], size, record["exif"], record.get("only"))
+        return Reference(record["path"], size, record.get("exif", False), record.get("only"))
     if record.get("kind") == "latents" and (Path(record["path"]) / "index.json").is_file():
         index = shards.read_index(record["path"])
         for folder in (os.environ.get("DIMR_DATA"), "data/imagenet/train", "data/imagenet"):
             if folder and _is_source(folder, index, size):
-                return Reference(folder, size, index["options"]["exif"])
+                return Reference(folder, size, index["options"].get("exif", False))
     raise UserError(
         "nothing says what to compare with; give --ref: the training images (with --res), a file "
         "that dimr eval stats wrote from them, ADM's .npz, or imagenet64, imagenet256, imagenet512"
@@ -365,7 +364,10 @@ def _is_source(folder, index, size):
     if not _is_there(folder):
         return False
     images = dataset.Images(folder, size, 3)
-    return images.fingerprint == index["source"]["fingerprint"]
+    source = index.get("source", {})
+    if images.fingerprint != source.get("fingerprint"):
+        return False
+    return source.get("sample") in (None, images.sample)
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -373,9 +375,11 @@ def _is_source(folder, index, size):
 
 def newest_balanced(root: str | Path = sampling.ROOT) -> Path | None:
     """The `.npz` under `root` that `sample --balanced` wrote last, or None."""
-    found = [
-        path for path in Path(root).rglob("*.npz") if imagesets.read_sidecar(path).get("balanced")
-    ]
+    found = []
+    for path in Path(root).rglob("*.npz"):
+        with contextlib.suppress(UserError):  # a damaged sidecar
+            if imagesets.read_sidecar(path).get("balanced"):
+                found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -535,11 +539,13 @@ def evaluate(
     ref: str | Path | None = None,
     res: int | None = None,
     batch_size: int | None = None,
+    verify: bool = False,
     quiet: bool = False,
 ) -> dict | None:
     """Measure `samples`, an image set (imagesets) or a Generation, as METRICS[metrics] says against
-    `ref`, whose images are cropped to `res` (None: against what fits). Returns a dict for programs
-    on rank 0, else None. Raises UserError."""
+    `ref`, whose images are cropped to `res` (None: against what fits), and if shards compared with
+    their hashes where `verify` says so. Returns a dict for programs on rank 0, else None. Raises
+    UserError."""
     drawn = isinstance(samples, Generation)
     check_extractor(metrics, extractor)
     if not drawn:
@@ -548,6 +554,7 @@ def evaluate(
     needs = needed(metrics)
     if "reference" in needs:
         of = Reference(ref, res) if ref else _fitting(samples)
+        of = dataclasses.replace(of, verify=verify)
         with_features = "features" in needs
         against = reference(of, extractor, with_features=with_features, quiet=quiet)
         if against:

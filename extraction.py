@@ -28,11 +28,23 @@ import imagesets
 import parallel
 import randomness
 import sampling
+import schema
 import storage
+from schema import fields, maybe, real, text, whole
 from storage import UserError, load_tensors, save_tensors, sha256
 
 STANDARD = "Inception of 2015"
 FORMAT = 1  # of what is cached
+FACTS = fields(  # what a Measured's file says besides its tensors
+    {"source": text(), "sha256": text(), "extractor": text(), "identity": text()},
+    {
+        "size": maybe(whole(1)),
+        "count": maybe(whole(1)),
+        "score": maybe(real(0)),
+        "sortedness": maybe(real()),
+    },
+)
+TENSORS = {"mean", "covariance", "spatial_mean", "spatial_covariance", "features"}
 FEATURES = ("pool", "spatial", "logits")  # what an extractor gives
 BYTES = 4 * (fid.POOL + fid.SPATIAL + fid.LOGITS)  # of them, per image
 # Permutes a folder's images over the Inception Score's splits, and picks the reference's.
@@ -170,11 +182,31 @@ class Measured:
         tensors, about = load_tensors(path)
         about.pop("format", None)
         try:
-            return Measured(**tensors, **{name: json.loads(text) for name, text in about.items()})
-        except (TypeError, ValueError):
+            facts = {name: schema.parse(value) for name, value in about.items()}
+            schema.check(facts, FACTS)
+            found = Measured(**{k: v for k, v in facts.items() if k not in TENSORS}, **tensors)
+        except (TypeError, ValueError) as error:
             raise UserError(
-                f"{path} holds no statistics; expected a file that dimr eval stats wrote"
+                f"{path} holds no statistics ({error}); expected a file that dimr eval stats wrote"
             ) from None
+        found.check_tensors(path)
+        return found
+
+    def check_tensors(self, path: str | Path):
+        """Raise UserError where the tensors don't belong together or hold what is no number."""
+        dim = self.mean.numel()
+        expected = {"mean": (dim,), "covariance": (dim, dim)}
+        if self.features is not None:
+            expected["features"] = (self.features.shape[:1].numel(), dim)
+        if self.spatial_mean is not None:
+            side = self.spatial_mean.numel()
+            expected |= {"spatial_mean": (side,), "spatial_covariance": (side, side)}
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
+                raise UserError(f"{path} is damaged: its {name} is not of shape {shape}")
+            if 0 in shape or not tensor.isfinite().all():
+                raise UserError(f"{path} is damaged: its {name} holds values that are not finite")
 
 
 class Collector:

@@ -218,6 +218,11 @@ def from_state_dict(state_dict: dict[str, torch.Tensor]) -> Inception:
     return inception.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+def _is_plain(tensor):
+    strided = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
+    return strided and tensor.is_floating_point()
+
+
 def _check_tensors(found, convolutions):
     """Raise ValueError unless these are the tensors that the network takes, and finite."""
     shapes = {"fc.weight": (LOGITS, POOL), "fc.bias": (LOGITS,)}
@@ -229,10 +234,14 @@ def _check_tensors(found, convolutions):
         "missing": sorted(shapes.keys() - found.keys()),
         "unknown": sorted(found.keys() - shapes.keys()),
         "of another shape": [
-            name for name in shapes if name in found and tuple(found[name].shape) != shapes[name]
+            name
+            for name in shapes
+            if name in found and _is_plain(found[name]) and found[name].shape != shapes[name]
         ],
-        "not finite": [name for name in found if not found[name].isfinite().all()],
     }
+    wrong["no plain numbers"] = [name for name in found if not _is_plain(found[name])]
+    if not wrong["no plain numbers"]:
+        wrong["not finite"] = [name for name in found if not found[name].isfinite().all()]
     faults = [
         f"{len(names)} {fault}: {', '.join(names[:3])}" for fault, names in wrong.items() if names
     ]

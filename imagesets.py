@@ -60,13 +60,16 @@ def open_set(
     res: int | None = None,
     exif: bool = False,
     classes: Sequence[str] | None = None,
+    verify: bool = False,
 ):
     """The images at `path`; those of a folder are cropped to `res` as ADM does if it is given,
-    those of a container or of some `classes` alone have to be, turned as EXIF says if `exif`.
-    Raises UserError."""
+    those of a container or of some `classes` alone have to be, turned as EXIF says if `exif`;
+    shards are compared with their hashes if `verify`, on rank 0. Raises UserError."""
     path = Path(path)
     if (path / "index.json").is_file():
         images = Shards(path, classes)
+        if verify and parallel.is_main():
+            images.shards.verify()
     elif classes is not None or containers.is_container(path):
         images = Contained(path, res, exif, classes)
     elif path.is_dir():

@@ -12,7 +12,7 @@ import averaging
 import journal
 import runfolder
 import storage
-from storage import UserError, read_json
+from storage import UserError
 
 
 def runs(root: str | Path = runfolder.ROOT) -> list[dict]:
@@ -62,11 +62,8 @@ def row(run: Path) -> dict:
 
 def progress(run):
     """What a run's configuration and metrics say of it. Raises UserError."""
-    record = read_json(run / "config.json")
-    try:
-        facts = {"variant": str(record["variant"]), "steps": int(record["recipe"]["steps"])}
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{run / 'config.json'} is not one that dimr train wrote") from None
+    record = runfolder.read_config(run, ("variant", "recipe"))
+    facts = {"variant": record["variant"], "steps": record["recipe"].get("steps")}
     lines = journal.newest(run, count=journal.SMOOTH)
     losses = [line["loss"] for line in lines if line["loss"] is not None]
     if lines:

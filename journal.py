@@ -19,9 +19,22 @@ from tqdm import tqdm
 import parallel
 import pictures
 import runfolder
+import schema
+from schema import fields, many, maybe, real, whole
 from storage import UserError, writing
 
 SMOOTH = 50  # steps that a point of loss.png is the mean of
+LONGEST = 2**20  # bytes of a line of metrics.jsonl
+LINE = fields(  # what it looks like
+    {"step": whole(1), "loss": maybe(real())},
+    {
+        "loss_branches": many(maybe(real())),
+        "lr": real(),
+        "images_per_second": real(0),
+        "fid": maybe(real()),
+        "validation_loss": maybe(real()),
+    },
+)
 BAD_STEPS = 50  # consecutive non-finite steps that end training
 
 
@@ -268,22 +281,27 @@ def metrics(out: Path) -> Iterator[tuple[dict, bytes]]:
     path = Path(out) / "metrics.jsonl"
     if not path.is_file():
         return
-    with open(path, "rb") as lines:
-        for number, text in enumerate(lines, 1):
-            if not text.endswith(b"\n"):
+    with open(path, "rb") as file:
+        for number, text in enumerate(_lines(file), 1):
+            if not text.endswith(b"\n") and len(text) <= LONGEST:
                 return
             yield parsed(path, number, text), text
+
+
+def _lines(file):
+    """The lines of a file; one that is too long to be ours in parts."""
+    return iter(lambda: file.readline(LONGEST + 1), b"")
 
 
 def parsed(path, number, text):
     """The dict in line `number` of metrics. Raises UserError."""
     try:
-        line = json.loads(text)
-        if not (isinstance(line["step"], int) and isinstance(line["loss"], float | int | None)):
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
+        line = schema.parse(text, LONGEST)
+        schema.check(line, LINE)
+    except ValueError as error:
         raise UserError(
-            f"{path}: line {number} is damaged; restore it, or delete it and those after it"
+            f"{path}: line {number} is damaged ({error}); restore it, or delete it and those after "
+            "it"
         ) from None
     return line
 
@@ -296,8 +314,8 @@ def newest(out: Path, key: str = "loss", count: int = 1) -> list[dict]:
         return []
     mark = json.dumps(key).encode()
     found = collections.deque(maxlen=count)
-    with open(path, "rb") as lines:
-        for number, text in enumerate(lines, 1):
+    with open(path, "rb") as file:
+        for number, text in enumerate(_lines(file), 1):
             if mark in text and text.endswith(b"\n"):
                 found.append((number, text))
     return [parsed(path, number, text) for number, text in found]
@@ -328,12 +346,16 @@ def plot(out: Path) -> Path:
     others = {"fid": [], "validation_loss": []}  # what only some lines have
     for line, _ in metrics(out):
         if line["loss"] is not None:
-            rows.append((line["step"], line["loss"], *line["loss_branches"]))
+            rows.append((line["step"], line["loss"], *line.get("loss_branches", ())))
         for key, found in others.items():
             if line.get(key) is not None:
                 found.append((line["step"], line[key]))
     if not rows:
         raise UserError(f"{out} holds no metrics yet; expected a run folder that train wrote")
+    if len({len(row) for row in rows}) > 1:
+        raise UserError(
+            f"{out}/metrics.jsonl is damaged: lines differ in how many losses they have"
+        )
     steps, *columns = np.array(rows).T
     names = ["loss", *(f"branch {r}" for r in range(1, len(columns)))]
     series = {name: (steps, column) for name, column in zip(names, columns, strict=True)}

@@ -8,11 +8,41 @@ from torch import Tensor
 
 import dimr
 import peers
+import schema
+from schema import fields, flag, many, text, whole
 
 Config = dimr.Config | peers.PeerConfig
 Network = dimr.DiMR | peers.Peer
 
 VARIANTS = {**dimr.VARIANTS, **peers.VARIANTS}
+
+# Bounds of what a file may claim: far beyond any network, and built in seconds. The rest of what a
+# configuration has to be is the networks' own to say.
+_SIDE = whole(1, 2**14)
+_BLOCKS = whole(1, 1000)
+_WIDTH = whole(1, 2**17)
+_COMMON = {
+    "size": _SIDE,
+    "channels": whole(1, 2**10),
+    "heads": whole(1, 2**12),
+    "num_classes": whole(1, 10**7),
+    "null_class": flag,
+    "space": text(),
+}
+_DIMR = fields(
+    {**_COMMON, "layers": many(_BLOCKS, 1, 8), "dims": many(_WIDTH, 1, 8)},
+    {
+        "norm": text(),
+        "mlp": text(),
+        "kinds": many(text(), 0, 8),
+        "objective": text(),
+        "schedule": text(),
+    },
+)
+_PEER = fields(
+    {**_COMMON, "kind": text(), "patch": _SIDE, "width": _WIDTH, "depth": _BLOCKS},
+    {"convolution": flag, "learned_variance": flag},
+)
 
 # A peer's fields under the names that the command line has for a network's. The first two are one
 # number each, since a peer has no branches.
@@ -28,9 +58,17 @@ def kind(config: Config) -> str:
 def config_of(record: dict) -> Config:
     """The configuration that a file has written down. Raises ValueError or TypeError where it makes
     no network."""
+    schema.check(record, fields({}))
     if "kind" in record:
+        schema.check(record, _PEER)
         return peers.PeerConfig(**record)
+    schema.check(record, _DIMR)
     return dimr.Config(**record)
+
+
+def blocks(config: Config) -> int:
+    """How many blocks a network has: as many tensors are the least it can be made of."""
+    return config.depth if kind(config) != "dimr" else sum(config.blocks)
 
 
 def new(config: Config) -> Network:

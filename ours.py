@@ -28,6 +28,7 @@ MODULES = (
     "vit",
     "peers",
     "averages",
+    "schema",
     "storage",
     "parallel",
     "randomness",

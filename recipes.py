@@ -20,7 +20,7 @@ import networks
 import parallel
 import runfolder
 import space
-from storage import UserError, read_json
+from storage import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +115,9 @@ OF_THE_RUN = {*MAY_CHANGE, "precision", "seed", "ema_profiles", "ema_every"}
 # ------------------------------------------------------------------------------------ configuration
 
 
+SAMPLE = "data's contents (by a sample, names and sizes being the same)"
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Where training images come from. `path`: images in a folder or container, read at `res`
@@ -127,6 +130,7 @@ class Source:
     on_bad: str = "error"  # or "skip": an unreadable image
     workers: int | None = None  # reading processes; None: by cores
     classes: Sequence[str] | None = None
+    verify: bool = False  # read everything once, and compare it with what is known of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +175,7 @@ def make_plan(
     is one, else from the weights to start from, else from the variant, else from the data
     (defaults.py). `kind` is that of `init`, where its file doesn't tell. Raises UserError where
     that is no longer the same run and can't be forced."""
-    before = read_json(out / "config.json") if (out / "config.json").exists() else {}
+    before = runfolder.read_config(out) if (out / "config.json").exists() else {}
     known = before.get("data", {})
     source = dataclasses.replace(
         source,
@@ -211,6 +215,8 @@ def make_plan(
             "res": source.res,
             "exif": source.exif,
             "fingerprint": data.fingerprint if parallel.is_main() else None,
+            "sample": data.sample if parallel.is_main() else None,
+            "content": known.get("content"),
         },
     }
     if source.classes:
@@ -244,7 +250,7 @@ def read_initial(init, heads, kind) -> Initial:
     run = runfolder.run_of(path)
     recipe = record.get("recipe", {})
     if run:
-        recipe = read_json(run / "config.json")["recipe"]
+        recipe = runfolder.read_config(run)["recipe"]
     recipe = {name: value for name, value in recipe.items() if name not in OF_THE_RUN}
     classes = record.get("classes", [])
     if not classes and network.config.num_classes == len(imagenet_names.CLASSES):
@@ -255,7 +261,10 @@ def read_initial(init, heads, kind) -> Initial:
 def first_config(before, initial, variant, data, network):
     """The Config that a run's own is made from (`configure`). Raises UserError."""
     if before:
-        return networks.config_of(before["config"])
+        try:
+            return networks.config_of(before["config"])
+        except (ValueError, TypeError) as error:
+            raise UserError(f"the run's config.json is damaged (config: {error})") from None
     if initial:
         return initial.network.config
     if variant:
@@ -298,6 +307,13 @@ def open_data(source, variant):
 
 def settle(values: dict, changes: dict, device: torch.device) -> Recipe:
     """The Recipe of a run: `values` with `changes`, every choice made."""
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    strange = sorted(values.keys() - known)
+    if strange:
+        raise UserError(
+            f"the recipe that is to be gone on with has {strange[0]}, which this dimr does not "
+            "know; use the one that wrote it"
+        )
     recipe = Recipe(**{**values, **changes})
     cuda = device.type == "cuda"
     if recipe.precision is None:
@@ -381,13 +397,16 @@ def check_same(out, before, now, force):
         network, recipe = record["config"], record["recipe"]
         recipe = {"deterministic": False, **recipe}  # older ones don't say
         fields = {"variant": record["variant"], **network, **recipe}
-        fields["data's fingerprint"] = record["data"]["fingerprint"]
+        fields["data's fingerprint"] = record["data"].get("fingerprint")
+        fields[SAMPLE] = record["data"].get("sample")
         return {name: value for name, value in fields.items() if name not in MAY_CHANGE}
 
     old = fixed(before)
     changed = {}
     for name, value in fixed(now).items():
         if old.get(name, value) == value:
+            continue
+        if name == SAMPLE and old[name] is None:  # before 0.2
             continue
         if force and name in MAY_BE_FORCED:
             changed[name] = [old[name], value]
@@ -406,9 +425,9 @@ def check_same(out, before, now, force):
 def check_same_sums(out, before, recipe, device):
     """Raise UserError where a deterministic run would go on in a way that rounds differently."""
     was = {
-        "processes": before["processes"],
-        "micro-batch": before["recipe"]["micro_batch"],
-        "device": torch.device(before["device"]).type,
+        "processes": before.get("processes"),
+        "micro-batch": before["recipe"].get("micro_batch"),
+        "device": before.get("device", "").partition(":")[0],
     }
     now = {
         "processes": parallel.world_size(),
@@ -430,8 +449,7 @@ def is_deterministic(out: Path, changes: dict | None) -> bool:
         return changes["deterministic"]
     if not (out / "config.json").exists():
         return False
-    recipe = read_json(out / "config.json").get("recipe", {})
-    return recipe.get("deterministic", False)
+    return runfolder.read_config(out)["recipe"].get("deterministic", False)
 
 
 def weights_record(data: dataset.Data, recipe: Recipe) -> dict:

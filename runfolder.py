@@ -20,17 +20,22 @@ import re
 import shutil
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+import averages
+import diffusion
 import dimr
 import downloads
 import networks
 import peers
+import schema
+from schema import SHA256, fields, flag, many, maybe, one_of, real, table, text, whole
 from storage import (
     UserError,
+    as_float32,
     load_tensors,
     read_json,
     save_tensors,
@@ -42,7 +47,74 @@ from storage import (
 
 ROOT = Path("runs")
 RELEASED = "xl2r"  # what is drawn from where there is no run
+# What our files look like (schema.py). A recipe is training.Recipe's, of which weights files have
+# a part.
+RECIPE = fields(
+    {},
+    {
+        "lr": real(0),
+        "steps": whole(1),
+        "batch_size": whole(1),
+        "micro_batch": maybe(whole(1)),
+        "warmup": whole(),
+        "weight_decay": real(0),
+        "betas": many(real(0, 1), 2, 2),
+        "ema": real(0, 1),
+        "ema_profiles": many(real(0, 1), 0, 100),
+        "ema_every": maybe(whole(1)),
+        "ema_precision": one_of(*averages.PRECISIONS),
+        "label_dropout": real(0, 1),
+        "flip": flag,
+        "grad_clip": maybe(real(0)),
+        "target_scale": one_of(*diffusion.TARGET_SCALES),
+        "loss": one_of(*diffusion.LOSSES),
+        "precision": maybe(one_of("fp32", "bf16")),
+        "compile": maybe(flag),
+        "checkpoint_blocks": flag,
+        "deterministic": flag,
+        "seed": whole(),
+    },
+)
+DATA = fields(
+    {"path": text(), "kind": text()},
+    {
+        "fingerprint": maybe(text()),
+        "items": whole(1),
+        "res": maybe(whole(1)),
+        "exif": flag,
+        "only": many(text()),
+        "sample": maybe(text(SHA256)),
+        "content": maybe(text(SHA256)),
+    },
+)
+CONFIG_PARTS = {"variant": maybe(text()), "config": fields({}), "recipe": RECIPE, "data": DATA}
+CONFIG_NOTES = {
+    "init": maybe(text()),
+    "processes": whole(1),
+    "device": text(),
+    "history": many(fields({})),
+    "versions": fields({}),
+    "command": many(text()),
+}
+RECORD = fields(  # what a weights file says of itself
+    {},
+    {
+        "config": fields({}),
+        "step": maybe(whole()),
+        "classes": many(text()),
+        "recipe": RECIPE,
+        "vae": maybe(text()),
+        "vae_sha256": maybe(text(SHA256)),
+        "ema_width": real(0, 1),
+        "width": real(0, 1),
+        "dtype": text(),
+        "content": text(SHA256),
+    },
+)
+MANIFEST = table(text(SHA256))
+STATE = fields({"step": whole()})
 FILES = {"weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
+MEMBER = re.compile(r"[a-z]+\.(safetensors|json)")  # a checkpoint's file
 CHECKPOINT = re.compile(r"step-(\d{7,})")  # a checkpoint's folder; what is called otherwise is none
 AT_STEP = re.compile(r"(.+)@(\d{1,15})")  # RUN@STEP
 NAMED = 10  # steps that a line names one by one
@@ -83,6 +155,13 @@ def run_of(weights: Path) -> Path | None:
     if not (folder.parent / "config.json").is_file():
         return None
     return folder.parent
+
+
+def read_config(run: str | Path, needed: Sequence[str] = ("config", "recipe", "data")) -> dict:
+    """What a run's config.json says, in which what is `needed` is there. Raises UserError where it
+    is missing or damaged."""
+    shape = fields({name: CONFIG_PARTS[name] for name in needed}, {**CONFIG_PARTS, **CONFIG_NOTES})
+    return read_json(Path(run) / "config.json", shape)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -130,8 +209,9 @@ def discard(checkpoint: Path) -> None:
 
 def verify(checkpoint):
     """Raise UserError if a file of the checkpoint is missing or differs from its manifest."""
-    manifest = read_json(checkpoint / "manifest.json")
-    if not isinstance(manifest, dict) or not manifest.keys() >= FILES:
+    manifest = read_json(checkpoint / "manifest.json", MANIFEST)
+    strange = [name for name in manifest if not MEMBER.fullmatch(name)]
+    if strange or not manifest.keys() >= FILES:
         raise UserError(
             f"{checkpoint / 'manifest.json'} is damaged; it should name {', '.join(sorted(FILES))}"
         )
@@ -179,9 +259,10 @@ def read_weights(
 
     Raises UserError when it is neither, doesn't fit, or holds values that are not finite."""
     tensors, about = load_tensors(path)
+    tensors = as_float32(path, tensors)
     try:
         record = _record(about)
-        config = networks.config_of(record.pop("config")) if record else None
+        config = _config_of(record, tensors)
         if config and not any(name.startswith("stages.") for name in tensors):
             if kind not in (None, networks.kind(config)):
                 raise ValueError(f"--kind {kind}: it says that it is {networks.kind(config)}")
@@ -189,7 +270,6 @@ def read_weights(
         else:
             kind = kind or kind_of(path, about)
             model = networks.from_released(tensors, kind, heads, config)
-        model.float()  # a half-precision file's
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} does not fit: {error}") from None
     check_finite(path, model)
@@ -210,7 +290,31 @@ def _record(about):
     """What a weights file's metadata say, {} for a file of another tool."""
     if "config" not in about:
         return {}
-    return {name: json.loads(value) for name, value in about.items() if name != "format"}
+    return parsed(about)
+
+
+def parsed(about: dict[str, str]) -> dict:
+    """The values that a file of ours says of itself. Raises ValueError."""
+    record = {name: schema.parse(value) for name, value in about.items() if name != "format"}
+    schema.check(record, RECORD)
+    return record
+
+
+def _config_of(record, tensors):
+    """The Config in a record, out of which it is taken, or None. Raises ValueError or TypeError
+    where it makes no network that could be of these tensors."""
+    if not record:
+        return None
+    config = networks.config_of(record.pop("config"))
+    if networks.blocks(config) > len(tensors):
+        raise ValueError(
+            f"it has {len(tensors):,} tensors, too few for the {networks.blocks(config):,} blocks "
+            "of its configuration"
+        )
+    known = len(record.get("classes", []))
+    if known not in (0, config.num_classes):
+        raise ValueError(f"it names {known:,} classes and has {config.num_classes:,}")
+    return config
 
 
 def check_finite(path, model):

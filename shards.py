@@ -12,19 +12,25 @@
 `Shards` reads a finished set. `write_shard` and `write_index` make one; `write_row` and `read_rows`
 keep account of an unfinished one."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import containers
-from storage import UserError, read_json, sha256, write_json, writing
+import schema
+from schema import SHA256, fields, flag, many, maybe, one_of, real, text, whole
+from storage import UserError, read_json, sha256, unreadable, write_json, writing
 
 FORMAT = 1  # of the set
 HEADER = 512  # bytes before a shard's data
@@ -32,7 +38,49 @@ LONGEST_HEADER = 2**20  # bytes that are read as a header, whoever wrote it
 DTYPES = {"U8": np.uint8, "F16": np.float16, "I64": np.int64}  # safetensors' names
 DATA_DTYPE = {"pixels": "U8", "latents": "F16"}
 ROW = "shard-[0-9][0-9][0-9][0-9][0-9].json"
-ROW_KEYS = {"file", "count", "sha256", "skipped"}
+MOST_SHARDS = 10**5  # that five digits name
+MOST_ITEMS = 10**10
+MOST_SIDE = 2**16
+NAME = re.compile(r"[^/\\\x00]+\.safetensors")
+
+# what our files look like (schema.py)
+_ROW = {"file": text(NAME), "count": whole(0, MOST_ITEMS), "sha256": text()}
+_SKIPPED = many(fields({"item": whole(0, MOST_ITEMS), "image": text(), "reason": text()}))
+ROW_SHAPE = fields({**_ROW, "sha256": text(SHA256), "skipped": _SKIPPED})
+_SET = {  # what it takes to be read
+    "format": one_of(FORMAT),
+    "kind": one_of(*DATA_DTYPE),
+    "size": whole(1, MOST_SIDE),
+    "channels": whole(1, 64),
+    "classes": many(text(), 1),
+    "options": fields({"res": whole(1, MOST_SIDE)}, {"exif": flag, "crop": text(), "from": text()}),
+}
+_SOURCE = {  # and to be gone on with
+    "source": fields(
+        {"items": whole(1, MOST_ITEMS), "fingerprint": text(SHA256)}, {"sample": text(SHA256)}
+    ),
+    "shard_size": whole(1, MOST_ITEMS),
+}
+_OF_LATENTS = {"flips": flag, "vae": text(), "vae_sha256": maybe(text(SHA256)), "scale": real(0)}
+_SHARDS = {"shards": many(fields(_ROW), 1, MOST_SHARDS)}
+_COUNTS = {
+    "items": whole(1, MOST_ITEMS),
+    "counts": many(whole(0, MOST_ITEMS)),
+    "skipped": _SKIPPED,
+}
+INDEX_SHAPE = fields({**_SET, **_SHARDS}, {**_SOURCE, **_COUNTS, **_OF_LATENTS})
+ENCODED_SHAPES = {  # of what encode wrote
+    "index.json": fields({**_SET, **_SOURCE, **_SHARDS, **_COUNTS}, _OF_LATENTS),
+    "plan.json": fields({**_SET, **_SOURCE}, _OF_LATENTS),
+}
+_SPAN = fields(
+    {
+        "dtype": one_of(*DTYPES),
+        "shape": many(whole(), 1, 8),
+        "data_offsets": many(whole(), 2, 2),
+    }
+)
+HEADER_SHAPE = fields({"data": _SPAN, "labels": _SPAN})
 
 
 def item_shape(plan: dict) -> tuple[int, ...]:
@@ -121,6 +169,8 @@ class Shards:
     def __len__(self):
         return len(self.labels)
 
+    sample = None  # the index has the hashes of all contents
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of index.json, which holds every shard's; of that and the classes, if these
@@ -129,6 +179,15 @@ class Shards:
         if self.items is None:
             return digest
         return hashlib.sha256("\n".join([digest, *self.classes]).encode()).hexdigest()
+
+    def verify(self, known: None = None, quiet: bool = False) -> None:
+        """Read every shard and compare it with the hash in the index. Raises UserError where one
+        differs."""
+        found = damaged_shards(self.root, self.index, quiet)
+        if found:
+            raise UserError(
+                f"{'; '.join(found)}. Run the encode that wrote {self.root} again: it redoes them"
+            )
 
     def batch(self, indices: Sequence[int], flips: Sequence[bool], bad=None, drop=False):
         """Pixels uint8 (B, C, H, W), or latents float16 (B, 2, C, h, w): mean and log-variance of
@@ -165,23 +224,62 @@ def is_set(root: str | Path) -> bool:
     return (Path(root) / "index.json").is_file() or (Path(root) / "plan.json").is_file()
 
 
-def read_index(root: str | Path, name: str = "index.json") -> dict:
-    """The parsed index.json of a finished shard set, or plan.json of an unfinished one. Raises
-    UserError where it is missing or of another format."""
-    path = Path(root) / name
+def read_index(root: str | Path) -> dict:
+    """The parsed index.json of a finished shard set. Raises UserError where it is missing, damaged
+    or of another format."""
+    path = Path(root) / "index.json"
     if not path.is_file() and (path.parent / "plan.json").is_file():
         raise UserError(
             f"{root} is an unfinished encode; run the same dimr encode again, and it "
             "goes on where it was"
         )
-    index = read_json(path)
-    ours = isinstance(index, dict) and index.get("format") == FORMAT
-    if not ours or index.get("kind") not in DATA_DTYPE:
+    index = _read(path, INDEX_SHAPE)
+    try:
+        _check_sums(index)
+    except ValueError as error:
+        raise _damaged_index(path, error) from None
+    return index
+
+
+def read_encoded(root: str | Path, name: str = "index.json") -> dict:
+    """As `read_index`, of what encode wrote and can go on with, its sums unchecked; plan.json is
+    that of an unfinished set."""
+    return _read(Path(root) / name, ENCODED_SHAPES[name])
+
+
+def _read(path, shape):
+    index = read_json(path, fields({"format": schema.anything, "kind": schema.anything}))
+    if index["format"] != FORMAT or index["kind"] not in DATA_DTYPE:
         raise UserError(
             f"{path} is not of shard format {FORMAT}; encode elsewhere, or use the dimr "
             "that wrote it"
         )
+    try:
+        schema.check(index, shape)
+    except schema.Misfit as misfit:
+        raise _damaged_index(path, misfit) from None
     return index
+
+
+def _damaged_index(path, reason):
+    return UserError(
+        f"{path} is damaged ({reason}); restore it, or delete it and run the dimr encode that "
+        "wrote it again"
+    )
+
+
+def _check_sums(index):
+    """Raise ValueError where the parts of an index don't agree with each other."""
+    rows = index.get("shards", ())
+    names = {row["file"] for row in rows}
+    if len(names) < len(rows):
+        raise ValueError("two rows name the same shard")
+    count = sum(row["count"] for row in rows)
+    if count != index.get("items", count):
+        raise ValueError(f"it names {index['items']:,} items and its shards have {count:,}")
+    counts = index.get("counts", [count])
+    if sum(counts) != count or len(counts) not in (1, len(index["classes"])):
+        raise ValueError(f"its counts by class don't come to {count:,} items")
 
 
 def map_shard(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +294,9 @@ def map_shard(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"its offsets do not fit its {start + rest:,} bytes")
     except FileNotFoundError:
         raise damaged(path, "is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:
         raise damaged(path, f"is not a whole shard ({error})") from None
     numbers = np.fromfile(path, labels.dtype, labels.shape[0], offset=start + labels.first)
     if 0 in data.shape:
@@ -211,7 +311,9 @@ def _read_header(path):
         size = os.fstat(file.fileno()).st_size
         if length >= LONGEST_HEADER:
             raise ValueError(f"it claims a header of {length:,} bytes")
-        return 8 + length, json.loads(file.read(length)), size - 8 - length
+        header = schema.parse(file.read(length))
+        schema.check(header, HEADER_SHAPE)
+        return 8 + length, header, size - 8 - length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,9 +328,11 @@ class _Span:
 
 def _span(header, name):
     entry = header[name]
+    if name == "labels" and len(entry["shape"]) != 1:
+        raise ValueError(f"its labels have shape {entry['shape']}")
     first, last = entry["data_offsets"]
     span = _Span(DTYPES[entry["dtype"]], tuple(entry["shape"]), first, last)
-    if last - first != np.prod(span.shape, dtype=int) * np.dtype(span.dtype).itemsize:
+    if last - first != math.prod(span.shape) * np.dtype(span.dtype).itemsize:
         raise ValueError(f"the offsets of {name} do not fit its shape")
     return span
 
@@ -295,19 +399,19 @@ def write_row(root: str | Path, number: int, row: dict) -> None:
 
 def read_rows(root: str | Path) -> dict[int, dict]:
     """Rows of the set's shards, as far as they are finished, by number: file, count, sha256,
-    skipped."""
+    skipped. A damaged row of an unfinished set is a shard to do again. Raises UserError for a
+    damaged index."""
     found = {}
     if (Path(root) / "index.json").is_file():
-        index = read_json(Path(root) / "index.json")
+        index = read_encoded(root)
         for number, row in enumerate(index["shards"]):
             found[number] = {**row, "skipped": _skipped(index, number)}
     for path in Path(root).glob(ROW):
-        try:
-            row = read_json(path)
-        except UserError:  # a damaged row is a shard to do again
-            continue
-        if isinstance(row, dict) and row.keys() >= ROW_KEYS:
-            found[int(path.stem.removeprefix("shard-"))] = row
+        number = int(path.stem.removeprefix("shard-"))
+        with contextlib.suppress(UserError):
+            row = read_json(path, ROW_SHAPE)
+            if row["file"] == shard_path("", number).name:
+                found[number] = row
     return found
 
 
@@ -323,20 +427,38 @@ def is_whole(root: str | Path, row: dict) -> bool:
     return path.is_file() and sha256(path) == row["sha256"]
 
 
-def write_index(root: str | Path, plan: dict, rows: Sequence[dict]) -> dict:
-    """Finish a set: index.json is `plan` with what the rows of its shards, in order, say. Returns
-    it."""
+def make_index(root: str | Path, plan: dict, rows: Sequence[dict]) -> dict:
+    """What index.json says of a finished set: `plan`, and what the rows of its shards, in order,
+    say."""
     labels = [map_shard(Path(root) / row["file"])[1] for row in rows]
     skipped = []
     for row in rows:
         skipped.extend(row.get("skipped", []))
     counts = np.bincount(np.concatenate(labels), minlength=len(plan["classes"]))
-    index = {
+    return {
         **plan,
         "items": sum(row["count"] for row in rows),
         "counts": counts.tolist(),
         "skipped": skipped,
         "shards": [{key: row[key] for key in ("file", "count", "sha256")} for row in rows],
     }
+
+
+def write_index(root: str | Path, plan: dict, rows: Sequence[dict]) -> dict:
+    """Finish a set with its index.json, which is returned."""
+    index = make_index(root, plan, rows)
     write_json(Path(root) / "index.json", index)
     return index
+
+
+def damaged_shards(root: str | Path, index: dict, quiet: bool = False) -> list[str]:
+    """What of a finished set is not as its index has it, in words: every shard is read, and
+    compared with its hash."""
+    found = []
+    for row in tqdm(index["shards"], desc="verifying", unit="shard", disable=quiet):
+        path = Path(root) / row["file"]
+        if not path.is_file():
+            found.append(f"{path} is missing")
+        elif sha256(path) != row["sha256"]:
+            found.append(f"{path} does not have the recorded hash")
+    return found

@@ -2,15 +2,21 @@
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import stat
+import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+import schema
 
 if TYPE_CHECKING:
     import torch
@@ -82,14 +88,50 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """The value in a JSON file. Raises UserError where it is missing or no JSON."""
+def read_json(
+    path: str | Path, shape: schema.Shape = schema.anything, longest: int = schema.LONGEST
+) -> Any:
+    """The value in a JSON file, of that shape. Raises UserError where it is missing, no JSON, of
+    another shape or of more than `longest` bytes."""
     try:
-        return json.loads(Path(path).read_text())
+        value = schema.parse(_content(path, longest + 1), longest)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from None
+    try:
+        schema.check(value, shape)
+    except schema.Misfit as misfit:
+        raise UserError(f"{path} is damaged ({misfit}); restore or delete it") from None
+    return value
+
+
+def _content(path, most):
+    """The first `most` bytes of a file. Raises OSError, also where it is none: a pipe would be
+    waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is not a file")
+    with open(path, "rb") as file:
+        return file.read(most)
+
+
+def unreadable(path: str | Path, error: OSError) -> UserError:
+    """What to say of a file that the machine doesn't let be read."""
+    return UserError(
+        f"{path} can't be read ({error.strerror or error}); has it been moved, or is the disk "
+        "failing?"
+    )
+
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def shown(text: object) -> str:
+    """A name or message as a line may hold it: what would break the line, move the cursor or is no
+    character is written as in Python."""
+    return CONTROLS.sub(lambda match: repr(match[0])[1:-1], str(text))
 
 
 def sha256(path: str | Path) -> str:
@@ -98,9 +140,7 @@ def sha256(path: str | Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(
-            f"{path} can't be read ({error.strerror}); has it been moved, or is the disk failing?"
-        ) from None
+        raise unreadable(path, error) from None
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
@@ -118,6 +158,46 @@ def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str,
         names = file.keys()  # noqa: SIM118 (no dict)
         tensors = {name: file.get_tensor(name) for name in names}
         return tensors, file.metadata() or {}
+
+
+def as_float32(
+    path: str | Path,
+    tensors: dict[str, "torch.Tensor"],
+    say: Callable = lambda line: print(line, file=sys.stderr),
+) -> dict[str, "torch.Tensor"]:
+    """The tensors of a weights file as float32 ones; those that had another precision are said.
+    Raises UserError for what can be no weights."""
+    import torch
+
+    found = {}
+    others = set()
+    for name, tensor in tensors.items():
+        what = not_plain(tensor)
+        if what:
+            raise UserError(
+                f"{path} holds {name}, {what}; expected weights in fp32, fp16, bf16 or fp64"
+            )
+        if tensor.dtype != torch.float32:
+            others.add(str(tensor.dtype).removeprefix("torch."))
+        found[name] = tensor.float()
+    if others and int(os.environ.get("RANK", 0)) == 0:
+        say(f"{path} holds weights in {', '.join(sorted(others))}, which become float32")
+    return found
+
+
+def not_plain(tensor: "torch.Tensor") -> str:
+    """What keeps a tensor from being weights, in words, or ""."""
+    import torch
+
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.is_meta:
+        return "a tensor without values"
+    if tensor.layout != torch.strided:
+        return "a sparse tensor"
+    if not tensor.is_floating_point():
+        return f"a tensor of {str(tensor.dtype).removeprefix('torch.')}"
+    return ""
 
 
 @contextlib.contextmanager

@@ -259,7 +259,7 @@ class State:
             self.optimizer.state[self.parameters[name]][kind] = moments[key]
         fill(moments, checkpoint / "optimizer.safetensors")
         self.load_averages(checkpoint / "averages.safetensors")
-        self.step = read_json(checkpoint / "state.json")["step"]
+        self.step = read_json(checkpoint / "state.json", runfolder.STATE)["step"]
 
     def load_averages(self, path):
         """Take the power-function averages, if this run keeps any, from a checkpoint's file. Raises
@@ -541,9 +541,11 @@ def train(
         plan = make_plan(out, source, variant=variant, device=device, **changes)
         division = divide(plan.recipe.batch_size, plan.recipe.micro_batch)
         extractor = feature_extractor(watch, device)
-        parallel.start(device)
+        parallel.start(device, minutes=parallel.DAY if source.verify else 30)
         if parallel.is_main():
             stack.enter_context(storage.locked(out))
+            if source.verify:
+                verify_data(plan, say, quiet)
         state = begin(out, plan, device, say)
         for line in introduction(out, plan, state, division):
             say(line)
@@ -557,6 +559,18 @@ def train(
         stopped = loop(run, batches, division, timetable(saving, watch, plan.recipe), stop)
         run.finish()
         return run.summary(stopped, begun)
+
+
+def verify_data(plan, say, quiet):
+    """Read all of a run's data and compare them with what is known of their contents, which is
+    noted from then on. Raises UserError where they differ."""
+    known = plan.record["data"]
+    before = known["content"]
+    known["content"] = plan.data.verify(before, quiet)
+    if known["content"] and not before:
+        say("contents of all data noted: from here on --verify-data compares with these")
+    else:
+        say("contents of all data are as they were")
 
 
 def loop(run, batches, division, times, stop):

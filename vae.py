@@ -287,6 +287,8 @@ def from_state_dict(state_dict):
         tensor = given.get(theirs)
         if tensor is None:
             faults.append(f"missing {theirs}")
+        elif tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+            faults.append(f"{theirs} is no plain tensor")
         elif tensor.squeeze().shape != expected.squeeze().shape or not tensor.is_floating_point():
             faults.append(
                 f"{theirs} is {tensor.dtype} {tuple(tensor.shape)}, expected floats "

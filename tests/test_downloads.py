@@ -505,8 +505,9 @@ def test_convert_goes_back_and_the_file_knows_its_heads(released, tmp_path):
 
 def test_convert_keeps_what_a_run_knows_of_itself(released, tmp_path):
     path, _, heads = released
-    facts = {"step": 7, "classes": ["cat", "dog"], "vae": None}
     model, _ = runfolder.read_weights(path, heads)
+    classes = [f"animal {k}" for k in range(model.config.num_classes)]
+    facts = {"step": 7, "classes": classes, "vae": None}
     runfolder.write_weights(tmp_path / "run.safetensors", model, facts)
     model, _ = runfolder.read_weights(tmp_path / "run.safetensors")
     runfolder.write_weights(tmp_path / "run.pth", model, facts)

@@ -145,10 +145,11 @@ def test_the_index_and_the_summary_say_what_there_is(good, tmp_path):
     assert sorted(files) == ["index.json"] + [f"shard-{k:05}.safetensors" for k in range(6)]
     assert summary["bytes"] == sum(len(raw) for name, raw in files.items() if "shard" in name)
     index = read_json(tmp_path / "out" / "index.json")
-    fingerprint = dataset.Images(good, 32).fingerprint
+    images = dataset.Images(good, 32)
     assert index["counts"] == [15, 14, 14]
     assert index["options"] == {"res": 32, "exif": False, "crop": "adm"}
-    assert index["source"] == {"items": COUNT - 2, "fingerprint": fingerprint}
+    source = {"items": COUNT - 2, "fingerprint": images.fingerprint, "sample": images.sample}
+    assert index["source"] == source
 
 
 def test_shards_are_safetensors_files(whole):
@@ -450,6 +451,65 @@ def test_a_finished_set_is_left_as_it_is(images, whole, tmp_path):
     assert summary["items"] == COUNT - 2
     assert len(summary["skipped"]) == 2
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def damage_index(out, change):
+    index = read_json(out / "index.json")
+    change(index)
+    (out / "index.json").write_text(json.dumps(index))
+
+
+MENDED = {
+    "items": lambda index: index.update(items=12),
+    "counts": lambda index: index["counts"].reverse(),
+    "classes": lambda index: index.update(classes=["x", "y", "z"]),
+    "a row's hash": lambda index: index["shards"][2].update(sha256="0" * 64),
+    "a row's count": lambda index: index["shards"][2].update(count=3),
+    "a row names another's shard": lambda index: index["shards"][2].update(
+        file=index["shards"][1]["file"]
+    ),
+    "what was skipped": lambda index: index["skipped"].pop(),
+    "a skipped image": lambda index: index["skipped"][0].update(image="a/00.jpg"),
+}
+
+
+@pytest.mark.parametrize("how", MENDED)
+def test_a_damaged_index_is_mended_by_encoding_again(images, whole, tmp_path, how):
+    out = shutil.copytree(whole, tmp_path / "out")
+    damage_index(out, MENDED[how])
+    encode(images, out, on_bad="skip")
+    assert contents(out) == contents(whole)
+
+
+def test_what_was_wrong_with_an_index_is_said(images, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "out")
+    damage_index(out, MENDED["counts"])
+    encode(images, out, on_bad="skip")
+    assert "index.json was damaged (counts) and is written anew" in capsys.readouterr().err
+
+
+def test_an_index_that_tells_nothing_is_refused_and_made_anew_once_it_is_gone(
+    images, whole, tmp_path
+):
+    out = shutil.copytree(whole, tmp_path / "out")
+    damage_index(out, lambda index: index.pop("shard_size"))
+    assert "shard_size is missing" in refusal(images, out, on_bad="skip")
+    (out / "index.json").unlink()
+    assert encode(images, out, on_bad="skip")["encoded_shards"] == 6
+    assert contents(out) == contents(whole)
+
+
+def test_rows_of_a_set_without_a_plan_count_for_nothing(images, whole, begun):
+    (begun / "plan.json").unlink()
+    assert encode(images, begun, on_bad="skip")["encoded_shards"] == 6
+    assert contents(begun) == contents(whole)
+
+
+def test_an_image_replaced_by_one_of_the_same_size_is_another(images, begun, tmp_path):
+    copy = shutil.copytree(images, tmp_path / "copy" / "images")
+    assert encode(copy, shutil.copytree(begun, tmp_path / "same"), on_bad="skip")["items"] == 43
+    flip_a_bit(copy / "a" / "03.jpg", -9)
+    assert "begun with other images (of the same names" in refusal(copy, begun, on_bad="skip")
 
 
 # what it refuses

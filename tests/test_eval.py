@@ -706,8 +706,12 @@ def test_latents_are_compared_with_the_images_they_were_made_from(digits, monkey
     index = {
         "format": shards.FORMAT,
         "kind": "latents",
-        "source": {"fingerprint": dataset.Images(digits, 8, 3).fingerprint},
-        "options": {"exif": True},
+        "size": 1,
+        "channels": 4,
+        "classes": ["0"],
+        "source": {"items": 200, "fingerprint": dataset.Images(digits, 8, 3).fingerprint},
+        "options": {"res": 8, "exif": True},
+        "shards": [{"file": "shard-00000.safetensors", "count": 200, "sha256": ""}],
     }
     storage.write_json("latents/index.json", index)
     storage.write_json(

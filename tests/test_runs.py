@@ -204,7 +204,7 @@ def test_a_damaged_run_does_not_hide_the_others(tmp_path):
     assert "error" not in rows["a"]
     assert "b/config.json is not valid JSON" in rows["b"]["error"]
     assert "c/metrics.jsonl: line 1 is damaged" in rows["c"]["error"]
-    assert "d/config.json is not one that dimr train wrote" in rows["d"]["error"]
+    assert "d/config.json is damaged (it is a list of 1" in rows["d"]["error"]
     assert inventory.table(inventory.runs(tmp_path)).count("\n") == 4 + 3
     with pytest.raises(UserError, match="is no folder of runs"):
         inventory.runs(tmp_path / "none")

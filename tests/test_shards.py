@@ -194,7 +194,7 @@ DAMAGE = {
     ),
     "negative offsets": (
         change_header(lambda header: header["data"].update(data_offsets=[-300, 0])),
-        "its offsets do not fit",
+        "data.data_offsets[0] is -300",
     ),
     "overlapping": (
         change_header(lambda header: header["data"].update(data_offsets=[0, 300])),
@@ -253,7 +253,7 @@ def test_an_unfinished_or_foreign_set_is_refused(pixels):
         with pytest.raises(UserError, match="not of shard format 1"):
             dataset.open_data(root)
     (root / "index.json").write_text("[]")
-    with pytest.raises(UserError, match="not of shard format 1"):
+    with pytest.raises(UserError, match="is a list of 0"):
         dataset.open_data(root)
     (root / "index.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
@@ -264,6 +264,49 @@ def test_an_unfinished_or_foreign_set_is_refused(pixels):
     (root / "plan.json").write_text("{}")
     with pytest.raises(UserError, match="unfinished.*again"):
         dataset.open_data(root)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"shards": [0]}, r"shards\[0\] is 0, which is not a table"),
+        ({"size": "5"}, 'size is "5", which is not a whole number'),
+        ({"classes": None}, "classes is null, which is not a list"),
+        ({"items": 8}, "names 8 items and its shards have 7"),
+        ({"counts": [1, 1]}, "counts by class don't come to 7"),
+        ({"size": 10**9}, "not a whole number from 1 to 65536"),
+    ],
+    ids=str,
+)
+def test_a_damaged_index_is_named_with_the_place(pixels, change, reason):
+    root = pixels[0]
+    index = json.loads((root / "index.json").read_text())
+    (root / "index.json").write_text(json.dumps({**index, **change}))
+    with pytest.raises(UserError, match=reason):
+        dataset.open_data(root)
+
+
+def test_an_index_that_names_a_shard_twice_is_damaged(pixels):
+    root = pixels[0]
+    index = json.loads((root / "index.json").read_text())
+    index["shards"][1]["file"] = index["shards"][0]["file"]
+    (root / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="two rows name the same shard"):
+        dataset.open_data(root)
+
+
+def test_verifying_reads_every_shard(pixels):
+    root = pixels[0]
+    index = json.loads((root / "index.json").read_text())
+    for row in index["shards"]:
+        row["sha256"] = hashlib.sha256((root / row["file"]).read_bytes()).hexdigest()
+    (root / "index.json").write_text(json.dumps(index))
+    data = dataset.open_data(root)
+    data.verify(quiet=True)
+    path = root / index["shards"][1]["file"]
+    change_bytes(lambda raw: raw[:-40] + bytes([raw[-40] ^ 1]) + raw[-39:])(path)
+    with pytest.raises(UserError, match=f"{path.name} does not have the recorded hash.*encode"):
+        dataset.open_data(root).verify(quiet=True)
 
 
 def test_a_finished_set_may_have_its_plan_left(pixels):
@@ -283,6 +326,7 @@ PLAN = {
     "classes": ["a", "b", "c"],
     "shard_size": 8,
     "options": {"res": 5},
+    "source": {"items": 9, "fingerprint": "0" * 64},
 }
 
 
@@ -394,12 +438,15 @@ def test_rows_come_from_the_index_and_from_unfinished_shards(tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"file": "x"}'])
 def test_a_damaged_row_is_no_row_and_leaves_the_others(tmp_path, text):
-    row = {"file": "x", "count": 1, "sha256": "", "skipped": []}
+    rows = {}
     for number in (0, 2):
-        shards.write_row(tmp_path, number, row)
+        file = shards.shard_path("", number).name
+        rows[number] = {"file": file, "count": 1, "sha256": "0" * 64, "skipped": []}
+        shards.write_row(tmp_path, number, rows[number])
     for number in (1, 3):
         (tmp_path / f"shard-0000{number}.json").write_text(text)
-    assert shards.read_rows(tmp_path) == {0: row, 2: row}
+    shards.write_row(tmp_path, 4, rows[0])  # which names another's shard
+    assert shards.read_rows(tmp_path) == rows
 
 
 def test_a_shard_is_whole_if_it_has_its_hash(tmp_path):
