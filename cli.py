@@ -42,6 +42,7 @@ RUN_AGAIN = 75  # exit status of a run that was stopped: sysexits.h's EX_TEMPFAI
 DEFAULT_VARIANT = "xl2r"
 # what is taken by name, and fetched, unless another is given
 INCEPTION = "inception"
+DINOV2 = "dinov2"
 VAE = "sd-vae-ft-ema"
 JUDGE = "vit-b16"
 IMAGENET = ("data/imagenet/train", "data/imagenet")  # where ImageNet is looked for
@@ -312,6 +313,12 @@ feature_options = Options(
         default=INCEPTION,
         show_default=True,
         help="pytorch-fid's weights: a name or a file.",
+    ),
+    click.option(
+        "--dinov2",
+        default=DINOV2,
+        show_default=True,
+        help="DINOv2's weights, for fdd and kdd: a name or a file.",
     ),
     click.option(
         "--features",
@@ -1017,6 +1024,12 @@ settings_options = Options(
     ),
     click.option("--grid", type=row_of("solver", "GRIDS"), help="Spacing of the solver's times."),
 )
+labels_option = click.option(
+    "--labels",
+    metavar="balanced|random|FILE",
+    help="Classes of a fair set for dimr eval: each in turn, at random from the image's seed (as "
+    "EDM2 and guided-diffusion do), or a file's: .npy, .npz with arr_1, or text, one a line.",
+)
 batch_option = click.option("--batch-size", type=POSITIVE, help="Images at once, per process.")
 
 
@@ -1035,8 +1048,9 @@ batch_option = click.option("--batch-size", type=POSITIVE, help="Images at once,
 @click.option(
     "--balanced",
     is_flag=True,
-    help="Image i has class i mod K: a fair set for dimr eval. Implies --npz.",
+    help="Image i has class i mod K: --labels balanced. Implies --npz.",
 )
+@labels_option
 @click.option(
     "--npz",
     is_flag=True,
@@ -1061,10 +1075,20 @@ def sample(classes, count, seed, seeds, as_json, **values):
       dimr sample --class "giant panda" --class 207 -n 8 --seed 100
       dimr sample --weights runs/xl2r@500000
       torchrun --nproc-per-node 8 -m cli sample --balanced -n 50000 --preset paper
+      dimr sample --labels val_labels.npy -n 50000
     """
 
-    if values["balanced"] and classes:
-        raise click.UsageError("--balanced takes every class in turn; leave out --class")
+    if values.pop("balanced"):
+        if values["labels"] not in (None, "balanced"):
+            raise click.UsageError(
+                f"--balanced takes every class in turn and --labels {values['labels']} does not; "
+                "give one of the two"
+            )
+        values["labels"] = "balanced"
+    if values["labels"] and classes:
+        raise click.UsageError(
+            f"--labels {values['labels']} chooses the classes; leave out --class"
+        )
     if seeds and count and len(seeds) != count:
         raise click.UsageError(
             f"--seeds names {len(seeds)} seeds and -n says {count}; give one of the two"
@@ -1081,19 +1105,23 @@ def run_sampling(classes, seeds, values):
     import sampling
 
     generator = load_generator(values)
-    known = [sampling.class_index(name, generator) for name in classes]
-    if not known:
-        known = list(range(generator.config.num_classes))
+    labels = values["labels"]
+    if labels:
+        chosen = sampling.choose_classes(labels, seeds, generator.config)
+    else:
+        known = [sampling.class_index(name, generator) for name in classes]
+        known = known or list(range(generator.config.num_classes))
+        chosen = [known[i % len(known)] for i in range(len(seeds))]
     parallel.start(generator.device, minutes=parallel.DAY)
     return sampling.sample(
         generator,
-        [known[i % len(known)] for i in range(len(seeds))],
+        chosen,
         seeds,
         sampling.Settings(**settings_options.take(values)),
         out=values["out"],
         batch_size=values["batch_size"],
-        npz=values["npz"] or values["balanced"],
-        balanced=values["balanced"],
+        npz=values["npz"] or labels is not None,
+        labels=labels,
     )
 
 
@@ -1609,25 +1637,31 @@ def convert(source, target, kind, heads, as_json):
 
 @main.group("eval")
 def eval_group():
-    """Measure samples: FID, sFID, Inception Score, precision and recall, KID, as ADM's suite does.
+    """Measure samples: FID, sFID, Inception Score, precision and recall, KID, as ADM's suite does,
+    with a standard error each; FD-DINOv2.
 
     \b
     Examples:
       dimr eval fid          the newest balanced set, else what the newest run draws
       dimr eval all samples.npz --ref imagenet256 --against xl2r
+      dimr eval fid a.npz b.npz --ref imagenet256          is the difference real?
     """
 
 
 METRIC_HELP = """{what}
 
-    SAMPLES is an .npz with arr_0 (uint8, N × H × W × 3) or a folder of images. Without it: the
-    newest balanced set that sample wrote, else --count images that the newest run draws, which
-    are measured without being written. Published numbers are of 50,000 samples.
+    SAMPLES is an .npz with arr_0 (uint8, N × H × W × 3), a folder of images, or a run that draws
+    --count of them, which are measured without being written. Without it: the newest fair set that
+    sample wrote, else what the newest run draws. Of several, each is compared with the first, and a
+    line says which differences are within noise. Published numbers are of 50,000 samples.
+
+    ± is one standard error, from leaving out each of 20 blocks of the images in turn.
 
     \b
     Examples:
       dimr eval {name} samples.npz --ref imagenet256 --against xl2r
       dimr eval {name} photos/ --ref reference.safetensors --json
+      dimr eval {name} ours.npz theirs.npz --ref imagenet256
       torchrun --nproc-per-node 8 -m cli eval {name} --weights runs/xl2r --preset paper
     """
 metric_options = Options(
@@ -1643,7 +1677,14 @@ metric_options = Options(
     click.option(
         "-n", "--count", type=click.IntRange(min=2), help="Images to draw [default: 50000]."
     ),
-    click.option("--keep", is_flag=True, help="Write the images drawn, as sample --balanced does."),
+    click.option("--keep", is_flag=True, help="Write the images drawn, as sample --labels does."),
+    labels_option,
+    click.option(
+        "--adm",
+        is_flag=True,
+        help="Distances for precision and recall in float16 where they stay finite, as ADM's "
+        "TensorFlow suite has them.",
+    ),
     *feature_options.options,
     res_option,
     verify_shards_option,
@@ -1654,7 +1695,7 @@ def metric_command(name, what):
     """Make `dimr eval NAME`, which measures `what`."""
 
     @eval_group.command(name, cls=Brief, help=METRIC_HELP.format(name=name, what=what))
-    @click.argument("samples", required=False, type=click.Path(path_type=Path))
+    @click.argument("samples", nargs=-1)
     @metric_options
     @generator_options
     @settings_options
@@ -1664,12 +1705,12 @@ def metric_command(name, what):
     def command(samples, against, as_json, **values):
         import evaluation
 
-        if samples and (values["weights"] or values["count"] or values["keep"]):
-            raise click.UsageError(
-                "SAMPLES are measured as they are; leave out --weights, -n and --keep, or SAMPLES"
-            )
+        refuse_contradictions(samples, values)
         result = run_evaluation(name, samples, values)
         if result is None:
+            return
+        if "sets" in result:
+            report(result, as_json, evaluation.comparison_table(result))
             return
         text = evaluation.table(result, against)
         if against:
@@ -1679,68 +1720,139 @@ def metric_command(name, what):
     return command
 
 
+def refuse_contradictions(samples, values):
+    """Raise UsageError where options of drawing come with sets that are there already."""
+    if samples and values["weights"]:
+        raise click.UsageError(
+            "SAMPLES are measured as they are; leave out --weights, or name the run among SAMPLES"
+        )
+    drawing = [name for name in ("count", "keep", "labels") if values[name]]
+    if drawing and samples and not any(is_network(one) for one in samples):
+        raise click.UsageError(
+            "SAMPLES are measured as they are; leave out --weights, -n, --keep and --labels, or "
+            "SAMPLES"
+        )
+
+
+def is_network(source):
+    """Whether one of SAMPLES is a run or weights, which are to draw, and no set of images."""
+    import runfolder
+
+    path, step = runfolder.run_and_step(source)
+    return (
+        step is not None
+        or bool(runfolder.checkpoints(path))
+        or (path.is_file() and path.suffix in (".safetensors", ".pth", ".pt"))
+    )
+
+
 def run_evaluation(name, samples, values):
-    """`evaluation.evaluate` with the options of `dimr eval NAME`: on rank 0 its result."""
+    """`evaluation.evaluate` with the options of `dimr eval NAME`, of several sets
+    `evaluation.compare_sets`: on rank 0 their result."""
+    import distortion
+    import evaluation
+    import sampling
+
+    extractors = extractors_of(name, values)
+    drawing = values["weights"] or values["count"] or values["keep"] or values["labels"]
+    if not samples and not drawing:
+        samples = [path for path in [evaluation.newest_fair()] if path]
+    settings = sampling.Settings(**settings_options.take(values))
+    how = evaluation.How(
+        ref=values["ref"],
+        res=values["res"],
+        batch_size=values["batch_size"],
+        adm=values["adm"],
+        verify=values["verify"],
+    )
+    keep = values["keep"] or len(extractors) > 1  # drawn once, read by each
+    options = generator_options.take(values)
+    sets = [set_of(one, settings, values, options, keep) for one in samples or [options["weights"]]]
+    if len(sets) == 1:
+        return evaluation.evaluate(name, sets[0], extractors, how)
+    names = distortion.set_names(samples)
+    return evaluation.compare_sets(name, dict(zip(names, sets, strict=True)), extractors, how)
+
+
+def set_of(source, settings, values, options, keep):
+    """One of SAMPLES: the images there, or those that a network draws; `keep` writes them first."""
     import evaluation
     import extraction
     import imagesets
     import sampling
 
-    extractor = extractor_of(values["inception"], values["features"], values["device"])
-    if not (samples or values["weights"] or values["count"] or values["keep"]):
-        samples = evaluation.newest_balanced()
-    settings = sampling.Settings(**settings_options.take(values))
-    count = values["count"] or evaluation.COUNT
-    generator = None
-    if samples is None:
-        generator = load_generator(values)
-    if values["keep"]:
-        samples = draw_balanced(generator, count, settings, values["batch_size"])
-    if samples:
-        images = imagesets.open_set(samples, values["res"], verify=values["verify"])
-    else:
-        images = extraction.Generation(generator, count, settings, values["batch_size"])
-    return evaluation.evaluate(
-        name,
-        images,
-        extractor,
-        ref=values["ref"],
-        res=values["res"],
-        batch_size=values["batch_size"],
-        verify=values["verify"],
-    )
+    if source is not None and source != options["weights"] and not is_network(source):
+        return imagesets.open_set(source, values["res"], verify=values["verify"])
+    generator = load_generator({**options, "weights": source})
+    labels = values["labels"] or sampling.BALANCED
+    count = values["count"] or count_of(labels) or evaluation.COUNT
+    generation = extraction.Generation(generator, count, settings, values["batch_size"], labels)
+    if not keep:
+        return generation
+    return imagesets.open_set(draw_set(generation), values["res"])
 
 
-def draw_balanced(generator, count, settings, batch_size):
-    """Write a balanced set and return its path."""
+def count_of(labels):
+    """How many labels a file holds, if `labels` names one, else None."""
+    import imagesets
     import sampling
 
-    classes = [i % generator.config.num_classes for i in range(count)]
+    if labels in sampling.LABELS:
+        return None
+    return len(imagesets.read_labels(labels))
+
+
+def draw_set(generation):
+    """Write the images of a Generation and return their path."""
+    import sampling
+
     drawn = sampling.sample(
-        generator,
-        classes,
-        range(count),
-        settings,
-        batch_size=batch_size,
+        generation.generator,
+        generation.classes,
+        generation.seeds,
+        generation.settings,
+        batch_size=generation.batch_size,
         npz=True,
-        balanced=True,
+        labels=generation.labels,
     )
     return drawn["npz"]
 
 
-def extractor_of(inception, features, device):
-    """The extraction.Extractor that the options name, once the other processes have been joined."""
+def extractors_of(name, values):
+    """The extraction.Extractor by kind that `dimr eval NAME` needs, once the other processes have
+    been joined. `all` takes DINOv2 where its weights are there or named."""
+    import downloads
+    import evaluation
+    import extraction
+
+    kinds = evaluation.kinds(name)
+    dinov2 = values["dinov2"]
+    if values["features"] and kinds == [extraction.KINDS[1]]:
+        raise click.UsageError(f"{name} is made of DINOv2's features; leave out --features")
+    there = dinov2 != DINOV2 or downloads.place(DINOV2).is_file()
+    if len(kinds) > 1 and (values["features"] or not there):
+        kinds = kinds[:1]
+    found = {}
+    for kind in kinds:
+        found[kind] = extractor_of(kind, values)
+    return found
+
+
+def extractor_of(kind, values):
+    """The extraction.Extractor of a kind that the options name, once the other processes have been
+    joined."""
     import downloads
     import extraction
     import parallel
 
-    device = parallel.pick_device(device)
+    device = parallel.pick_device(values["device"])
     parallel.start(device, minutes=parallel.DAY)
-    if not features and inception == INCEPTION:
-        downloads.ask(inception)
-    if features:
-        return extraction.custom(features, device)
-    return extraction.inception(inception, device)
+    if values["features"]:
+        return extraction.custom(values["features"], device)
+    source = values[kind]
+    if source == kind:
+        downloads.ask(source)
+    return extraction.EXTRACTORS[kind](source, device)
 
 
 for _name, _what in ours.words("evaluation", "METRICS").items():
@@ -1751,6 +1863,13 @@ for _name, _what in ours.words("evaluation", "METRICS").items():
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @feature_options
+@click.option(
+    "--kind",
+    type=click.Choice(["inception", "dinov2"]),
+    default="inception",
+    show_default=True,
+    help="Of features: those of fdd and kdd are dinov2.",
+)
 @res_option
 @verify_shards_option
 @batch_option
@@ -1786,7 +1905,7 @@ def run_measurement(folder, values):
     import extraction
     import imagesets
 
-    extractor = extractor_of(values["inception"], values["features"], values["device"])
+    extractor = extractor_of(values["kind"], values)
     images = imagesets.open_set(folder, values["res"], verify=values["verify"])
     return extraction.measure(
         images, extractor, evaluation.REFERENCE_IMAGES, batch_size=values["batch_size"]

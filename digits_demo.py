@@ -124,7 +124,7 @@ def draw(out, quiet) -> dict:
         out=out / "samples.npz",
         batch_size=100,
         npz=True,
-        balanced=True,
+        labels=sampling.BALANCED,
         quiet=quiet,
     )
 

@@ -100,6 +100,11 @@ ASSETS = {
         what="the ViT-B/16 classifier of dimr eval fidelity, about 346 MB",
         licence="Apache-2.0; trained on ImageNet-21k and ImageNet-1k",
     ),
+    "dinov2": Asset(
+        address="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        what="DINOv2 ViT-L/14, for FD-DINOv2, about 1.2 GB",
+        licence="Apache-2.0; see github.com/facebookresearch/dinov2",
+    ),
     "imagenet64": Asset(
         address=_REFERENCES + "64/VIRTUAL_imagenet64_labeled.npz",
         what="ADM's reference for FID at 64×64",

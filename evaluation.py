@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from tqdm import tqdm
 import containers
 import dataset
 import downloads
+import errors
 import extraction
 import fid
 import imagenet_names
@@ -27,12 +28,14 @@ import runfolder
 import sampling
 import shards
 import space
+from errors import Estimate
 from extraction import Extractor, Generation, Measured
 from storage import VERSION, UserError, sha256
 
 # whose features are kept for precision, recall and KID, as in ADM's references
 REFERENCE_IMAGES = 10_000
 COUNT = 50_000  # images that a published FID is made of
+INCEPTION, DINOV2 = extraction.KINDS  # of the features that metrics are made of
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -45,63 +48,95 @@ class Metric:
     `needs` names what `compute(samples, reference)` reads of the two `Measured`: "reference" (if it
     is to have one at all), "features" (pool features image by image), "spatial" and "logits" (what
     Inception alone gives). `values` are the names for people of the numbers it returns, by their
-    keys in the result."""
+    keys in the result: an errors.Estimate each, or a float that has no error. With errors go by
+    `samples.owners`, the blocks; where that is None, there are none."""
 
     help: str  # a literal, for the command line reads it without importing this module
     values: dict[str, str] = dataclasses.field(default_factory=dict)
     needs: Sequence[str] = ()
-    compute: Callable[[Measured, Measured | None], Iterable[float]] | None = None
+    compute: Callable[[Measured, Measured | None], Iterable[Estimate | float]] | None = None
     digits: int = 4
-    counted: bool = False  # whether its name tells the number of images, as FID-50K
+    counted: bool = False  # whether its first name tells the number of images, as FID-50K
+    extractor: str = INCEPTION
 
 
-def frechet(samples: Measured, reference: Measured) -> tuple[float]:
-    """FID."""
-    distance = fid.frechet_distance(
-        samples.mean, samples.covariance, reference.mean, reference.covariance
-    )
-    return (distance,)
+def bar(what: str) -> Callable:
+    """Shows how far a loop is, and goes when it ends."""
+    return functools.partial(tqdm, desc=what, leave=False, disable=None)
 
 
-def spatial_frechet(samples: Measured, reference: Measured) -> tuple[float]:
-    """sFID."""
-    distance = fid.frechet_distance(
-        samples.spatial_mean,
-        samples.spatial_covariance,
-        reference.spatial_mean,
-        reference.spatial_covariance,
-    )
-    return (distance,)
+def frechet(samples: Measured, reference: Measured) -> list[Estimate]:
+    """FID, and what it would be of endlessly many images."""
+    to = fid.Frechet(reference.mean, reference.covariance)
+    return _with_its_limit(to, samples.mean, samples.covariance, samples.features, samples.owners)
 
 
-def inception_score(samples: Measured, reference: Measured | None) -> tuple[float]:
-    """The score is taken while the features are."""
-    return (samples.score,)
+def spatial_frechet(samples: Measured, reference: Measured) -> list[Estimate]:
+    """sFID, and the same."""
+    to = fid.Frechet(reference.spatial_mean, reference.spatial_covariance)
+    moments = samples.spatial_mean, samples.spatial_covariance
+    return _with_its_limit(to, *moments, samples.spatial, samples.owners)
 
 
-def nearness(samples: Measured, reference: Measured) -> Iterable[float]:
+def _with_its_limit(to, mean, covariance, features, owners):
+    value = to.distance(mean, covariance)
+    if owners is None or features is None:
+        return [Estimate(value), Estimate(value=None)]
+    counts = len(owners) - np.bincount(owners)
+    without = errors.moments_without(features, owners)
+    left_out = []
+    with bar("errors")(total=len(counts)) as progress:
+        for count, moments in zip(counts.tolist(), without, strict=True):
+            left_out.append(to.distance(*moments, count))
+            progress.update()
+    found = errors.jackknife(value, left_out)
+    return [found, errors.freed(found)]
+
+
+def inception_score(samples: Measured, reference: Measured | None) -> list[Estimate]:
+    """The score is taken while the features are; its splits tell its error."""
+    return [Estimate(samples.score, samples.scores or ())]
+
+
+def nearness(samples: Measured, reference: Measured) -> list[Estimate]:
     """Precision, recall, density, coverage."""
-    bar = functools.partial(tqdm, desc="neighbours", leave=False, disable=None)
-    found = fid.manifold_metrics(reference.features, samples.features, progress=bar)
-    return found.values()
+    found = fid.manifold(
+        reference.features,
+        samples.features,
+        owners=samples.owners,
+        half=samples.half,
+        progress=bar("neighbours"),
+    )
+    values = found.values()
+    if samples.owners is None:
+        return [Estimate(value) for value in values.values()]
+    without = found.without()
+    return [errors.jackknife(values[key], without[key]) for key in values]
 
 
-def kernel(samples: Measured, reference: Measured) -> tuple[float, float]:
-    """KID and its standard deviation over subsets."""
-    return fid.kernel_distance(samples.features, reference.features)
+def kernel(samples: Measured, reference: Measured) -> list[Estimate]:
+    """KID and its standard deviation over subsets. Its error is that of the unbiased estimates over
+    whole blocks, and of the choice of the subsets."""
+    value, deviation = fid.kernel_distance(samples.features, reference.features)
+    owners = samples.owners
+    if owners is None or np.bincount(owners).min() < 2:
+        return [Estimate(value), Estimate(deviation)]
+    parts = fid.kernel_estimates(samples.features, reference.features, owners)
+    noise = deviation**2 / fid.SUBSETS
+    return [Estimate(value, parts, noise), Estimate(deviation)]
 
 
 METRICS = {
     "fid": Metric(
         "Fréchet Inception distance.",
-        {"fid": "FID"},
+        {"fid": "FID", "fid_infinity": "FID without bias"},
         needs=["reference"],
         compute=frechet,
         counted=True,
     ),
     "sfid": Metric(
         "Fréchet distance of spatial features, sensitive to structure.",
-        {"sfid": "sFID"},
+        {"sfid": "sFID", "sfid_infinity": "sFID without bias"},
         needs=["reference", "spatial"],
         compute=spatial_frechet,
         counted=True,
@@ -131,30 +166,58 @@ METRICS = {
         compute=kernel,
         digits=5,
     ),
-    "all": Metric("All metrics from one pass over the images."),
+    "fdd": Metric(
+        "FD-DINOv2: Fréchet distance of DINOv2's features (arXiv:2306.04675).",
+        {"fdd": "FD-DINOv2", "fdd_infinity": "FD-DINOv2 without bias"},
+        needs=["reference"],
+        compute=frechet,
+        digits=3,
+        counted=True,
+        extractor=DINOV2,
+    ),
+    "kdd": Metric(
+        "Kernel distance of DINOv2's features, mean over 100 subsets of 1,000.",
+        {"kdd": "KD-DINOv2", "kdd_deviation": "KD-DINOv2 (sd)"},
+        needs=["reference", "features"],
+        compute=kernel,
+        digits=5,
+        extractor=DINOV2,
+    ),
+    "all": Metric(
+        "All metrics from one pass over the images; those of DINOv2 where its weights are there."
+    ),
 }
 
 
-def rows(metrics: str) -> list[Metric]:
-    """What METRICS[metrics] comes to: itself, or for "all" every other row."""
+def rows(metrics: str, kind: str = INCEPTION) -> list[Metric]:
+    """What METRICS[metrics] comes to: itself, or for "all" every other row of features of that
+    kind."""
     if metrics == "all":
-        return [METRICS[name] for name in METRICS if name != "all"]
+        return [row for name, row in METRICS.items() if name != "all" and row.extractor == kind]
     return [METRICS[metrics]]
 
 
-def keys(metrics: str) -> list[str]:
-    """Of the result of `compare`."""
-    return [key for row in rows(metrics) for key in row.values]
+def kinds(metrics: str) -> list[str]:
+    """Of features that METRICS[metrics] takes: that of its row, for "all" every kind."""
+    if metrics == "all":
+        return list(extraction.KINDS)
+    return [METRICS[metrics].extractor]
 
 
-def needed(metrics: str) -> set[str]:
+def keys(metrics: str, kind: str = INCEPTION) -> list[str]:
+    """Of what `estimates` finds."""
+    return [key for row in rows(metrics, kind) for key in row.values]
+
+
+def needed(metrics: str, kind: str = INCEPTION) -> set[str]:
     """What METRICS[metrics] needs (see Metric)."""
-    return {need for row in rows(metrics) for need in row.needs}
+    return {need for row in rows(metrics, kind) for need in row.needs}
 
 
-def needing(*what: str) -> list[str]:
-    """The names in METRICS of those that need any of these."""
-    return [name for name in METRICS if needed(name) & set(what)]
+def needing(*what: str, kind: str = INCEPTION) -> list[str]:
+    """The names in METRICS of those on features of that kind that need any of these."""
+    of_kind = [name for name, row in METRICS.items() if name == "all" or row.extractor == kind]
+    return [name for name in of_kind if needed(name, kind) & set(what)]
 
 
 def in_words(names: Sequence[str], word: str = "and") -> str:
@@ -373,12 +436,12 @@ def _is_source(folder, index, size):
 # --------------------------------------------------------------------------------------- the report
 
 
-def newest_balanced(root: str | Path = sampling.ROOT) -> Path | None:
-    """The `.npz` under `root` that `sample --balanced` wrote last, or None."""
+def newest_fair(root: str | Path = sampling.ROOT) -> Path | None:
+    """The `.npz` under `root` that `sample --labels` or `--balanced` wrote last, or None."""
     found = []
     for path in Path(root).rglob("*.npz"):
         with contextlib.suppress(UserError):  # a damaged sidecar
-            if imagesets.read_sidecar(path).get("balanced"):
+            if imagesets.labels_of(imagesets.read_sidecar(path)):
                 found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
@@ -388,7 +451,9 @@ def check_extractor(metrics: str, extractor: Extractor):
     lacking = needing("spatial", "logits")
     if extractor.cached or metrics not in lacking:
         return
-    served = [name for name in METRICS if name not in lacking]
+    served = [
+        name for name, row in METRICS.items() if name not in lacking and row.extractor == INCEPTION
+    ]
     raise UserError(
         f"{extractor.name} are no Inception's: {in_words(lacking)} need its spatial features and "
         f"logits; leave out --features, or ask for {in_words(served, 'or')}"
@@ -407,16 +472,16 @@ def check_fair(images):
         )
 
 
-def check_held(metrics: str, against: Measured):
+def check_held(metrics: str, against: Measured, kind: str = INCEPTION):
     """Raise UserError if the reference lacks what one of the metrics needs."""
-    if metrics in needing("spatial") and against.spatial_mean is None:
+    if "spatial" in needed(metrics, kind) and against.spatial_mean is None:
         raise UserError(
             f"{against.source} holds no mu_s and sigma_s, which {in_words(needing('spatial'))} "
             "need; give ADM's .npz or images"
         )
-    if metrics in needing("features") and against.features is None:
-        wanting = needing("features")
-        enough = [name for name in needing("reference") if name not in wanting]
+    if "features" in needed(metrics, kind) and against.features is None:
+        wanting = needing("features", kind=kind)
+        enough = [name for name in needing("reference", kind=kind) if name not in wanting]
         raise UserError(
             f"{against.source} holds statistics alone, enough for {in_words(enough)}; "
             f"{in_words(wanting)} need ADM's .npz with images, a file that dimr eval stats wrote, "
@@ -424,22 +489,44 @@ def check_held(metrics: str, against: Measured):
         )
 
 
+def estimates(
+    metrics: str,
+    samples: Measured,
+    against: Measured | None,
+    device: torch.device | None = None,
+    kind: str = INCEPTION,
+) -> dict[str, Estimate]:
+    """{key: Estimate} of METRICS[metrics] for `samples` against the reference `against`, which is
+    None where none is needed. Features are compared on `device`, if that is a GPU. Raises
+    UserError."""
+    if "features" in needed(metrics, kind):
+        samples = _near(samples, device)
+        against = _near(against, device)
+    result = {}
+    with extraction.foreseen():
+        for row in rows(metrics, kind):
+            for key, found in zip(row.values, row.compute(samples, against), strict=True):
+                result[key] = found if isinstance(found, Estimate) else Estimate(found)
+    return result
+
+
 def compare(
     metrics: str,
     samples: Measured,
     against: Measured | None,
     device: torch.device | None = None,
-) -> dict[str, float]:
-    """{key: value} of METRICS[metrics] for `samples` against the reference `against`, which is None
-    where none is needed. Features are compared on `device`, if that is a GPU. Raises UserError."""
-    if "features" in needed(metrics):
-        samples = _near(samples, device)
-        against = _near(against, device)
+    kind: str = INCEPTION,
+) -> dict[str, float | None]:
+    """The `estimates` for programs: each key k, and k_error."""
+    return flat(estimates(metrics, samples, against, device, kind))
+
+
+def flat(found: dict[str, Estimate]) -> dict[str, float | None]:
+    """{k: value, k_error: its standard error or None, …}."""
     result = {}
-    with extraction.foreseen():
-        for row in rows(metrics):
-            values = row.compute(samples, against)
-            result |= zip(row.values, values, strict=True)
+    for key, one in found.items():
+        result[key] = one.value
+        result[f"{key}_error"] = one.error
     return result
 
 
@@ -450,28 +537,43 @@ def _near(one, device):
     return dataclasses.replace(one, features=one.features.to(device))
 
 
-def remarks(metrics: str, samples: Measured, against: Measured | None) -> list[str]:
+def remarks(
+    metrics: str, samples: Measured, against: Measured | None, kind: str = INCEPTION
+) -> list[str]:
     """What a reader of the numbers should know, a line each."""
     lines = []
     if "OTHER" in samples.extractor:
         lines.append(f"{samples.extractor}: these numbers compare with nothing published")
-    if {"fid", "sfid"} & set(keys(metrics)):
+    if {"fid", "sfid", "fdd"} & set(keys(metrics, kind)):
         lines += _few("samples", samples)
         if against:
             lines += _few("reference images", against)
     if samples.count != COUNT:
         lines.append(f"published numbers are of {COUNT:,} samples, these of {samples.count:,}")
+    if samples.count < errors.BLOCKS:
+        lines.append(
+            f"{samples.count:,} images are fewer than the {errors.BLOCKS} blocks that errors rest "
+            "on: none are stated"
+        )
     if against and against.size and samples.size and against.size != samples.size:
         lines.append(
             f"samples are {samples.size}×{samples.size}, reference images "
             f"{against.size}×{against.size}"
         )
-    if "inception_score" in keys(metrics) and (samples.sortedness or 0) > 0.3:
-        lines.append(
+    if "inception_score" in keys(metrics, kind):
+        lines += _about_splits(samples)
+    return lines
+
+
+def _about_splits(samples):
+    """What to know of the Inception Score's splits."""
+    if (samples.sortedness or 0) > 0.3:
+        yield (
             "the samples seem to be sorted by class: splits of 5,000 then hold few "
             "classes each, and this Inception Score compares with none; shuffle them"
         )
-    return lines
+    if samples.scores and len(samples.scores) < 2:
+        yield "one split of 5,000 or fewer images: the Inception Score has no error"
 
 
 UNEVEN = 2  # times as many images in the largest class as in the smallest: not balanced
@@ -483,7 +585,10 @@ def proportions(samples, of: Reference) -> list[str]:
     counts = _label_counts(of)
     if not counts or max(counts.values()) < UNEVEN * min(counts.values()):
         return []
-    if not isinstance(samples, Generation) and not _is_balanced(samples):
+    if isinstance(samples, Generation):
+        if samples.labels != sampling.BALANCED:
+            return []
+    elif not _is_balanced(samples):
         return []
     least = min(counts, key=counts.get)
     most = max(counts, key=counts.get)
@@ -496,10 +601,7 @@ def proportions(samples, of: Reference) -> list[str]:
 
 
 def _is_balanced(samples):
-    if samples.labels is None:
-        return False
-    counts = np.unique(samples.labels, return_counts=True)[1]
-    return len(counts) > 1 and counts.max() - counts.min() <= 1
+    return samples.labels is not None and errors.is_balanced(samples.labels)
 
 
 def _label_counts(of):
@@ -531,54 +633,112 @@ def _few(what, one):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How sets are measured: against `ref`, whose images are cropped to `res` (None: what fits the
+    first set), and if shards compared with their hashes where `verify` says so; with `adm`,
+    distances of images are float16 as in ADM's suite."""
+
+    ref: str | Path | None = None
+    res: int | None = None
+    batch_size: int | None = None
+    adm: bool = False
+    verify: bool = False
+    quiet: bool = False
+
+
+@dataclasses.dataclass
+class Evaluated:
+    """A set's numbers: a dict for programs, and what they rest on by key."""
+
+    result: dict
+    estimates: dict[str, Estimate]
+    drawn: str | None
+
+
 def evaluate(
-    metrics: str,
-    samples,
-    extractor: Extractor,
-    *,
-    ref: str | Path | None = None,
-    res: int | None = None,
-    batch_size: int | None = None,
-    verify: bool = False,
-    quiet: bool = False,
+    metrics: str, samples, extractors: Mapping[str, Extractor], how: How = How()
 ) -> dict | None:
-    """Measure `samples`, an image set (imagesets) or a Generation, as METRICS[metrics] says against
-    `ref`, whose images are cropped to `res` (None: against what fits), and if shards compared with
-    their hashes where `verify` says so. Returns a dict for programs on rank 0, else None. Raises
+    """Measure `samples`, an image set (imagesets) or a Generation, as METRICS[metrics] says, on
+    features by kind (extraction.KINDS). Returns a dict for programs on rank 0, else None. Raises
     UserError."""
-    drawn = isinstance(samples, Generation)
-    check_extractor(metrics, extractor)
-    if not drawn:
-        check_fair(samples)
-    against = None
-    needs = needed(metrics)
-    if "reference" in needs:
-        of = Reference(ref, res) if ref else _fitting(samples)
-        of = dataclasses.replace(of, verify=verify)
-        with_features = "features" in needs
-        against = reference(of, extractor, with_features=with_features, quiet=quiet)
+    found = evaluate_all(metrics, [samples], extractors, how)
+    return found[0].result if found else None
+
+
+def evaluate_all(
+    metrics: str, sets: Sequence, extractors: Mapping[str, Extractor], how: How = How()
+) -> list[Evaluated] | None:
+    """`evaluate` of several sets against one reference, an `Evaluated` each on rank 0."""
+    for samples in sets:
+        if not isinstance(samples, Generation):
+            check_fair(samples)
+    references = {}
+    of = None
+    for kind, extractor in extractors.items():
+        if kind == INCEPTION:
+            check_extractor(metrics, extractor)
+        needs = needed(metrics, kind)
+        if "reference" not in needs:
+            references[kind] = None
+            continue
+        of = of or (Reference(how.ref, how.res) if how.ref else _fitting(sets[0]))
+        of = dataclasses.replace(of, verify=how.verify)
+        against = reference(of, extractor, with_features="features" in needs, quiet=how.quiet)
         if against:
-            check_held(metrics, against)
-    if drawn:
-        found = extraction.generate(samples, extractor, quiet=quiet)
-    else:
-        found = extraction.measure(samples, extractor, batch_size=batch_size, quiet=quiet)
-    if not found:
+            check_held(metrics, against, kind)
+        references[kind] = against
+    found = [_evaluated(metrics, samples, extractors, references, how) for samples in sets]
+    if not parallel.is_main():
         return None
-    notes = remarks(metrics, found, against)
-    if "reference" in needs:
-        notes += proportions(samples, of)
-    return {
-        **compare(metrics, found, against, extractor.device),
-        "label": label(found),
-        "samples": describe(found),
-        "reference": describe(against),
-        "features": found.extractor,
-        "identity": found.identity,
+    for samples, one in zip(sets, found, strict=True):
+        if of:
+            one.result["remarks"] += proportions(samples, of)
+    return found
+
+
+def _evaluated(metrics, samples, extractors, references, how):
+    """An `Evaluated` on rank 0, else None."""
+    found = {}
+    for kind, extractor in extractors.items():
+        if isinstance(samples, Generation):
+            found[kind] = extraction.generate(samples, extractor, quiet=how.quiet)
+        else:
+            found[kind] = extraction.measure(
+                samples, extractor, batch_size=how.batch_size, quiet=how.quiet
+            )
+    if not parallel.is_main():
+        return None
+    values = {}
+    notes = []
+    for kind, one in found.items():
+        against = references[kind]
+        one.half = how.adm
+        values |= estimates(metrics, one, against, extractors[kind].device, kind)
+        notes += [line for line in remarks(metrics, one, against, kind) if line not in notes]
+    if how.adm:
+        notes.append("precision, recall, density and coverage from float16 distances, as ADM's")
+    first = next(iter(found.values()))
+    result = {
+        **flat(values),
+        "label": label(first),
+        "samples": describe(first),
+        "labels": labels_of(samples),
+        "reference": describe(next(iter(references.values()))),
+        "features": first.extractor,
+        "identity": first.identity,
         **averaged(samples),
         "remarks": notes,
         "version": VERSION,
     }
+    return Evaluated(result, values, first.drawn)
+
+
+def labels_of(samples) -> str | None:
+    """How the classes of an image set or a Generation were chosen, where that is known."""
+    if isinstance(samples, Generation):
+        return samples.labels
+    return imagesets.labels_of(samples.about)
 
 
 def _fitting(samples):
@@ -594,6 +754,108 @@ def _fitting(samples):
     if not source:
         return fitting_reference(None, known, [], size=size)
     return fitting_reference(runfolder.run_of(source), known, class_names(source), size=size)
+
+
+# --------------------------------------------------------------------------------------- comparison
+
+
+def check_comparable(sets: Sequence) -> None:
+    """Raise UserError unless all sets have as many images of as many pixels: a distance falls as
+    their number grows."""
+    facts = [_extent(samples) for samples in sets]
+    for name, count, size in facts[1:]:
+        if (count, size) != facts[0][1:]:
+            raise UserError(
+                f"{facts[0][0]} holds {facts[0][1]:,} images of {facts[0][2]} pixels and {name} "
+                f"{count:,} of {size}; metrics depend on both: compare sets of one size"
+            )
+
+
+def _extent(samples):
+    """(name, number of images, side in pixels)."""
+    if isinstance(samples, Generation):
+        return samples.generator.source, samples.count, samples.generator.pixels
+    return samples.path, len(samples), samples.size
+
+
+def compare_sets(
+    metrics: str,
+    sets: Mapping[str, object],
+    extractors: Mapping[str, Extractor],
+    how: How = How(),
+) -> dict | None:
+    """Several sets by name against one reference: what `evaluate` says of each, and how far each is
+    from the first. Those drawn from the same classes and seeds are compared block by block, so that
+    what they share drops out. A dict on rank 0, else None. Raises UserError."""
+    check_comparable(list(sets.values()))
+    found = evaluate_all(metrics, list(sets.values()), extractors, how)
+    if found is None:
+        return None
+    found = dict(zip(sets, found, strict=True))
+    first = next(iter(found.values()))
+    differences = {}
+    for name, one in list(found.items())[1:]:
+        paired = one.drawn is not None and one.drawn == first.drawn
+        differences[name] = {
+            key: _difference(first.estimates[key], estimate, paired)
+            for key, estimate in one.estimates.items()
+            if estimate.value is not None and first.estimates[key].value is not None
+        }
+    return {"sets": {name: one.result for name, one in found.items()}, "differences": differences}
+
+
+def _difference(first, second, paired):
+    found = errors.difference(first, second, paired)
+    return {
+        "difference": found.value,
+        "error": found.error,
+        "paired": found.paired,
+        "within_noise": found.is_noise,
+    }
+
+
+def comparison_table(result: dict) -> str:
+    """The result of `compare_sets` for people."""
+    names = list(result["sets"])
+    width = max(map(len, names))
+    lines = []
+    for row, key, what in _shown(result["sets"][names[0]]):
+        lines.append(_full_name(row, key, what, result["sets"][names[0]]))
+        for name in names:
+            one = result["sets"][name]
+            line = f"  {name:{width}} {_with_error(one, key, row.digits)}"
+            if found := result["differences"].get(name, {}).get(key):
+                line += f"   {_in_words(found, row.digits)}"
+            lines.append(line)
+    lines += _noise_lines(result)
+    one = result["sets"][names[0]]
+    lines += _source_lines("reference", one["reference"])
+    notes = dict.fromkeys(note for one in result["sets"].values() for note in one["remarks"])
+    lines += [f"note: {note}" for note in notes]
+    return "\n".join(lines)
+
+
+def _in_words(found, digits):
+    """A difference to the first set."""
+    text = f"{found['difference']:+.{digits}f}"
+    if found["error"] is None:
+        return f"{text} (no error)"
+    return f"{text} ± {found['error']:.{digits}f}"
+
+
+def _noise_lines(result):
+    """Which differences can't be told from none, and how sets were compared."""
+    first = next(iter(result["sets"]))
+    for name, found in result["differences"].items():
+        noise = [key for key, one in found.items() if one["within_noise"]]
+        real = [key for key, one in found.items() if one["within_noise"] is False]
+        how = "independent draws: errors add up in squares"
+        if any(one["paired"] for one in found.values()):
+            how = "the same classes and seeds: compared block by block"
+        yield (
+            f"{name} to {first} ({how}): within noise (95%): {in_words(noise) or 'none'}; beyond "
+            f"it: {in_words(real) or 'none'}"
+        )
 
 
 def averaged(samples):
@@ -629,7 +891,10 @@ def watch(
         found = extraction.generate(generation, extractor, resumable=False, quiet=True)
         if not found:
             return {}
-        return {"fid": round(compare("fid", found, against)["fid"], 4), "fid_images": count}
+        with extraction.foreseen():
+            to = fid.Frechet(against.mean, against.covariance)
+            distance = to.distance(found.mean, found.covariance)
+        return {"fid": round(distance, 4), "fid_images": count}
 
     return measure_fid
 
@@ -644,22 +909,23 @@ def describe(one: Measured | None) -> dict | None:
 def label(samples: Measured) -> str:
     """What FID and sFID are marked with: 50K, 10K, or the very number of images, and the extractor
     if it is another."""
-    count = f"{samples.count // 1000}K" if samples.count % 1000 == 0 else f"{samples.count}"
-    if samples.extractor == extraction.STANDARD:
+    count = _count_label(samples.count)
+    if samples.extractor in (extraction.STANDARD, extraction.DINO):
         return count
     return f"{count}, {samples.extractor}"
+
+
+def _count_label(count):
+    return f"{count // 1000}K" if count % 1000 == 0 else f"{count}"
 
 
 def table(result: dict, variant: str | None = None) -> str:
     """The result for people, beside the paper's numbers for `variant`."""
     lines = []
-    shown = [
-        (row, key, name) for row in rows("all") for key, name in row.values.items() if key in result
-    ]
-    names = {key: _full_name(row, name, result["label"]) for row, key, name in shown}
+    names = {key: _full_name(row, key, what, result) for row, key, what in _shown(result)}
     width = max(map(len, names.values()))
-    for row, key, _ in shown:
-        line = f"{names[key]:{width}} {result[key]:12.{row.digits}f}"
+    for row, key, _ in _shown(result):
+        line = f"{names[key]:{width}} {_with_error(result, key, row.digits)}"
         published = [
             f"{values[key]:.2f} ({what})"
             for what, values in PAPER.get(variant, [])
@@ -669,12 +935,43 @@ def table(result: dict, variant: str | None = None) -> str:
             line += f"   paper, {variant}: {', '.join(published)}"
         lines.append(line)
     for what in ("samples", "reference"):
-        if one := result[what]:
-            count = f", {one['count']:,} images" if one["count"] else ""
-            lines.append(f"{what}: {one['source']}{count}")
+        lines += _source_lines(what, result[what], result.get("labels"))
+    if any(result.get(f"{key}_error") is not None for key in names):
+        lines.append("± one standard error of drawing the set anew, the reference taken as fixed")
     lines += [f"note: {line}" for line in result["remarks"]]
     return "\n".join(lines)
 
 
-def _full_name(row, name, label):
-    return f"{name}-{label}" if row.counted else name
+def _shown(result):
+    """(row, key, name) of the numbers that a result holds."""
+    found = []
+    for kind in extraction.KINDS:
+        for row in rows("all", kind):
+            for key, name in row.values.items():
+                if result.get(key) is not None:
+                    found.append((row, key, name))
+    return found
+
+
+def _with_error(result, key, digits):
+    text = f"{result[key]:12.{digits}f}"
+    if result.get(f"{key}_error") is not None:
+        text += f" ± {result[f'{key}_error']:.{digits}f}"
+    return text
+
+
+def _source_lines(what, one, labels=None):
+    """Where images came from, a line."""
+    if not one:
+        return
+    count = f", {one['count']:,} images" if one["count"] else ""
+    chosen = f", labels {labels}" if labels and what == "samples" else ""
+    yield f"{what}: {one['source']}{count}{chosen}"
+
+
+def _full_name(row, key, name, result):
+    if not row.counted or key != next(iter(row.values)):
+        return name
+    if row.extractor == INCEPTION:
+        return f"{name}-{result['label']}"
+    return f"{name}-{_count_label(result['samples']['count'])}"

@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 import dataset
 import downloads
+import errors
 import fid
 import imagesets
 import parallel
@@ -30,10 +32,13 @@ import randomness
 import sampling
 import schema
 import storage
-from schema import fields, maybe, real, text, whole
+import vit
+from schema import fields, flag, many, maybe, real, text, whole
 from storage import UserError, load_tensors, save_tensors, sha256
 
 STANDARD = "Inception of 2015"
+DINO = "DINOv2 ViT-L/14"
+KINDS = ("inception", "dinov2")  # of features
 FORMAT = 1  # of what is cached
 FACTS = fields(  # what a Measured's file says besides its tensors
     {"source": text(), "sha256": text(), "extractor": text(), "identity": text()},
@@ -42,9 +47,21 @@ FACTS = fields(  # what a Measured's file says besides its tensors
         "count": maybe(whole(1)),
         "score": maybe(real(0)),
         "sortedness": maybe(real()),
+        "drawn": maybe(text()),
+        "scores": maybe(many(real(0))),
+        "half": flag,
     },
 )
-TENSORS = {"mean", "covariance", "spatial_mean", "spatial_covariance", "features"}
+TENSORS = {
+    "mean",
+    "covariance",
+    "spatial_mean",
+    "spatial_covariance",
+    "features",
+    "spatial",
+    "labels",
+}
+LATER = {"spatial", "labels", "drawn", "scores", "half"}  # what 0.2.0 does not know in its files
 FEATURES = ("pool", "spatial", "logits")  # what an extractor gives
 BYTES = 4 * (fid.POOL + fid.SPATIAL + fid.LOGITS)  # of them, per image
 # Permutes a folder's images over the Inception Score's splits, and picks the reference's.
@@ -97,6 +114,27 @@ def inception(source: str | Path = "inception", device: str | torch.device = "cp
     with foreseen():
         network = fid.load(path, device)
     return Extractor(network, device, name, identity=f"inception {digest}", cached=True)
+
+
+def dinov2(source: str | Path = "dinov2", device: str | torch.device = "cpu") -> Extractor:
+    """DINOv2, whose class token FD-DINOv2 is made of, from a name or its authors' file. Raises
+    UserError."""
+    path = downloads.find(source)
+    device = torch.device(device)
+    digest = sha256(path)
+    with foreseen():
+        network = vit.dino_from_state_dict(load_tensors(path)[0]).to(device)
+    name = DINO
+    if (network.dim, len(network.blocks)) != (1024, 24):
+        name = f"DINOv2 of OTHER size ({digest[:8]})"
+
+    def extract(images):
+        return network.features(vit.prepare_dino(images)), None, None
+
+    return Extractor(extract, device, name, identity=f"dinov2 {digest}", cached=True)
+
+
+EXTRACTORS = dict(zip(KINDS, (inception, dinov2), strict=True))
 
 
 def custom(spec: str, device: str | torch.device = "cpu") -> Extractor:
@@ -162,9 +200,24 @@ class Measured:
     spatial_mean: torch.Tensor | None = None
     spatial_covariance: torch.Tensor | None = None
     features: torch.Tensor | None = None  # pool features (M, D) of the images kept, in order
+    spatial: torch.Tensor | None = None  # of all images, (N, 2023), where all are kept
+    labels: torch.Tensor | None = None  # classes (N,), where they are known
+    drawn: str | None = None  # digest of classes and seeds: equal in sets that can be paired
     score: float | None = None  # the Inception Score
+    scores: list[float] | None = None  # of its splits
+    half: bool = False  # whether distances between images are float16, as in ADM's suite
     # how much likelier than any two images neighbours are of one class: from 0 to 1
     sortedness: float | None = None
+
+    @property
+    def owners(self) -> np.ndarray | None:
+        """Which block each image belongs to, (N,), where errors can be stated: all features are
+        kept, and there are images enough."""
+        whole = self.features is not None and len(self.features) == self.count
+        if not whole or self.count < errors.BLOCKS:
+            return None
+        labels = None if self.labels is None else self.labels.numpy()
+        return errors.blocks(self.count, labels)
 
     def save(self, path: str | Path):
         tensors = {}
@@ -172,7 +225,7 @@ class Measured:
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 tensors[name] = value
-            else:
+            elif name not in LATER or value:
                 about[name] = json.dumps(value)
         save_tensors(path, tensors, about)
 
@@ -201,12 +254,18 @@ class Measured:
         if self.spatial_mean is not None:
             side = self.spatial_mean.numel()
             expected |= {"spatial_mean": (side,), "spatial_covariance": (side, side)}
+            if self.spatial is not None:
+                expected["spatial"] = (self.count, side)
         for name, shape in expected.items():
             tensor = getattr(self, name)
             if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
                 raise UserError(f"{path} is damaged: its {name} is not of shape {shape}")
             if 0 in shape or not tensor.isfinite().all():
                 raise UserError(f"{path} is damaged: its {name} holds values that are not finite")
+        if self.labels is not None:
+            whole = not self.labels.is_floating_point() and self.labels.shape == (self.count,)
+            if not whole or int(self.labels.min()) < 0:
+                raise UserError(f"{path} is damaged: its labels are not {self.count} classes")
 
 
 class Collector:
@@ -221,12 +280,14 @@ class Collector:
     ):
         order = randomness.Order(count, ORDER_SEED).permutation(0)
         self.count = count
+        self.whole = keep is None
         self.kept = np.isin(np.arange(count), order[:keep])
         self.position = np.argsort(order) if mixed else np.arange(count)
         self.device = device if device.type == "cuda" else torch.device("cpu")  # MPS has no float64
         self.statistics = {}  # "" or "spatial_" → fid.Statistics
         self.score = fid.InceptionScore()
         self.features = {}  # number of a batch's first image → pool features of those kept
+        self.spatial = {}  # the same → spatial features, where all are kept
         self.predicted = {}  # the same → classes (B,)
 
     def add(self, numbers: np.ndarray, pool, spatial, logits):
@@ -235,6 +296,8 @@ class Collector:
         self._add_moments("", pool)
         if spatial is not None:
             self._add_moments("spatial_", spatial)
+            if self.whole:
+                self.spatial[first] = spatial.cpu()
         if logits is not None:
             self.score.add(logits, self.position[numbers])
             self.predicted[first] = logits.argmax(1).cpu()
@@ -252,6 +315,7 @@ class Collector:
             self.statistics[name].merge(theirs)
         self.score.merge(other.score)
         self.features |= other.features
+        self.spatial |= other.spatial
         self.predicted |= other.predicted
 
     def to_cpu(self) -> "Collector":
@@ -269,9 +333,18 @@ class Collector:
         scored = {}
         if self.predicted:
             in_order = _joined(self.predicted)[np.argsort(self.position)]
-            scored = {"score": self.score.value, "sortedness": _sortedness(in_order)}
+            scored = {
+                "score": self.score.value,
+                "scores": self.score.scores,
+                "sortedness": _sortedness(in_order),
+            }
         return Measured(
-            count=self.count, features=_joined(self.features), **moments, **scored, **about
+            count=self.count,
+            features=_joined(self.features),
+            spatial=_joined(self.spatial) if self.spatial else None,
+            **moments,
+            **scored,
+            **about,
         )
 
 
@@ -322,13 +395,15 @@ def _place(key):
     return downloads.cache() / "features" / f"{digest[:32]}.safetensors"
 
 
-def _find(path, source):
+def _find(path, source, keep=None):
     """Whether the cache holds a whole `Measured` at `path`; and that, as of `source`, on rank 0,
     else None."""
     found = None
     if path.is_file() and parallel.is_main():
         with contextlib.suppress(UserError):  # a damaged one is replaced
             found = dataclasses.replace(Measured.load(path), source=source)
+    if found and keep is None and found.spatial_mean is not None and found.spatial is None:
+        found = None  # of dimr 0.2, which kept no spatial features
     return parallel.broadcast(found is not None), found
 
 
@@ -367,10 +442,14 @@ def measure(
         "extractor": extractor.name,
         "identity": extractor.identity,
     }
+    if keep is None and images.labels is not None:
+        about["labels"] = torch.as_tensor(images.labels)
+    if keep is None:
+        about["drawn"] = imagesets.drawn_of(images)
 
     path = _place(["images", FORMAT, digest, images.size, keep, extractor.identity])
     if extractor.cached:
-        there, found = _find(path, about["source"])
+        there, found = _find(path, about["source"], keep)
         if there:
             return found
     collector = Collector(len(images), extractor.device, keep, mixed=not images.ordered)
@@ -401,13 +480,23 @@ def _features_of(images, extractor, size):
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Images that a network is to draw for measuring: image i has class i mod K and seed i. None is
-    written."""
+    """Images that a network is to draw for measuring: image i has seed `seed` + i and the class
+    that sampling.choose_classes gives it. None is written."""
 
     generator: sampling.Generator
     count: int
     settings: sampling.Settings = sampling.Settings()
     batch_size: int | None = None  # of drawing; None: by device
+    labels: str = sampling.BALANCED
+    seed: int = 0  # of the first image
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.count)
+
+    @cached_property
+    def classes(self) -> list[int]:
+        return sampling.choose_classes(self.labels, self.seeds, self.generator.config)
 
     def resolved(self) -> "Generation":
         """With every default filled in. Raises UserError for settings that can't work."""
@@ -431,7 +520,15 @@ class Generation:
         """What says which images they are."""
         plan = sampling.describe(self.generator, self.settings)
         del plan["source"], plan["torch"]
-        return json.dumps([self.count, self.batch_size, plan])
+        key = [self.count, self.batch_size, plan]
+        if self.labels != sampling.BALANCED or self.seed:
+            key.append(self.drawn)
+        return json.dumps(key)
+
+    @property
+    def drawn(self) -> str:
+        """Digest of classes and seeds."""
+        return imagesets.digest_of(self.classes, self.seeds)
 
     @property
     def source(self) -> str:
@@ -441,11 +538,8 @@ class Generation:
 
     def features(self, extractor: Extractor, chosen: Iterable[int], progress=None) -> Iterator:
         """Yield (numbers, features) for each of the `chosen` batches."""
-        known = self.generator.config.num_classes
-        classes = [i % known for i in range(self.count)]
-        seeds = range(self.count)
         drawn = self.generator.batches(
-            classes, seeds, self.settings, self.batch_size, chosen, progress
+            self.classes, self.seeds, self.settings, self.batch_size, chosen, progress
         )
         for numbers, images in drawn:
             colour = torch.from_numpy(images).expand(-1, -1, -1, 3)
@@ -467,6 +561,8 @@ def generate(
         "size": generation.generator.pixels,
         "extractor": extractor.name,
         "identity": extractor.identity,
+        "labels": torch.as_tensor(generation.classes),
+        "drawn": generation.drawn,
     }
     collector = Collector(generation.count, extractor.device)
     if not (resumable and extractor.cached):
@@ -531,7 +627,8 @@ class Notes:
 
     def add(self, numbers: np.ndarray, features: Iterable[torch.Tensor]):
         k = int(numbers[0]) // self.generation.batch_size
-        save_tensors(self.path(k), dict(zip(FEATURES, features, strict=True)))
+        given = dict(zip(FEATURES, features, strict=True))
+        save_tensors(self.path(k), {name: rows for name, rows in given.items() if rows is not None})
 
     def read(self, device: torch.device, quiet: bool) -> Iterator:
         """Yield (numbers, features) of all batches. Raises UserError if one is not there."""
@@ -543,7 +640,11 @@ class Notes:
                     "DIMR_HOME to a folder that they can reach"
                 )
             found, _ = load_tensors(self.path(k))
-            yield self.generation.numbers(k), [found[name].to(device) for name in FEATURES]
+            rows = [found.get(name) for name in FEATURES]
+            yield (
+                self.generation.numbers(k),
+                [part if part is None else part.to(device) for part in rows],
+            )
 
     def discard(self):
         if parallel.is_main():

@@ -11,12 +11,14 @@ FID: Heusel et al., arXiv:1706.08500; sFID: Nash et al., arXiv:2103.03841; Incep
 et al., arXiv:1606.03498; KID: Bińkowski et al., arXiv:1801.01401; precision and recall:
 Kynkäänniemi et al., arXiv:1904.06991; density and coverage: Naeem et al., arXiv:2002.09797."""
 
+import dataclasses
 from collections.abc import Callable
 from zipfile import is_zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.linalg import eigvalsh
 from scipy.linalg.lapack import dpstrf
 from torch import nn
 
@@ -345,28 +347,46 @@ class Statistics:
 
 
 def frechet_distance(mean_1, covariance_1, mean_2, covariance_2) -> float:
-    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of arrays or tensors (D,), (D, D), as a float.
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of arrays or tensors (D,), (D, D), as a float. Raises
+    ValueError."""
+    return Frechet(mean_2, covariance_2).distance(mean_1, covariance_1)
 
-    With Σ₁ = A Aᵀ, Σ₁ Σ₂ has the eigenvalues of the symmetric Aᵀ Σ₂ A besides zeros. A is
-    Cholesky's factor with pivoting and has as many columns as Σ₁ has rank, so fewer images than
-    features cost no accuracy, and less time. Raises ValueError."""
-    mean_1, covariance_1 = _moments(mean_1, covariance_1)
-    mean_2, covariance_2 = _moments(mean_2, covariance_2)
-    if mean_1.shape != mean_2.shape:
-        counts = f"{len(mean_1)} and of {len(mean_2)}"
-        raise ValueError(
-            f"statistics of {counts} features can't be compared; use one extractor for both"
-        )
-    factor_1 = _cholesky(covariance_1)
-    factor_2 = _cholesky(covariance_2)
-    if factor_2.shape[1] < factor_1.shape[1]:  # the smaller product
-        product = factor_2.T @ covariance_1 @ factor_2
-    else:
-        product = factor_1.T @ covariance_2 @ factor_1
-    root = np.sqrt(np.linalg.eigvalsh(product).clip(min=0)).sum()
-    between = ((mean_1 - mean_2) ** 2).sum()
-    distance = between + covariance_1.trace() + covariance_2.trace() - 2 * root
-    return max(float(distance), 0.0)
+
+class Frechet:
+    """Fréchet distances to a normal distribution of mean (D,) and covariance (D, D), arrays or
+    tensors, of which what is needed each time is computed once. Raises ValueError.
+
+    With Σ = A Aᵀ, Σ₁ Σ has the eigenvalues of the symmetric Aᵀ Σ₁ A besides zeros. A is Cholesky's
+    factor with pivoting and has as many columns as Σ has rank, so fewer images than features cost
+    no accuracy, and less time."""
+
+    def __init__(self, mean, covariance):
+        self.mean, self.covariance = _moments(mean, covariance)
+        self.factor = _cholesky(self.covariance)
+
+    def distance(self, mean, covariance, count: int | None = None) -> float:
+        """Of another distribution, whose moments are of `count` images if that is known: more than
+        features bring full rank."""
+        mean, covariance = _moments(mean, covariance)
+        if mean.shape != self.mean.shape:
+            counts = f"{len(mean)} and of {len(self.mean)}"
+            raise ValueError(
+                f"statistics of {counts} features can't be compared; use one extractor for both"
+            )
+        product = self._product(covariance, may_lack_rank=not count or count <= len(mean))
+        eigenvalues = eigvalsh(product, driver="ev", overwrite_a=True, check_finite=False)
+        root = np.sqrt(eigenvalues.clip(min=0)).sum()
+        between = ((mean - self.mean) ** 2).sum()
+        distance = between + covariance.trace() + self.covariance.trace() - 2 * root
+        return max(float(distance), 0.0)
+
+    def _product(self, covariance, may_lack_rank):
+        """Aᵀ Σ₁ A, or what has its eigenvalues and is smaller."""
+        if may_lack_rank:
+            factor = _cholesky(covariance)
+            if factor.shape[1] <= self.factor.shape[1]:
+                return factor.T @ self.covariance @ factor
+        return self.factor.T @ covariance @ self.factor
 
 
 def _moments(mean, covariance):
@@ -425,22 +445,31 @@ class InceptionScore:
         self.splits[k] = sums
 
     @property
-    def value(self) -> float:
+    def scores(self) -> list[float]:
+        """Of each split."""
         scores = []
-        for count, p, entropy in self.splits.values():
+        for k in sorted(self.splits):
+            count, p, entropy = self.splits[k]
             q = p / count
-            scores.append(np.exp(entropy / count - torch.xlogy(q, q).sum().item()))
-        return float(np.mean(scores))
+            scores.append(float(np.exp(entropy / count - torch.xlogy(q, q).sum().item())))
+        return scores
+
+    @property
+    def value(self) -> float:
+        return float(np.mean(self.scores))
 
 
 # -------------------------------------------------------- KID, precision, recall, density, coverage
+
+
+SUBSETS = 100  # of the images, over which KID is averaged
 
 
 def kernel_distance(
     features_1: torch.Tensor,
     features_2: torch.Tensor,
     *,
-    subsets: int = 100,
+    subsets: int = SUBSETS,
     size: int = 1000,
     seed: int = 2020,
 ) -> tuple[float, float]:
@@ -471,21 +500,91 @@ def _kernel(x, y):
     return (x @ y.T).double().div_(x.shape[1]).add_(1).pow_(3)
 
 
-def manifold_metrics(
+def kernel_estimates(
+    features_1: torch.Tensor, features_2: torch.Tensor, owners: np.ndarray, chunk: int = 2048
+) -> list[float]:
+    """The unbiased squared MMD of `kernel_distance` between each block of `features_1` (N, D) and
+    all of `features_2`, by blocks `owners` (N,). Raises ValueError for blocks of one image."""
+    if np.bincount(owners).min() < 2 or len(features_2) < 2:
+        raise ValueError("KID needs at least 2 images on either side")
+
+    def mean_kernel(x, y):
+        return sum(float(_kernel(rows, y).sum()) for rows in x.split(chunk)) / (len(x) * len(y))
+
+    def mean_of_others(x):
+        own = float(((x * x).sum(1).double() / x.shape[1] + 1).pow(3).sum())
+        return (mean_kernel(x, x) * len(x) ** 2 - own) / (len(x) * (len(x) - 1))
+
+    constant = mean_of_others(features_2)
+    found = []
+    for k in range(int(owners.max()) + 1):
+        x = features_1[torch.from_numpy(np.flatnonzero(owners == k)).to(features_1.device)]
+        found.append(mean_of_others(x) + constant - 2 * mean_kernel(x, features_2))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifold:
+    """Which of N real and M fake images lie in each other's balls, by blocks of fakes."""
+
+    owners: torch.Tensor  # of the fakes, int64 (M,)
+    k_density: int
+    precise: torch.Tensor  # fakes in a real's ball, bool (M,)
+    balls: torch.Tensor  # wide balls of reals around each fake, (M,)
+    covered: torch.Tensor  # reals whose wide ball holds a fake of block k, bool (N, K)
+    recalled: torch.Tensor  # reals in a ball of a fake of block k, bool (N, K)
+    widened: torch.Tensor  # reals in one that grows as block k is left out, bool (N, K)
+
+    def values(self) -> dict[str, float]:
+        return {
+            "precision": float(self.precise.double().mean()),
+            "recall": float(self.recalled.any(1).double().mean()),
+            "density": float(self.balls.double().mean()) / self.k_density,
+            "coverage": float(self.covered.any(1).double().mean()),
+        }
+
+    def without(self) -> dict[str, list[float]]:
+        """The same where each of the K blocks is left out in turn."""
+        found = {"precision": [], "recall": [], "density": [], "coverage": []}
+        for k in range(self.covered.shape[1]):
+            rest = self.owners != k
+            recalled = _in_others(self.recalled, k) | self.widened[:, k]
+            found["precision"].append(float(self.precise[rest].double().mean()))
+            found["recall"].append(float(recalled.double().mean()))
+            found["density"].append(float(self.balls[rest].double().mean()) / self.k_density)
+            found["coverage"].append(float(_in_others(self.covered, k).double().mean()))
+        return found
+
+
+def _in_others(by_block, k):
+    """Whether any block but k has it."""
+    return by_block.sum(1) > by_block[:, k]
+
+
+def manifold_metrics(real: torch.Tensor, fake: torch.Tensor, **options) -> dict[str, float]:
+    """Precision, recall, density and coverage of `fake` against `real` features (N, D), (M, D), as
+    a dict; keywords as in `manifold`."""
+    return manifold(real, fake, **options).values()
+
+
+def manifold(
     real: torch.Tensor,
     fake: torch.Tensor,
     *,
     k: int = 3,
     k_density: int = 5,
     chunk: int = 2048,
+    owners: np.ndarray | None = None,
+    half: bool = False,
     progress: Callable = iter,
-) -> dict[str, float]:
-    """Precision, recall, density and coverage of `fake` against `real` features (N, D), (M, D), as
-    a dict.
+) -> Manifold:
+    """What precision, recall, density and coverage of `fake` against `real` features (N, D), (M, D)
+    rest on, by blocks of fakes (`owners` (M,), default: one block).
 
     A ball reaches from each point to its k-th nearest other point of the same set (k_density for
-    density and coverage, as their papers have it). Distances are Euclidean, float32, by blocks of
-    `chunk` × `chunk`. `progress` wraps the iterables over blocks. Raises ValueError for sets of k
+    density and coverage, as their papers have it). Distances are Euclidean, float32, by pieces of
+    at most `chunk` × `chunk`, or with `half` float16 where a piece of them is finite, as in ADM's
+    TensorFlow suite. `progress` wraps the iterables over pieces. Raises ValueError for sets of k
     points or fewer."""
     most = max(k, k_density)
     if min(len(real), len(fake)) <= most:
@@ -493,52 +592,100 @@ def manifold_metrics(
         raise ValueError(
             f"precision and recall need more than {most} images on either side, not {counts}"
         )
-    nearest = _nearest(real, most, chunk, progress)
-    real_radius = nearest[:, k - 1]
-    wide_radius = nearest[:, k_density - 1]
-    fake_radius = _nearest(fake, k, chunk, progress)[:, k - 1]
+    distances = _half_distances if half else _squared_distances
+    owners = torch.as_tensor(np.zeros(len(fake), np.int64) if owners is None else owners)
+    order = owners.argsort(stable=True)
+    back = order.argsort()
+    fake = fake[order.to(fake.device)]
+    pieces = _pieces(owners.bincount().tolist(), chunk)
+    rows_of = [rows for _, rows in _pieces([len(real)], chunk)]
+
+    nearest = _nearest(real, _pieces([len(real)], chunk), most, distances, progress)[:, 0]
+    balls = _Balls(_nearest(fake, pieces, k, distances, progress))
+    blocks = len(balls.without)
     precise = fake.new_zeros(len(fake), dtype=torch.bool)
-    recalled = real.new_zeros(len(real), dtype=torch.bool)
-    covered = real.new_zeros(len(real), dtype=torch.bool)
-    balls = 0  # wide ones that fakes lie in, counted for each
-    blocks = [(i, j) for i in range(0, len(real), chunk) for j in range(0, len(fake), chunk)]
-    for i, j in progress(blocks):
-        rows = slice(i, i + chunk)
-        columns = slice(j, j + chunk)
-        distances = _squared_distances(real[rows], fake[columns])
-        within = distances <= wide_radius[rows, None]
-        balls += within.sum()
-        covered[rows] |= within.any(1)
-        precise[columns] |= (distances <= real_radius[rows, None]).any(0)
-        recalled[rows] |= (distances <= fake_radius[columns]).any(1)
-    return {
-        "precision": float(precise.double().mean()),
-        "recall": float(recalled.double().mean()),
-        "density": float(balls) / (k_density * len(fake)),
-        "coverage": float(covered.double().mean()),
-    }
+    around = fake.new_zeros(len(fake), dtype=torch.int64)
+    covered = real.new_zeros(len(real), blocks, dtype=torch.bool)
+    recalled = torch.zeros_like(covered)
+    widened = torch.zeros_like(covered)
+    for rows, (block, columns) in progress([(i, j) for i in rows_of for j in pieces]):
+        found = distances(real[rows], fake[columns])
+        within = found <= nearest[rows, k_density - 1, None]
+        around[columns] += within.sum(0)
+        covered[rows, block] |= within.any(1)
+        precise[columns] |= (found <= nearest[rows, k - 1, None]).any(0)
+        recalled[rows, block] |= (found <= balls.radius[columns]).any(1)
+        for left_out, grown, radius in balls.grown(block, columns):
+            widened[rows, left_out] |= (found[:, grown] <= radius).any(1)
+    return Manifold(
+        owners=owners,
+        k_density=k_density,
+        precise=precise.cpu()[back],
+        balls=around.cpu()[back],
+        covered=covered.cpu(),
+        recalled=recalled.cpu(),
+        widened=widened.cpu(),
+    )
 
 
-def _nearest(points, k, chunk, progress):
-    """Squared distances (N, k), ascending, from each point to its k nearest others. A pair of
-    blocks is seen once."""
-    nearest = points.new_full((len(points), k), torch.inf)
+class _Balls:
+    """Squared radii of points whose `nearest` (M, K, k) squared distances by block are known: with
+    all blocks, and without each."""
 
-    def update(rows, distances):
-        found = torch.cat([nearest[rows], distances], 1)
-        nearest[rows] = found.topk(k, largest=False).values
+    def __init__(self, nearest):
+        count, blocks, k = nearest.shape
+        self.radius = _kth(nearest, k)
+        self.without = []
+        for block in range(blocks):
+            rest = [other for other in range(blocks) if other != block]
+            self.without.append(_kth(nearest[:, rest], k) if rest else self.radius)
 
-    starts = range(0, len(points), chunk)
-    blocks = [(i, j) for i in starts for j in starts if i <= j]
-    for i, j in progress(blocks):
-        rows = slice(i, i + chunk)
-        columns = slice(j, j + chunk)
-        distances = _squared_distances(points[rows], points[columns])
+    def grown(self, own, columns):
+        """Yield (block, which of the points `columns` have a larger ball without it, that ball's
+        squared radius) for each block but their `own`."""
+        for block, radius in enumerate(self.without):
+            grown = (radius[columns] > self.radius[columns]).nonzero()[:, 0]
+            if block != own and len(grown):
+                yield block, grown, radius[columns][grown]
+
+
+def _kth(nearest, k):
+    """The k-th smallest of each row's numbers."""
+    return nearest.flatten(1).kthvalue(k, 1).values
+
+
+def _pieces(counts, chunk):
+    """(block, slice) of stretches of at most `chunk` rows, evenly cut; block k has counts[k]
+    rows."""
+    found = []
+    first = 0
+    for block, count in enumerate(counts):
+        cuts = np.linspace(first, first + count, -(-count // chunk) + 1).astype(int)
+        found += [(block, slice(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
+        first += count
+    return found
+
+
+def _nearest(points, pieces, k, distances, progress):
+    """Squared distances (N, K, k), ascending, from each point to its k nearest others of each
+    block. Two pieces are seen together once."""
+    blocks = 1 + max(block for block, _ in pieces)
+    nearest = points.new_full((len(points), blocks, k), torch.inf)
+
+    def update(rows, block, distances):
+        found = torch.cat([nearest[rows, block], distances], 1)
+        nearest[rows, block] = found.topk(k, largest=False).values
+
+    pairs = [(i, j) for i in range(len(pieces)) for j in range(i, len(pieces))]
+    for i, j in progress(pairs):
+        first, rows = pieces[i]
+        second, columns = pieces[j]
+        found = distances(points[rows], points[columns])
         if i == j:
-            distances.fill_diagonal_(torch.inf)
+            found.fill_diagonal_(torch.inf)
         else:
-            update(columns, distances.T)
-        update(rows, distances)
+            update(columns, first, found.T)
+        update(rows, second, found)
     return nearest
 
 
@@ -546,3 +693,14 @@ def _squared_distances(x, y):
     """(N, D), (M, D) → (N, M)."""
     norms = (x * x).sum(1)[:, None] + (y * y).sum(1)
     return torch.addmm(norms, x, y.T, alpha=-2).clamp_(min=0)
+
+
+def _half_distances(x, y):
+    """The same, every result rounded to float16, unless one of them is then not finite."""
+    a = x.half().float()
+    b = y.half().float()
+    product = (a @ b.T).half()
+    found = (a * a).sum(1).half()[:, None] - 2 * product + (b * b).sum(1).half()
+    if found.isfinite().all():
+        return found.float().clamp_(min=0)
+    return _squared_distances(x, y)

@@ -223,6 +223,40 @@ def read_array(path: str | Path, name: str) -> np.ndarray:
         raise UserError(f"{path}: {name} can't be read ({error})") from None
 
 
+def read_labels(path: str | Path) -> np.ndarray:
+    """Classes int64 (N,) from a file: an `.npy`, an `.npz` with arr_1, as a set of `sample` or
+    ADM's reference has it, or a text with one number a line. Raises UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist; expected labels: an .npy, an .npz with arr_1, or a text with "
+            "one class number a line"
+        )
+    read = _read_plain_labels
+    if path.suffix == ".npz":
+        read = _labels_of_npz
+    labels = read(path)
+    if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"{path} holds {labels.dtype} {labels.shape}; expected class numbers, integers (N,)"
+        )
+    return labels.astype(np.int64)
+
+
+def _labels_of_npz(path):
+    return read_array(path, "arr_1")
+
+
+def _read_plain_labels(path):
+    """The array of an `.npy`, or the numbers of a text, one a line."""
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)  # claims more than it holds?
+        return np.asarray([int(line) for line in path.read_text("utf-8").split()], np.int64)
+    except (ValueError, EOFError, OverflowError) as error:
+        raise UserError(f"{path} can't be read as labels ({error})") from None
+
+
 def sidecar(path: str | Path) -> Path:
     """The file beside an `.npz` that says how it was made."""
     return Path(path).with_suffix(".json")
@@ -425,7 +459,7 @@ class Drawing:
     size: int  # side of an image in pixels
     batch_size: int
     about: dict  # how they are made, as JSON can hold it
-    balanced: bool = False  # whether every class has its turn
+    labels: str | None = None  # how the classes were chosen, if not by hand
 
     def __len__(self):
         return len(self.seeds)
@@ -451,6 +485,11 @@ class Drawing:
         """Of the first `count` images."""
         return [caption(self.class_name(i), self.classes[i], self.seeds[i]) for i in range(count)]
 
+    @property
+    def balanced(self) -> bool:
+        """Whether every class has its turn."""
+        return self.labels == "balanced"
+
     @cached_property
     def plan(self) -> dict:
         """What has to be equal in two sets that are the same (`same_plan`)."""
@@ -470,7 +509,7 @@ class Drawing:
         tells seeds apart as long as they fit int64."""
         classes = list(map(int, self.classes))
         seeds = list(map(int, self.seeds))
-        found = [hashlib.sha256(json.dumps([classes, seeds]).encode()).hexdigest()]
+        found = [digest_of(classes, seeds)]
         with contextlib.suppress(OverflowError):
             array = np.asarray([classes, seeds], np.int64)
             found.append(hashlib.sha256(array.tobytes()).hexdigest())
@@ -487,6 +526,26 @@ class Drawing:
             return {key: known[key] for key in known if key not in ("drawn", "dimr")}
 
         return compared(plan) == compared(self.plan)
+
+
+def digest_of(classes: Sequence[int], seeds: Sequence[int]) -> str:
+    """What tells apart which images are drawn: by class and seed."""
+    listed = [list(map(int, classes)), list(map(int, seeds))]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def drawn_of(images) -> str | None:
+    """The `digest_of` a set that `sample` wrote as one `.npz`, else None."""
+    plan = images.about.get("plan")
+    drawn = plan.get("drawn") if isinstance(plan, dict) else None
+    return drawn if isinstance(drawn, str) else None
+
+
+def labels_of(about: dict) -> str | None:
+    """How the classes of a set were chosen, as its sidecar says; None where it does not."""
+    if isinstance(about.get("labels"), str):
+        return about["labels"]
+    return "balanced" if about.get("balanced") is True else None
 
 
 def file_word(words: str) -> str:
@@ -651,7 +710,7 @@ class NpzWriter:
     call that was interrupted anywhere goes on where it stopped, on any number of processes."""
 
     def __init__(self, out: Path, drawing: Drawing):
-        kind = "balanced" if drawing.balanced else "samples"
+        kind = file_word(Path(drawing.labels or "samples").stem)
         self.target = out if out.suffix == ".npz" else out / f"{kind}-{len(drawing)}.npz"
         self.work = self.target.with_name(self.target.name + ".partial")
         self.plan_file = self.work / "plan.json"
@@ -739,6 +798,7 @@ class NpzWriter:
             )
         facts = {
             "balanced": self.drawing.balanced,
+            "labels": self.drawing.labels,
             "n": len(self.drawing),
             "plan": self.drawing.plan,
             **self.drawing.about,
@@ -765,4 +825,5 @@ class NpzWriter:
             "npz": str(self.target),
             "picture": str(self.picture),
             "balanced": self.drawing.balanced,
+            "labels": self.drawing.labels,
         }

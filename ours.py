@@ -25,6 +25,7 @@ MODULES = (
     "solver",
     "vae",
     "fid",
+    "errors",
     "vit",
     "peers",
     "averages",

@@ -93,3 +93,8 @@ def step_noise(shape: Sequence[int], seed: int, update: int) -> torch.Tensor:
     """What a stochastic solver draws for the image with this seed in its update number `update`, on
     the CPU, float32."""
     return torch.randn(*shape, generator=_generator(f"{seed} solver {update}"))
+
+
+def label(seed: int, num_classes: int) -> int:
+    """A class for the image with this seed, each as likely as the others."""
+    return int(torch.randint(num_classes, (), generator=_generator(f"{seed} label")))

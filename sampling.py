@@ -42,6 +42,7 @@ VAE = "sd-vae-ft-ema"  # of latent models that name none
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 VAE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 16}
+BALANCED, RANDOM = LABELS = ("balanced", "random")  # how the classes of a set are chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +294,29 @@ def check_classes(classes: Iterable[int], config: networks.Config) -> None:
         )
 
 
+def choose_classes(labels: str, seeds: Sequence[int], config: networks.Config) -> list[int]:
+    """The class of each image of a set for measuring: every class in turn ("balanced"), at random
+    from the image's own seed, as EDM2 and guided-diffusion draw them ("random"), or as a file says
+    (imagesets.read_labels). Raises UserError."""
+    if labels == BALANCED:
+        return [i % config.num_classes for i in range(len(seeds))]
+    if labels == RANDOM:
+        return [randomness.label(seed, config.num_classes) for seed in seeds]
+    classes = imagesets.read_labels(labels).tolist()
+    if len(classes) != len(seeds):
+        raise UserError(
+            f"{labels} holds {len(classes):,} labels for {len(seeds):,} images; give -n "
+            f"{len(classes)}, or a file of {len(seeds):,}"
+        )
+    wrong = [i for i, one in enumerate(classes) if not 0 <= one < config.num_classes]
+    if wrong:
+        raise UserError(
+            f"{labels}: label {classes[wrong[0]]} of image {wrong[0]} is out of range; this "
+            f"network knows classes 0 to {config.num_classes - 1}"
+        )
+    return classes
+
+
 def class_index(name: str, generator: Generator) -> int:
     """The class that `name` means: an index, a name the weights carry, or an ImageNet name where
     they know 1000 classes without names. Raises UserError."""
@@ -396,12 +420,12 @@ def sample(
     out: str | Path | None = None,
     batch_size: int | None = None,
     npz: bool = False,
-    balanced: bool = False,
+    labels: str | None = None,
     quiet: bool = False,
 ) -> dict:
     """Draw image i of class classes[i] from seeds[i] and write PNGs and a labelled grid, or with
     `npz` one `.npz` as ADM's suite reads it (`arr_0` uint8 (N, H, W, 3), `arr_1` classes), streamed
-    and resumable.
+    and resumable. `labels` says how the classes were chosen, where that was not by hand.
 
     Spread over processes by batches. Returns a dict that says what was written where and how fast.
     Raises UserError."""
@@ -416,7 +440,7 @@ def sample(
         size=generator.pixels,
         batch_size=batch_size or min(len(seeds), BATCH_SIZE[generator.device.type]),
         about=describe(generator, settings),
-        balanced=balanced,
+        labels=labels,
     )
     with imagesets.writer(out, drawing, npz) as target, sampling_bar(len(seeds), quiet) as bar:
         missing, mine = parallel.divide(drawing.batches, target.done)

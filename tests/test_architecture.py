@@ -11,7 +11,18 @@ import pytest
 from conftest import ROOT
 
 # what a user may copy out; imports nothing of ours
-ALONE = ["dimr", "diffusion", "solver", "vae", "fid", "vit", "peers", "averages", "schema"]
+ALONE = [
+    "dimr",
+    "diffusion",
+    "solver",
+    "vae",
+    "fid",
+    "errors",
+    "vit",
+    "peers",
+    "averages",
+    "schema",
+]
 # where our modules are; imports nothing of ours either, and everyone may import it but those above
 FIRST = ["ours"]
 PARTS = [

@@ -182,6 +182,10 @@ def world(trained, tmp_path_factory):
     np.savez(
         w / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
     )
+    np.savez(w / "threes.npz", arr_0=np.zeros((7, 8, 8, 3), np.uint8), arr_1=np.full(7, 3))
+    (w / "threes.json").write_text('{"num_classes": 10}')
+    np.save(w / "three.npy", [1, 2, 3])
+    np.save(w / "wide.npy", [1, 10])
     (w / "cut.npz").write_bytes((w / "images.npz").read_bytes()[:500])
     before = digest(w)
     yield {path.name: path for path in w.iterdir()} | {
@@ -435,6 +439,32 @@ TABLE = [  # command line, exit status, words of the message
     ("eval fidelity", 2, "SAMPLES"),
     ("eval distortion {text}", 1, "text"),
     ("eval fid {images.npz} -n 4", 2, "SAMPLES"),
+    ("eval fid {images.npz} --labels random", 2, "SAMPLES"),
+    (f"{EVAL.format('fid')} {{images.npz}} --ref {{images.npz}}", 0, "fewer than the 20 blocks"),
+    (f"{EVAL.format('fid')} {{threes.npz}} --ref {{images.npz}}", 1, "of class 3 alone"),
+    (
+        f"{EVAL.format('fid')} {{images.npz}} {{threes.npz}} --ref {{images.npz}}",
+        1,
+        "images.npz|threes.npz|compare sets of one size",
+    ),
+    (f"{EVAL.format('fid')} {{images.npz}} {{images.npz}} --ref {{images.npz}}", 1, "given twice"),
+    *[
+        (f"{command} --labels {labels}", status, words)
+        for command in ("sample --weights {run}", f"{EVAL.format('fid')} --weights {{run}} -n 2")
+        for labels, status, words in (
+            ("{three.npy}", 1, "three.npy holds 3 labels for 2 images"),
+            ("{wide.npy}", 1, "label 10 of image 1 is out of range|0 to 9"),
+            ("{images.npz}", 1, "arr_1"),
+            ("{text}", 1, "text can't be read as labels"),
+            ("{cut.npz}", 1, "cut.npz"),
+            ("{missing}", 1, "missing does not exist"),
+        )
+    ],
+    (f"{EVAL.format('fdd')} {{images.npz}} --ref {{images.npz}}", 2, "leave out --features"),
+    *[
+        (f"eval fdd {{images.npz}} --ref {{images.npz}} --dinov2 {weights}", 1, words.split("|")[0])
+        for weights, words in WEIGHTS
+    ],
 ]
 
 

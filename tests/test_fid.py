@@ -424,6 +424,23 @@ def test_a_set_against_itself_is_precise_and_covered():
     assert found["density"] > 1
 
 
+def test_half_distances_are_numpys_float16_and_float32_where_one_is_not_finite():
+    """Rounded after each step, as the TensorFlow suite's on a GPU."""
+    x = features(30, 48, 0) * 4
+    y = features(20, 48, 1) * 4
+    half = [rows.numpy().astype(np.float16) for rows in (x, y)]
+    squares = [(rows.astype(np.float32) ** 2).sum(1).astype(np.float16) for rows in half]
+    product = (half[0].astype(np.float32) @ half[1].astype(np.float32).T).astype(np.float16)
+    expected = np.maximum(squares[0][:, None] - np.float16(2) * product + squares[1], 0)
+    found = fid._half_distances(x, y)
+    assert np.abs(found.numpy() - expected.astype(np.float32)).max() <= np.spacing(expected.max())
+    assert not torch.equal(found, fid._squared_distances(x, y))
+    assert torch.equal(fid._half_distances(50 * x, y), fid._squared_distances(50 * x, y))
+    assert fid.manifold_metrics(x, y, half=True) == pytest.approx(
+        fid.manifold_metrics(x, y), abs=0.1
+    )
+
+
 def test_too_few_images_for_neighbours_are_an_error():
     with pytest.raises(ValueError, match="more than 5 images on either side, not 5 and 9"):
         fid.manifold_metrics(torch.rand(5, 4), torch.rand(9, 4))

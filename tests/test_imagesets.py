@@ -27,7 +27,7 @@ ABOUT = {"weights": "0a", "source": "run", "cfg": 1.5, "interval": (1, 2), "dimr
 def drawing(count=10, **changes):
     """Images of 10 classes in batches of 4."""
     classes = [i % 10 for i in range(count)]
-    plain = imagesets.Drawing(classes, range(count), (), 8, 4, ABOUT, True)
+    plain = imagesets.Drawing(classes, range(count), (), 8, 4, ABOUT, "balanced")
     return dataclasses.replace(plain, **changes)
 
 

@@ -35,6 +35,9 @@ ELSEWHERE = {
     "dimr eval fid --inception": "tests/test_chain.py",
     "dimr train --variant xl2r": "tests/test_chain.py",
     "dimr eval fid": "tests/test_chain.py",
+    # fair sets of 50,000
+    "dimr eval all": "tests/test_eval.py",
+    "dimr sample --labels": "tests/test_sampling.py",
     # released weights
     "dimr sample --weights dit-xl2-256": "tests/test_reproduce.py",
     "dimr sample --weights SiT": "tests/test_reproduce.py",

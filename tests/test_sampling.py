@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,6 +298,44 @@ def test_a_balanced_set_is_what_an_evaluator_reads(trained, tmp_path):
     )
 
 
+@pytest.mark.parametrize("how", ["random", "labels.npy", "labels.npz", "labels.txt"])
+def test_labels_are_what_was_asked_for(how, tmp_path, monkeypatch):
+    """At random from the image's own seed, wherever it stands; or as a file has them."""
+    monkeypatch.chdir(tmp_path)
+    labels = np.random.default_rng(0).integers(0, 10, 30)
+    np.save("labels.npy", labels.astype(np.int32))
+    np.savez("labels.npz", arr_0=np.zeros((30, 8, 8, 3), np.uint8), arr_1=labels)
+    Path("labels.txt").write_text("\n".join(map(str, labels)))
+    config = networks.VARIANTS["demo"]
+    found = sampling.choose_classes(how, range(5, 35), config)
+    if how == "random":
+        assert found[7:] == sampling.choose_classes(how, range(12, 35), config)
+        many = sampling.choose_classes(how, range(2000), config)
+        assert np.bincount(many).min() > 150 and np.bincount(many).std() > 5
+    else:
+        assert found == labels.tolist()
+
+
+@pytest.mark.slow
+def test_a_set_says_how_its_labels_were_chosen(trained, tmp_path):
+    from click.testing import CliRunner
+
+    import cli
+
+    drawing = ["sample", "--weights", trained, "-n", 30, "--steps", 2, "--device", "cpu", "--json"]
+    for labels, name in (("random", "random-30.npz"), ("balanced", "balanced-30.npz")):
+        arguments = [*drawing, "--labels", labels, "--out", tmp_path / "sets"]
+        result = CliRunner().invoke(cli.main, [*map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        about = json.loads((tmp_path / "sets" / name).with_suffix(".json").read_text())
+        assert about["labels"] == labels
+        assert about["balanced"] == (labels == "balanced")
+    with np.load(tmp_path / "sets" / "random-30.npz") as arrays:
+        assert arrays["arr_1"].tolist() == sampling.choose_classes(
+            "random", range(30), networks.VARIANTS["demo"]
+        )
+
+
 @pytest.mark.slow
 def test_processes_share_the_work_and_write_the_same_set(trained, tmp_path):
     for processes in (None, 2):
@@ -421,6 +460,9 @@ def test_the_readmes_five_lines(trained, tmp_path):
         (["--seeds", "1-x"], 2, "0-63"),
         (["--seeds", "1,2", "-n", "3"], 2, "one of the two"),
         (["--balanced", "--class", "1"], 2, "leave out --class"),
+        (["--labels", "random", "--class", "1"], 2, "leave out --class"),
+        (["--labels", "random", "--balanced"], 2, "one of the two"),
+        (["--labels", "nowhere"], 1, "nowhere does not exist"),
         (["--device", "cuda"], 1, "--device auto"),
         (["--weights", "nowhere"], 1, "nowhere"),
         (["--cfg-interval", "3,1"], 1, "interval"),
