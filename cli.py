@@ -970,6 +970,12 @@ generator_options = Options(
         "train --ema-profiles left in the run (dimr ema).",
     ),
     click.option(
+        "--guide",
+        metavar="WEIGHTS",
+        help="Autoguidance: away from what these weights predict, an earlier step of the same run "
+        "(RUN@STEP) or a smaller network; without --cfg the only guidance.",
+    ),
+    click.option(
         "--vae",
         help="The VAE of latent models: a name or a file [default: the run's, else sd-vae-ft-ema].",
     ),
@@ -1005,6 +1011,9 @@ settings_options = Options(
         "--cfg-channels",
         type=POSITIVE,
         help="Guide only the first channels: 3 as DiT's and SiT's own code [default: all].",
+    ),
+    click.option(
+        "--guide-scale", type=Guidance(), help="Scale of --guide, 1 for none [default: 1.5]."
     ),
     click.option(
         "--preset",
@@ -1057,6 +1066,11 @@ batch_option = click.option("--batch-size", type=POSITIVE, help="Images at once,
     help="Write one .npz (arr_0, arr_1) instead of PNGs; an interrupted call goes on.",
 )
 @click.option(
+    "--film",
+    is_flag=True,
+    help="Show as well how the first images come about, as film.png and film-animated.png.",
+)
+@click.option(
     "--out",
     help="Folder, or with --npz a file [default: samples/WEIGHTS-STEP-cfgSCALE-SOLVER-NFE].",
 )
@@ -1073,7 +1087,7 @@ def sample(classes, count, seed, seeds, as_json, **values):
     Examples:
       dimr sample --class 388 --cfg 1.5
       dimr sample --class "giant panda" --class 207 -n 8 --seed 100
-      dimr sample --weights runs/xl2r@500000
+      dimr sample --weights runs/xl2r --guide runs/xl2r@500000 --film
       torchrun --nproc-per-node 8 -m cli sample --balanced -n 50000 --preset paper
       dimr sample --labels val_labels.npy -n 50000
     """
@@ -1089,6 +1103,8 @@ def sample(classes, count, seed, seeds, as_json, **values):
         raise click.UsageError(
             f"--labels {values['labels']} chooses the classes; leave out --class"
         )
+    if values["film"] and (values["npz"] or values["labels"]):
+        raise click.UsageError("--film goes with PNGs; leave out --npz, --balanced and --labels")
     if seeds and count and len(seeds) != count:
         raise click.UsageError(
             f"--seeds names {len(seeds)} seeds and -n says {count}; give one of the two"
@@ -1122,6 +1138,7 @@ def run_sampling(classes, seeds, values):
         batch_size=values["batch_size"],
         npz=values["npz"] or labels is not None,
         labels=labels,
+        film=values["film"],
     )
 
 
@@ -1136,10 +1153,14 @@ def load_generator(values):
 
 
 def sampling_line(result):
+    guide = ""
+    if "guide" in result:
+        guide = f"guide {result['guide_source']} {result['guide_scale']:g}, "
+    film = f" and {result['film']}, {result['animation']}" if "film" in result else ""
     return (
-        f"{result['n']:,} images from {result['source']} (cfg {result['cfg']:g}, "
+        f"{result['n']:,} images from {result['source']} (cfg {result['cfg']:g}, {guide}"
         f"{result['solver']}, {result['steps']} NFE) in {result['seconds']:.1f} s -> "
-        f"{result['out']}, to look at: {result['picture']}"
+        f"{result['out']}, to look at: {result['picture']}{film}"
     )
 
 

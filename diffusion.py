@@ -289,15 +289,64 @@ class Guidance:
             return guided
         return torch.cat([guided, conditional[:, count:]], dim=1)
 
+    def away(self, guided, conditional, worse, scale):
+        """The output (B, C', H, W) `guided` pushed on, away from a worse network's, at scale s."""
+        count = self.channels or conditional.shape[1]
+        push = torch.zeros_like(guided)
+        push[:, :count] = (scale - 1) * (conditional[:, :count] - worse[:, :count])
+        return guided + push
+
 
 NO_GUIDANCE = Guidance()
 
 
-def denoiser(model, schedule, y, guidance=NO_GUIDANCE, variance=False):
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """Autoguidance (arXiv:2406.02507, eq. 5): ε + (S − 1)·(ε − ε_guide), S ≥ 1, both conditional,
+    away from what a worse network predicts: smaller, or an earlier step of the same run. It has a
+    `config` and a `time` as the guided one; objective and noise schedule are its own. S follows
+    the power and the interval of `Guidance`, and both may be on:
+    ε + (S − 1)·(ε − ε_guide) + (s − 1)·(ε − ε_u). Raises ValueError for a scale that makes no
+    sense."""
+
+    model: object
+    scale: float = 1.5
+
+    def __post_init__(self):
+        if not 1 <= self.scale < math.inf:
+            raise ValueError(f"guide scale {self.scale:g} is not at least 1 (1 = none)")
+
+    def predictor(self, schedule, y, objective):
+        """The function (x, t) → what a network of `objective` would put out if it knew as much as
+        the guide, for x at times t of `schedule` and class indices y."""
+        config = self.model.config
+        own = SCHEDULES[config.noise_schedule]()
+        denoise = denoiser(self.model, own, y)
+
+        def predict(x, t):
+            if type(own) is not type(schedule):
+                x, t = same_noise(x, t, schedule, own)
+            return objective.target(*denoise(x, t))
+
+        return predict
+
+
+def same_noise(x, t, schedule, other):
+    """(x', t') at which the schedule `other` holds the same image in the same noise as `schedule`
+    does in x at t: of equal λ, or of the nearest one that it has."""
+    lam = schedule.lam(t)
+    nearest = lam.clamp(other.lam(other.t_start), other.lam(other.t_end))
+    moved = other.t_of_lam(nearest)
+    if lam < 0:  # where α may be 0
+        return x * float(other.sigma(moved) / schedule.sigma(t)), moved
+    return x * float(other.alpha(moved) / schedule.alpha(t)), moved
+
+
+def denoiser(model, schedule, y, guidance=NO_GUIDANCE, variance=False, guide=None):
     """The function (x (B, C, H, W), t) → Prediction that the solvers take, for class indices y
     (B,); `model` is a network with a `config` and a `time` (see dimr.DiMR). With `variance` it
     gives (x_0, ε, v), v (B, C, H, W) being what a network with a learned variance puts out beside
-    the noise; it is not guided.
+    the noise; it is not guided. `guide`: a Guide, or None.
 
     Where guidance is on, conditional and unconditional run as one batch; where s = 1, the
     conditional alone. Raises ValueError if guidance is asked of a network without a null class."""
@@ -311,6 +360,9 @@ def denoiser(model, schedule, y, guidance=NO_GUIDANCE, variance=False):
     if guidance.channels is None:
         guidance = dataclasses.replace(guidance, channels=channels)
     both = torch.cat([y, torch.full_like(y, model.config.embeddings - 1)])
+    if guide:
+        push = dataclasses.replace(guidance, scale=guide.scale)
+        worse = guide.predictor(schedule, y, objective)
 
     def output(x, tau, y):
         if variance:
@@ -321,9 +373,14 @@ def denoiser(model, schedule, y, guidance=NO_GUIDANCE, variance=False):
         tau = torch.full((1,), float(model.time(schedule, t)), device=x.device)
         scale = guidance.at(schedule, t)
         if scale == 1:
-            return output(x, tau, y).to(x.dtype)
-        outputs = output(torch.cat([x, x]), tau, both).to(x.dtype)
-        return guidance.mix(*outputs.chunk(2), scale)
+            guided = conditional = output(x, tau, y).to(x.dtype)
+        else:
+            outputs = output(torch.cat([x, x]), tau, both).to(x.dtype)
+            conditional, unconditional = outputs.chunk(2)
+            guided = guidance.mix(conditional, unconditional, scale)
+        if guide and push.at(schedule, t) > 1:
+            guided = push.away(guided, conditional, worse(x, t), push.at(schedule, t))
+        return guided
 
     def denoise(x, t):
         alpha = float(schedule.alpha(t))

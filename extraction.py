@@ -503,7 +503,7 @@ class Generation:
         size = self.batch_size or sampling.BATCH_SIZE[self.generator.device.type]
         return dataclasses.replace(
             self,
-            settings=self.settings.resolved(self.generator.config),
+            settings=self.generator.resolved(self.settings),
             batch_size=min(self.count, size),
         )
 
@@ -534,7 +534,10 @@ class Generation:
     def source(self) -> str:
         """Where they come from, for people."""
         how = self.settings
-        return f"{self.generator.source}, cfg {how.cfg:g}, {how.solver}, {how.steps} NFE"
+        guide = ""
+        if self.generator.guide is not None:
+            guide = f", guide {self.generator.guide.source} {how.guide_scale:g}"
+        return f"{self.generator.source}, cfg {how.cfg:g}{guide}, {how.solver}, {how.steps} NFE"
 
     def features(self, extractor: Extractor, chosen: Iterable[int], progress=None) -> Iterator:
         """Yield (numbers, features) for each of the `chosen` batches."""

@@ -27,6 +27,7 @@ import downloads
 import imagesets
 import networks
 import parallel
+import pictures
 import randomness
 import runfolder
 import solver
@@ -41,6 +42,8 @@ VAE = "sd-vae-ft-ema"  # of latent models that name none
 # also of parts of an image
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 VAE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+FILM = (12, 8)  # predictions and images that a film shows at most
+FRAME = 120  # milliseconds
 BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 16}
 BALANCED, RANDOM = LABELS = ("balanced", "random")  # how the classes of a set are chosen
 
@@ -48,27 +51,30 @@ BALANCED, RANDOM = LABELS = ("balanced", "random")  # how the classes of a set a
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How images are drawn. None takes the default: guidance 1.5 where the network has a null
-    class, else 1 (none); the preset's `solver`, `grid` and `steps` (NFE)."""
+    class and no guide, else 1 (none); `guide_scale` 1.5 where there is a guide; the preset's
+    `solver`, `grid` and `steps` (NFE)."""
 
     cfg: float | None = None
     cfg_power: float | None = None
     cfg_interval: tuple[float, float] | None = None
     cfg_channels: int | None = None
+    guide_scale: float | None = None
     preset: str = "everyday"
     solver: str | None = None
     grid: str | None = None
     steps: int | None = None
 
-    def resolved(self, config: networks.Config) -> "Settings":
-        """These settings with every default filled in for a network of `config`. Raises UserError
-        if they can't work."""
+    def resolved(self, config: networks.Config, guided: bool = False) -> "Settings":
+        """These settings with every default filled in for a network of `config`, that has a guide
+        or not. Raises UserError if they can't work."""
         solver_name, grid, steps = space.preset(self.preset, config)
         if solver.SOLVERS[self.solver or solver_name].times:
             grid = space.OWN
         elif grid == space.OWN:
             grid = "time"
         default = {
-            "cfg": 1.5 if config.null_class else 1.0,
+            "cfg": 1.5 if config.null_class and not guided else 1.0,
+            "guide_scale": 1.5 if guided else None,
             "solver": solver_name,
             "grid": grid,
             "steps": steps,
@@ -77,6 +83,13 @@ class Settings:
         full = dataclasses.replace(self, **unset)
         try:
             _ = full.guidance
+            if full.guide_scale is not None:
+                diffusion.Guide(None, full.guide_scale)
+            if full.guide_scale is not None and not guided:
+                raise ValueError(
+                    "a guide scale needs a guide; give --guide WEIGHTS, such as RUN@STEP of the "
+                    "same run, or leave out --guide-scale"
+                )
             if full.cfg > 1 and not config.null_class:
                 raise ValueError(
                     f"guidance {full.cfg:g} needs a null class and this network has none; use "
@@ -125,10 +138,13 @@ def solve(
     *,
     device: torch.device,
     precision: str = "fp32",
+    guide: networks.Network | None = None,
     callback: Callable | None = None,
+    note: Callable | None = None,
 ) -> torch.Tensor:
     """Samples (B, C, H, W) in the network's space, float32, for equally long `classes` and `seeds`;
-    `settings` are resolved."""
+    `settings` are resolved. `guide`: a network to guide away from; `callback`: see solver.sample;
+    `note(x0)` is told what each evaluation predicts."""
     config = model.config
     schedule = diffusion.SCHEDULES[config.noise_schedule]()
     row = solver.SOLVERS[settings.solver]
@@ -143,9 +159,15 @@ def solve(
 
     y = torch.tensor(classes, device=device)
     x = torch.stack([randomness.start_noise(shape, seed) for seed in seeds]).to(device)
+    push = guide and diffusion.Guide(guide, settings.guide_scale)
+    denoise = diffusion.denoiser(
+        model, schedule, y, settings.guidance, row.learned_variance, guide=push
+    )
+    if note:
+        denoise = noting(denoise, note)
     with torch.inference_mode(), parallel.autocast(device, precision):
         return solver.sample(
-            diffusion.denoiser(model, schedule, y, settings.guidance, row.learned_variance),
+            denoise,
             x,
             schedule,
             settings.steps,
@@ -156,6 +178,17 @@ def solve(
             draw=draw,
             callback=callback,
         )
+
+
+def noting(denoise, note):
+    """`denoise`, telling `note` the x_0 of each of its predictions."""
+
+    def function(x, t):
+        found = denoise(x, t)
+        note(found[0])
+        return found
+
+    return function
 
 
 @dataclasses.dataclass
@@ -172,6 +205,7 @@ class Generator:
     vae: object = None  # loaded on first use
     vae_source: object = None
     compiled: bool = False
+    guide: "Generator | None" = None  # whose network it is guided away from
 
     @property
     def config(self) -> networks.Config:
@@ -199,6 +233,10 @@ class Generator:
         if self.device.type == "cuda" and self.precision == "bf16":
             return "fp16"
         return "fp32"
+
+    def resolved(self, settings: Settings) -> Settings:
+        """`settings` with every default filled in. Raises UserError if they can't work."""
+        return settings.resolved(self.config, guided=self.guide is not None)
 
     def decode(self, x: torch.Tensor) -> np.ndarray:
         """Images uint8 (B, H, W, C) of samples in the network's space."""
@@ -246,6 +284,7 @@ class Generator:
                 settings,
                 device=self.device,
                 precision=self.precision,
+                guide=self.guide and self.guide.model,
                 callback=_advance(progress, len(indices), settings.steps),
             )
             yield indices, self.decode(x)[: len(indices)]
@@ -266,7 +305,7 @@ class Generator:
             raise UserError(
                 f"{len(classes)} classes for {len(seeds)} seeds; give one class per seed"
             )
-        settings = Settings(**settings).resolved(self.config)
+        settings = self.resolved(Settings(**settings))
         size = batch_size or min(len(seeds), BATCH_SIZE[self.device.type])
         return np.concatenate(
             [images for _, images in self.batches(classes, seeds, settings, size)]
@@ -357,12 +396,14 @@ def load(
     heads: int | None = None,
     compiled: bool = False,
     ema_width: float | None = None,
+    guide: str | Path | None = None,
 ) -> Generator:
     """A Generator from a run folder, a weights file,
     or a name; None takes the newest run under runs/, else the released xl2r. `vae`: name or path,
     for latent models. `ema_width`: the average of that width at the end of the run, which is made
     in memory of the run's snapshots (averaging.py). `kind` and `heads`: what a
-    file of others' doesn't tell (runfolder.read_weights). Raises UserError."""
+    file of others' doesn't tell (runfolder.read_weights). `guide`: weights to be guided away from
+    (diffusion.Guide), as `source` names them. Raises UserError."""
     device = parallel.pick_device(device)
     if ema_width is None:
         path = runfolder.find_weights(source, ema)
@@ -374,7 +415,7 @@ def load(
         content = averaging.digest(model.state_dict())
     if precision is None:
         precision = "bf16" if device.type == "cuda" else "fp32"
-    return Generator(
+    generator = Generator(
         parallel.for_inference(model.to(device), precision, compiled),
         device,
         precision,
@@ -385,6 +426,34 @@ def load(
         vae_source=vae or record.get("vae"),
         compiled=compiled,
     )
+    if guide is not None:
+        generator.guide = load(
+            guide, ema, str(device), precision, kind=kind, heads=heads, compiled=compiled
+        )
+        check_guide(generator)
+    return generator
+
+
+def check_guide(generator: Generator) -> None:
+    """Raise UserError where a Generator's guide can't guide it."""
+    guide = generator.guide
+    if guide.hash == generator.hash:
+        raise UserError(
+            f"{guide.source} would be its own guide, which changes nothing; give an earlier step "
+            "(RUN@STEP) or a smaller network"
+        )
+    for what in ("space", "channels", "size", "num_classes"):
+        own, theirs = getattr(generator.config, what), getattr(guide.config, what)
+        if own != theirs:
+            raise UserError(
+                f"guide {guide.source} has {what} {theirs}, and {generator.source} has {own}; "
+                "give a guide that draws the same images of the same classes"
+            )
+    if generator.classes and guide.classes and generator.classes != guide.classes:
+        raise UserError(
+            f"guide {guide.source} and {generator.source} know other classes by the same numbers; "
+            "give a guide of the same classes in the same order"
+        )
 
 
 # ------------------------------------------------------------------------------------------ the job
@@ -408,6 +477,10 @@ def describe(generator: Generator, settings: Settings) -> dict:
         about["vae_precision"] = generator.vae_precision
     if "ema_width" in generator.record:
         about["ema_width"] = generator.record["ema_width"]
+    if generator.guide is None:
+        del about["guide_scale"]  # sets without a guide are described as ever
+    else:
+        about |= {"guide": generator.guide.hash, "guide_source": generator.guide.source}
     return about
 
 
@@ -421,17 +494,19 @@ def sample(
     batch_size: int | None = None,
     npz: bool = False,
     labels: str | None = None,
+    film: bool = False,
     quiet: bool = False,
 ) -> dict:
     """Draw image i of class classes[i] from seeds[i] and write PNGs and a labelled grid, or with
     `npz` one `.npz` as ADM's suite reads it (`arr_0` uint8 (N, H, W, 3), `arr_1` classes), streamed
     and resumable. `labels` says how the classes were chosen, where that was not by hand.
 
-    Spread over processes by batches. Returns a dict that says what was written where and how fast.
+    `film` shows the first ones as they come about (`save_film`) beside the PNGs. Spread over
+    processes by batches. Returns a dict that says what was written where and how fast.
     Raises UserError."""
     begun = time.monotonic()
     check_classes(sorted(set(classes)), generator.config)
-    settings = settings.resolved(generator.config)
+    settings = generator.resolved(settings)
     out = Path(out or ROOT / folder_name(generator, settings))
     drawing = imagesets.Drawing(
         classes=classes,
@@ -455,15 +530,74 @@ def sample(
         if parallel.is_main():
             target.finish()
         parallel.barrier()
+    films = {}
+    if film and parallel.is_main():
+        films = save_film(out, generator, drawing, settings)
     seconds = time.monotonic() - begun
     return {
         **target.result,
+        **films,
         "n": len(seeds),
         "seconds": round(seconds, 2),
         "images_per_second": round(len(seeds) / seconds, 3),
         "batch_size": drawing.batch_size,
         **drawing.about,
     }
+
+
+def save_film(
+    out: str | Path, generator: Generator, drawing: imagesets.Drawing, settings: Settings
+) -> dict:
+    """Show how the first images of a drawing come about: x_0 as it is predicted at evenly chosen
+    evaluations of the network, then the image, as film.png (rows are images, columns evaluations)
+    and film-animated.png, both in folder `out`. They are drawn once more for it. Returns the paths.
+    """
+    count = min(FILM[1], len(drawing.seeds))
+    chosen = np.linspace(0, settings.steps - 1, min(settings.steps, FILM[0] - 1)).astype(int)
+    frames = film_frames(
+        generator, drawing.classes[:count], drawing.seeds[:count], settings, chosen
+    )
+    sheets = [(number, pictures.grid(images)) for number, images in frames]
+    strip = pictures.strip(sheets, drawing.captions(count), count)
+    info = imagesets.png_info({"Description": imagesets.GENERATED})
+    paths = {"film": Path(out) / "film.png", "animation": Path(out) / "film-animated.png"}
+    pictures.save(strip, paths["film"], pnginfo=info)
+    first, *others = [sheet for _, sheet in sheets]
+    pictures.save(
+        first,
+        paths["animation"],
+        pnginfo=info,
+        save_all=True,
+        append_images=[*others, *others[-1:] * 8],  # the image stays for a while
+        duration=FRAME,
+        loop=0,
+    )
+    return {name: str(path) for name, path in paths.items()}
+
+
+def film_frames(generator, classes, seeds, settings, chosen):
+    """(evaluations so far, uint8 images (N, H, W, C)) of the x_0 predicted at the `chosen` ones of
+    a sampler's evaluations, counted from 0, and last of the sample."""
+    predictions = []
+
+    def note(x0):
+        predictions.append(x0.float().cpu() if len(predictions) in chosen else None)
+
+    x = solve(
+        generator.model,
+        classes,
+        seeds,
+        settings,
+        device=generator.device,
+        precision=generator.precision,
+        guide=generator.guide and generator.guide.model,
+        note=note,
+    )
+    frames = []
+    for number in chosen:
+        x0 = predictions[number].to(generator.device)
+        frames.append((int(number) + 1, generator.decode(x0)))
+    return [*frames, (settings.steps, generator.decode(x))]
 
 
 def folder_name(generator: Generator, settings: Settings) -> str:
@@ -478,6 +612,8 @@ def folder_name(generator: Generator, settings: Settings) -> str:
     if settings.cfg_interval:
         low, high = settings.cfg_interval
         words.append(f"from{low:g}to{high:g}")
+    if generator.guide is not None:
+        words.append(f"guide{settings.guide_scale:g}")
     words += [settings.solver, f"{settings.steps}nfe"]
     return "-".join(words)
 
