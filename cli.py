@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from storage import VERSION, UserError
+from storage import VERSION, UserError, shown
 
 # What the machine refuses (full, read-only or forbidden storage) is foreseen; any other OSError is
 # a bug of ours.
@@ -34,10 +34,16 @@ REFUSALS = {
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
+# what PyTorch says where memory ends, on GPUs and on CPUs
+NO_MEMORY = ("out of memory", "can't allocate memory")
 # how Python begins to say that it can write none, which PyTorch asks for
 NO_ROOM = "No usable temporary directory"
 
+LAST_SEED = 2**63 - 1  # randomness.LAST_SEED
+MOST_IMAGES = 10_000_000  # of a call; sampling.MOST
 RUN_AGAIN = 75  # exit status of a run that was stopped: sysexits.h's EX_TEMPFAIL
 DEFAULT_VARIANT = "xl2r"
 # what is taken by name, and fetched, unless another is given
@@ -87,18 +93,33 @@ class Group(click.Group):
             raise
         except UserError as error:
             message = " ".join(str(error).split())
+        except MemoryError as error:
+            message = out_of_memory(error)
         except OSError as error:
             if not is_refusal(error):
                 raise
             place = error.filename or "output"
-            message = f"{place}: {error.strerror}; free space or choose another place"
+            advice = "free space or choose another place"
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                advice = "give another path"
+            message = f"{place}: {error.strerror}; {advice}"
         except RuntimeError as error:
             import parallel
 
-            if not parallel.is_lost_peer(error):
+            if any(words in str(error) for words in NO_MEMORY):
+                message = out_of_memory(error)
+            elif str(error).startswith("Symlink loop"):  # Path.resolve's way to say so
+                message = f"{error}; give another path"
+            elif parallel.is_lost_peer(error):
+                message = "another process ended or no longer answers; see its own message"
+            else:
                 raise
-            message = "another process ended or no longer answers; see its own message"
-        raise click.ClickException(speaker() + message)
+        raise click.ClickException(shown(speaker() + message))
+
+
+def out_of_memory(error):
+    reason = (str(error).strip() or "no more can be had").splitlines()[0]
+    return f"out of memory ({reason}); give a smaller --batch-size, --micro-batch or --res"
 
 
 def has_joined():
@@ -200,15 +221,19 @@ class Seeds(click.ParamType):
             return value
         seeds = []
         for part in value.split(","):
-            span = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            span = re.fullmatch(r"\s*(\d{1,30})\s*(?:-\s*(\d{1,30})\s*)?", part)
             if span is None:
                 self.refuse(value, param, context)
             first = int(span[1])
             last = int(span[2] or first)
             if last < first:
                 self.refuse(value, param, context)
-            seeds += range(first, last + 1)
-        return seeds
+            if last > LAST_SEED:
+                self.fail(f"{last} is beyond {LAST_SEED} (2^63 - 1)", param, context)
+            seeds.append(range(first, last + 1))
+            if sum(map(len, seeds)) > MOST_IMAGES:
+                self.fail(f"more than {MOST_IMAGES:,} images in one call", param, context)
+        return [seed for span in seeds for seed in span]
 
     def refuse(self, value, param, context):
         expected = "expected numbers and ranges like 0-63 or 3,7,10-12"
@@ -237,6 +262,8 @@ def row_of(module, table):
 
 
 POSITIVE = click.IntRange(min=1)
+SEED = click.IntRange(0, LAST_SEED)
+IMAGES = click.IntRange(1, MOST_IMAGES)
 NATURAL = click.IntRange(min=0)
 ABOVE_ZERO = Real(min=0, min_open=True)
 SHARE = Real(0, 1, max_open=True)
@@ -369,7 +396,7 @@ def report(result, as_json, text):
     if as_json:
         text = json.dumps(result)
     click.get_current_context().meta["reported"] = True
-    click.echo(text)
+    click.echo("\n".join(map(shown, str(text).split("\n"))))
 
 
 # ------------------------------------------------------------------------------------- the commands
@@ -454,7 +481,7 @@ def info(what, variant, kind, micro_batch, ema_profiles, as_json, **shape):
     result = {"variant": what or variant, **costs(config), **about}
     lines = info_lines(result, config)
     if about:
-        classes = ", ".join(about["classes"]) or "no names"
+        classes = shown(", ".join(about["classes"])) or "no names"
         lines.append(f"  step {about['step']}, classes: {classes}")
     if micro_batch:
         result["memory"] = memory_costs(config, micro_batch, len(ema_profiles))
@@ -700,7 +727,7 @@ recipe_options = Options(
         default=None,
         help="On CUDA too the same bytes each time, or a refusal; slower, not compiled.",
     ),
-    click.option("--seed", type=NATURAL),
+    click.option("--seed", type=SEED),
 )
 network_options = Options(
     *shape_options.options,
@@ -1049,10 +1076,8 @@ batch_option = click.option("--batch-size", type=POSITIVE, help="Images at once,
     multiple=True,
     help="Class index or name; repeat for several, taken in turn [default: all].",
 )
-@click.option("-n", "count", type=POSITIVE, help="Images in all [default: 16].")
-@click.option(
-    "--seed", type=NATURAL, default=0, show_default=True, help="Image k has seed SEED + k."
-)
+@click.option("-n", "count", type=IMAGES, help="Images in all [default: 16].")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Image k has seed SEED + k.")
 @click.option("--seeds", type=Seeds(), help="These seeds instead: 0-63 or 3,7.")
 @click.option(
     "--balanced",
@@ -1110,7 +1135,7 @@ def sample(classes, count, seed, seeds, as_json, **values):
             f"--seeds names {len(seeds)} seeds and -n says {count}; give one of the two"
         )
     if not seeds:
-        seeds = list(range(seed, seed + (count or 16)))
+        seeds = range(seed, seed + (count or 16))
     result = run_sampling(classes, seeds, values)
     report(result, as_json, sampling_line(result))
 
@@ -1462,7 +1487,7 @@ def encoding_lines(result, out):
         line += f", to look at: {Path(out) / 'preview.png'}"
     lines = [line]
     for skipped in result["skipped"]:
-        lines.append(f"skipped {skipped['image']}: {skipped['reason']}")
+        lines.append(shown(f"skipped {skipped['image']}: {skipped['reason']}"))
     if result["skipped"]:
         lines.append(f"{len(result['skipped'])} unreadable images skipped")
     return "\n".join(lines)
@@ -1547,7 +1572,7 @@ def curves(run):
     show_default=True,
     help="Folder for digits, run and samples; must be new or empty.",
 )
-@click.option("--seed", type=NATURAL, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @json_option
 def demo(out, seed, as_json):
     """The whole tool on real handwritten digits, offline, in about two minutes on two cores.
@@ -1696,7 +1721,10 @@ metric_options = Options(
         "--against", type=VARIANT, help="Show the paper's results for this variant beside."
     ),
     click.option(
-        "-n", "--count", type=click.IntRange(min=2), help="Images to draw [default: 50000]."
+        "-n",
+        "--count",
+        type=click.IntRange(2, MOST_IMAGES),
+        help="Images to draw [default: 50000].",
     ),
     click.option("--keep", is_flag=True, help="Write the images drawn, as sample --labels does."),
     labels_option,

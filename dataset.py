@@ -12,6 +12,7 @@ import atexit
 import functools
 import hashlib
 import io
+import math
 import multiprocessing
 import os
 import signal
@@ -167,6 +168,11 @@ class Listed:
 
     def __len__(self):
         return len(self.listing)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of an item as it is read."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def name(self, index: int) -> str:
         """Item `index`, below the root."""

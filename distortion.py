@@ -19,6 +19,7 @@ import dataset
 import downloads
 import imagenet_names
 import imagesets
+import parallel
 import pictures
 import vit
 from storage import UserError, as_float32, load_tensors, sha256, writing
@@ -84,6 +85,13 @@ def mark(
     check_classes(images, classifier.classes)
     marking = Marking(images, classifier, Path(out), threshold, show or Sheets(Path(out)))
     size = batch_size or BATCH_SIZE[classifier.device.type]
+    at_once = min(size, len(images))
+    parallel.check_memory(
+        at_once * 3 * (images.size**2 + 4 * classifier.network.side**2),
+        f"classifying {at_once:,} images at once",
+        "give a smaller --batch-size",
+        classifier.device,
+    )
     firsts = range(0, len(images), size)
     stretches = [np.arange(first, min(first + size, len(images))) for first in firsts]
     workers = imagesets.workers(images, size)

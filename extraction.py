@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import averaging
 import dataset
 import downloads
 import errors
@@ -62,6 +63,7 @@ TENSORS = {
     "labels",
 }
 LATER = {"spatial", "labels", "drawn", "scores", "half"}  # what 0.2.0 does not know in its files
+CONTENT = "content"  # SHA-256 of a note's tensors, among its metadata
 FEATURES = ("pool", "spatial", "logits")  # what an extractor gives
 BYTES = 4 * (fid.POOL + fid.SPATIAL + fid.LOGITS)  # of them, per image
 # Permutes a folder's images over the Inception Score's splits, and picks the reference's.
@@ -423,6 +425,20 @@ def _keep(found, path):
 # --------------------------------------------------------------------------------- images on a disk
 
 
+SIDE_BYTES = 3 * 4 * fid.SIDE**2  # of an image as the Inception network takes it
+
+
+def check_batch(count, size, extractor):
+    """Raise UserError if so many images of `size` pixels at once can't fit into memory."""
+    each = 3 * size**2 + (SIDE_BYTES if extractor.cached else 0)
+    parallel.check_memory(
+        count * each,
+        f"measuring {count:,} images at once",
+        "give a smaller --batch-size",
+        extractor.device,
+    )
+
+
 def measure(
     images,
     extractor: Extractor,
@@ -435,6 +451,7 @@ def measure(
     The features of `keep` images are kept (None: all). Cached by content. Raises UserError."""
     digest = parallel.broadcast(images.digest if parallel.is_main() else None)
     size = batch_size or BATCH_SIZE[extractor.device.type]
+    check_batch(min(size, len(images)), images.size, extractor)
     about = {
         "source": str(images.path),
         "sha256": digest,
@@ -501,6 +518,7 @@ class Generation:
     def resolved(self) -> "Generation":
         """With every default filled in. Raises UserError for settings that can't work."""
         size = self.batch_size or sampling.BATCH_SIZE[self.generator.device.type]
+        sampling.check_batch(min(self.count, size), self.generator.config, self.generator.device)
         return dataclasses.replace(
             self,
             settings=self.generator.resolved(self.settings),
@@ -614,8 +632,20 @@ class Notes:
         return self.folder / f"{k:06d}.safetensors"
 
     def done(self) -> set[int]:
-        """The batches noted."""
-        return {k for k in range(self.generation.batches) if self.path(k).is_file()}
+        """The batches noted, whole."""
+        there = (k for k in range(self.generation.batches) if self.path(k).is_file())
+        return {k for k in there if self._is_whole(k)}
+
+    def _is_whole(self, k):
+        """Whether batch k's note is a whole file with features of that many images. The content is
+        compared with its hash where it is read."""
+        try:
+            with storage.open_tensors(self.path(k)) as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except UserError:
+            return False
+        counts = [shape[:1] for shape in shapes.values()]
+        return "pool" in shapes and all(c == [len(self.generation.numbers(k))] for c in counts)
 
     def check_room(self):
         """Raise UserError if what is missing does not fit."""
@@ -630,8 +660,11 @@ class Notes:
 
     def add(self, numbers: np.ndarray, features: Iterable[torch.Tensor]):
         k = int(numbers[0]) // self.generation.batch_size
-        given = dict(zip(FEATURES, features, strict=True))
-        save_tensors(self.path(k), {name: rows for name, rows in given.items() if rows is not None})
+        tensors = {}
+        for name, rows in zip(FEATURES, features, strict=True):
+            if rows is not None:
+                tensors[name] = rows.cpu()
+        save_tensors(self.path(k), tensors, {CONTENT: averaging.digest(tensors)})
 
     def read(self, device: torch.device, quiet: bool) -> Iterator:
         """Yield (numbers, features) of all batches. Raises UserError if one is not there."""
@@ -642,7 +675,13 @@ class Notes:
                     f"{self.path(k)} is missing: all processes must share the cache; set "
                     "DIMR_HOME to a folder that they can reach"
                 )
-            found, _ = load_tensors(self.path(k))
+            found, about = load_tensors(self.path(k))
+            if CONTENT in about and averaging.digest(found) != about[CONTENT]:
+                self.path(k).unlink()
+                raise UserError(
+                    f"{self.path(k)} is damaged and has been deleted; run the same again, which "
+                    "draws its images anew and no others"
+                )
             rows = [found.get(name) for name in FEATURES]
             yield (
                 self.generation.numbers(k),

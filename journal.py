@@ -21,7 +21,7 @@ import pictures
 import runfolder
 import schema
 from schema import fields, many, maybe, real, whole
-from storage import UserError, writing
+from storage import UserError, shown, writing
 
 SMOOTH = 50  # steps that a point of loss.png is the mean of
 LONGEST = 2**20  # bytes of a line of metrics.jsonl
@@ -127,6 +127,7 @@ class Journal:
         self.state = state
         self.say = say
         self.last = last
+        self.aside = Aside(say)
         self.audience = Audience(sinks if parallel.is_main() else (), say)
         self.audience.begin(out, state.step)
         self.pending = []  # rows on the device: loss, losses by branch, gradient's norm, bad
@@ -382,6 +383,27 @@ def _apart(name, points):
 # ------------------------------------------------------------------------------------------ talking
 
 
+class Aside:
+    """What only draws or tells never ends training, whatever it raises: that is said, once."""
+
+    def __init__(self, say):
+        self.say = say
+        self.said = set()
+
+    @contextlib.contextmanager
+    def __call__(self, what):
+        """Do something beside training; `what` could not be done is said if it fails."""
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(str(error).split()) or "no reason"
+            if not isinstance(error, UserError | OSError):
+                reason = f"{type(error).__name__}: {reason}"
+            if reason not in self.said:
+                self.say(f"WARNING: {what} ({reason}); training goes on")
+            self.said.add(reason)
+
+
 class Lenient:
     """A stream whose failing (a full disk, a closed terminal) loses what is said and not the
     training."""
@@ -408,6 +430,6 @@ def speaker(quiet: bool) -> Callable[[str], None]:
 
     def say(line):
         if parallel.is_main() and not quiet:
-            tqdm.write(line, file=stderr)
+            tqdm.write(shown(line), file=stderr)
 
     return say

@@ -71,6 +71,26 @@ def blocks(config: Config) -> int:
     return config.depth if kind(config) != "dimr" else sum(config.blocks)
 
 
+def tokens(config: Config) -> list[tuple[int, int, int]]:
+    """(blocks, tokens, width) of each branch, of which a peer has one."""
+    if kind(config) != "dimr":
+        return [(config.depth, config.grid**2, config.width)]
+    shapes = zip(config.blocks, config.grids, config.dims, strict=True)
+    return [(count, grid**2, width) for count, grid, width in shapes]
+
+
+def least_bytes(config: Config, training: bool = False) -> int:
+    """Bytes of memory that an image takes at the very least on its way through the network: what
+    goes into a block and what its MLP makes of it, in half precision; in training of every block
+    what goes into it."""
+    widest = max(count * width for _, count, width in tokens(config))
+    kept = widest
+    if training:
+        kept = sum(blocks * count * width for blocks, count, width in tokens(config))
+    image = config.channels * config.size**2
+    return 2 * (kept + 4 * widest) + 4 * 4 * image
+
+
 def new(config: Config) -> Network:
     """A network with fresh weights."""
     if kind(config) == "dimr":

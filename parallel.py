@@ -21,7 +21,7 @@ import torch.distributed.nn.functional  # noqa: F401  (see below)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from storage import UserError
+from storage import UserError, size_text
 
 T = TypeVar("T")
 
@@ -335,6 +335,35 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
+
+
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of memory that this process could take there at most, or None where that is not
+    known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    with contextlib.suppress(OSError, KeyError), open("/proc/meminfo") as file:
+        lines = dict(line.split(":", 1) for line in file)
+        kilobytes = [int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree")]
+        found.append(sum(kilobytes) * 1024)
+    for place in LIMITS:  # of a container, if it is a number
+        with contextlib.suppress(OSError, ValueError), open(place) as file:
+            found.append(int(file.read()))
+    return min(found, default=None)
+
+
+def check_memory(need: int, what: str, advice: str, device: torch.device) -> None:
+    """Raise UserError if `need` bytes, which `what` takes at least, are more than there are."""
+    free = free_memory(device)
+    if free is not None and need > free:
+        raise UserError(
+            f"{what} takes {size_text(need)} of memory at least, and there are {size_text(free)}; "
+            f"{advice}"
+        )
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:

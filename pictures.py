@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from storage import writing
+from storage import shown, writing
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d6a9f", "#c98b1b", "#3d3d3d")
 TILE = 64  # pixels that an image of a grid has at least
@@ -62,7 +62,7 @@ def grid(
 def fitted(text: str, width: float, draw: ImageDraw.ImageDraw, font) -> str:
     """`text` cut to `width` pixels: what stands before its last " · ", if there is one, so that the
     seed after it stays."""
-    head, dot, tail = text.rpartition(" · ")
+    head, dot, tail = shown(text).rpartition(" · ")
     if not dot:
         head, tail = tail, ""
     whole = head
@@ -96,6 +96,7 @@ def strip(
     height = first.height // math.ceil(count / columns)
     font = ImageFont.load_default(11)
     measure = ImageDraw.Draw(first).textlength
+    captions = [shown(text) for text in captions]
     left = math.ceil(max(measure(text, font) for text in captions)) + 8
     side = cell - 2 * FRAME
     picture = Image.new(
@@ -156,7 +157,7 @@ def curves(
     picture = Image.new("RGB", (_Chart.width, _Chart.height), "white")
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(13)
-    draw.text((_Chart.left, 10), title, "black", font)
+    draw.text((_Chart.left, 10), shown(title), "black", font)
     if not lines:
         return picture
     chart = _Chart(
@@ -252,7 +253,7 @@ def bars(charts: Sequence[Sequence[tuple[str, Sequence[float]]]], title: str) ->
     columns = max(len(row) for row in charts)
     picture = Image.new("RGB", (columns * width + 20, len(charts) * height + 40), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((10, 10), title, "black", ImageFont.load_default(14))
+    draw.text((10, 10), shown(title), "black", ImageFont.load_default(14))
     for i, row in enumerate(charts):
         for j, (name, heights) in enumerate(row):
             _draw_bars(draw, (10 + j * width, 36 + i * height), name, heights)
@@ -291,6 +292,7 @@ def diverging(values: np.ndarray) -> np.ndarray:
 def titled(picture: Image.Image, lines: Sequence[str]) -> Image.Image:
     """The picture under some lines of text, widened if need be."""
     font = ImageFont.load_default(13)
+    lines = [shown(line) for line in lines]
     measure = ImageDraw.Draw(picture)
     width = max(picture.width, *(math.ceil(measure.textlength(line, font)) + 20 for line in lines))
     above = 10 + 18 * len(lines)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+LAST_SEED = 2**63 - 1  # seeds run from 0 to it; generators and files hold 64 bits with a sign
 BLOCK = 16  # positions that share one random generator
 
 
@@ -82,6 +83,16 @@ class Order:
         for epoch in np.unique(epochs):
             indices[epochs == epoch] = self.permutation(int(epoch))[indices[epochs == epoch]]
         return indices, self._bits(0, first, last) >> np.uint64(63) == 1
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise ValueError unless these are whole numbers from 0 to LAST_SEED."""
+    ends = seeds
+    if isinstance(seeds, range):
+        ends = (seeds[0], seeds[-1])
+    for seed in ends:
+        if not 0 <= seed <= LAST_SEED:
+            raise ValueError(f"seed {seed} is not from 0 to {LAST_SEED} (2^63 - 1)")
 
 
 def start_noise(shape: Sequence[int], seed: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ import defaults
 import imagenet_names
 import networks
 import parallel
+import randomness
 import runfolder
 import space
 from storage import UserError
@@ -315,6 +316,10 @@ def settle(values: dict, changes: dict, device: torch.device) -> Recipe:
             "know; use the one that wrote it"
         )
     recipe = Recipe(**{**values, **changes})
+    try:
+        randomness.check_seeds([recipe.seed])
+    except ValueError as error:
+        raise UserError(f"{error}; choose another") from None
     cuda = device.type == "cuda"
     if recipe.precision is None:
         recipe = dataclasses.replace(recipe, precision="bf16" if cuda else "fp32")

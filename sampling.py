@@ -37,6 +37,7 @@ from imagesets import caption, save_grid  # noqa: F401 (for those who draw and l
 from storage import VERSION, UserError, sha256
 
 ROOT = Path("samples")
+MOST = 10_000_000  # images of a call
 VAE = "sd-vae-ft-ema"  # of latent models that name none
 
 # also of parts of an image
@@ -301,6 +302,7 @@ class Generator:
         classes = [class_index(one, self) if isinstance(one, str) else one for one in classes]
         seeds = list(seeds)
         check_classes(classes, self.config)
+        check_seeds(seeds)
         if len(classes) != len(seeds):
             raise UserError(
                 f"{len(classes)} classes for {len(seeds)} seeds; give one class per seed"
@@ -354,6 +356,32 @@ def choose_classes(labels: str, seeds: Sequence[int], config: networks.Config) -
             f"network knows classes 0 to {config.num_classes - 1}"
         )
     return classes
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise UserError for seeds that are out of range, or more than a call draws."""
+    if not len(seeds):
+        raise UserError("no seeds: nothing is to be drawn; give one seed or more")
+    if len(seeds) > MOST:
+        raise UserError(
+            f"{len(seeds):,} images are more than one call draws ({MOST:,}); draw them in several, "
+            "with --seed from where the last one ended"
+        )
+    try:
+        randomness.check_seeds(seeds)
+    except ValueError as error:
+        raise UserError(f"{error}; choose others") from None
+
+
+def check_batch(batch_size: int, config: networks.Config, device: torch.device) -> None:
+    """Raise UserError if so many images at once can't fit into memory."""
+    each = networks.least_bytes(config)
+    parallel.check_memory(
+        batch_size * each,
+        f"drawing {batch_size:,} images at once",
+        "give a smaller --batch-size",
+        device,
+    )
 
 
 def class_index(name: str, generator: Generator) -> int:
@@ -505,15 +533,18 @@ def sample(
     processes by batches. Returns a dict that says what was written where and how fast.
     Raises UserError."""
     begun = time.monotonic()
+    check_seeds(seeds)
     check_classes(sorted(set(classes)), generator.config)
     settings = generator.resolved(settings)
     out = Path(out or ROOT / folder_name(generator, settings))
+    batch_size = batch_size or min(len(seeds), BATCH_SIZE[generator.device.type])
+    check_batch(batch_size, generator.config, generator.device)
     drawing = imagesets.Drawing(
         classes=classes,
         seeds=seeds,
         names=generator.classes,
         size=generator.pixels,
-        batch_size=batch_size or min(len(seeds), BATCH_SIZE[generator.device.type]),
+        batch_size=batch_size,
         about=describe(generator, settings),
         labels=labels,
     )

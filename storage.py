@@ -50,7 +50,8 @@ def writing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode) as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -75,7 +76,7 @@ def sync_folder(path: str | Path) -> None:
 def sweep(folder: str | Path) -> None:
     """Remove what a killed process left half-written in `folder` (`writing`'s temporary files)."""
     for path in Path(folder).glob(".*.tmp"):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -313,6 +314,34 @@ def locked(run: str | Path) -> Iterator[None]:
         sweep(Path(run) / "samples")
         sweep(Path(run) / "averages")
         yield
+
+
+class Place:
+    """A folder that is followed wherever it is moved on its disk."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.handle = os.open(path, os.O_RDONLY)
+
+    def now(self) -> Path | None:
+        """Where the folder is now, None where it is gone."""
+        there = os.fstat(self.handle)
+        for path in (self.path, self._moved()):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(path), there):
+                    self.path = path
+                    return path
+        return None
+
+    def _moved(self):
+        """Where Linux says that the folder is."""
+        try:
+            return Path(os.readlink(f"/proc/self/fd/{self.handle}"))
+        except OSError:  # not on Linux
+            return self.path
+
+    def close(self) -> None:
+        os.close(self.handle)
 
 
 # ------------------------------------------------------------------------------------------ room

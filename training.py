@@ -30,6 +30,7 @@ import diffusion
 import dimr
 import imagesets
 import journal
+import memory
 import networks
 import parallel
 import randomness
@@ -41,6 +42,7 @@ import storage
 from recipes import Plan, Recipe, Source, is_deterministic, make_plan, weights_record
 from storage import VERSION, UserError, open_tensors, read_json, write_json
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW, by parameter
 LOG_EVERY = 10  # steps between reads of the losses from the device
 GRID = {"pixel": 64, "latent": 16}  # images of a sample grid on a GPU
 GRID_ON_CPU = {"pixel": 16, "latent": 4}
@@ -254,7 +256,9 @@ class State:
         fill(self.ema, checkpoint / "ema.safetensors")
         moments = {}
         for key, blank in blanks_of(checkpoint / "optimizer.safetensors").items():
-            kind, name = key.split("/")
+            kind, _, name = key.partition("/")
+            if kind not in MOMENTS or name not in self.parameters:
+                raise UserError(f"{checkpoint} is of another network: its optimizer holds {key}")
             moments[key] = torch.empty_like(blank, device=self.device)
             self.optimizer.state[self.parameters[name]][kind] = moments[key]
         fill(moments, checkpoint / "optimizer.safetensors")
@@ -377,6 +381,10 @@ class Run:
     keep: int
 
     def __post_init__(self):
+        self.lock = contextlib.ExitStack()  # of a run folder that was made again
+        self.place = None  # of the run folder, on rank 0
+        if parallel.is_main():
+            self.place = storage.Place(self.out)
         self.record = weights_record(self.plan.data, self.plan.recipe)
         self.first = self.state.step
         self.estimated = False
@@ -386,6 +394,25 @@ class Run:
     @property
     def at_end(self):
         return self.state.step == self.state.recipe.steps
+
+    def follow(self):
+        """Go where the run folder has been moved to; make it again where it is gone."""
+        if not parallel.is_main():
+            return
+        place = self.place.now()
+        if place == self.out:
+            return
+        if place is None:
+            self.log.say(
+                f"WARNING: {self.out} is gone; it is made again, without what was in it before"
+            )
+            self.lock.enter_context(storage.locked(self.out))
+            write_json(self.out / "config.json", self.plan.record)
+            self.place = storage.Place(self.out)
+        else:
+            self.log.say(f"WARNING: {self.out} has been moved to {place}; training goes on there")
+            self.out = place
+            self.log.path = place / "metrics.jsonl"
 
     def tell(self):
         """Read the losses from the device and write them down; once, say how long it will take."""
@@ -467,23 +494,22 @@ class Run:
         for seed, index in enumerate(classes):
             captions.append(sampling.caption(self.record["classes"][index], index, seed))
         path = self.out / "samples" / f"step-{self.state.step:07d}.png"
-        try:
+        with self.log.aside(f"no sample grid at step {self.state.step}"):
             images = self.generator().images(classes, range(count))
             sampling.save_grid(path, images, captions)
             imagesets.save_strip(path.parent, captions, count)
-        except (UserError, OSError) as error:
-            self.log.say(f"WARNING: no sample grid at step {self.state.step}: {error}")
-        else:
             self.log.picture(path)
 
     def finish(self):
         """Draw the curves, and say on every process's behalf which images were left out."""
         self.skipped = sorted(set().union(*parallel.gather(self.skipped)))
         if parallel.is_main():
-            journal.plot(self.out)
+            with self.log.aside("no loss.png"):
+                journal.plot(self.out)
         for message in self.skipped:
             self.log.say(f"skipped {message}")
         self.log.close()
+        self.lock.close()
 
     def summary(self, stopped, begun):
         """What `train` returns."""
@@ -540,6 +566,7 @@ def train(
         device = parallel.pick_device(device)
         plan = make_plan(out, source, variant=variant, device=device, **changes)
         division = divide(plan.recipe.batch_size, plan.recipe.micro_batch)
+        check_memory(plan, division, device)
         extractor = feature_extractor(watch, device)
         parallel.start(device, minutes=parallel.DAY if source.verify else 30)
         if parallel.is_main():
@@ -559,6 +586,20 @@ def train(
         stopped = loop(run, batches, division, timetable(saving, watch, plan.recipe), stop)
         run.finish()
         return run.summary(stopped, begun)
+
+
+def check_memory(plan, division, device):
+    """Raise UserError if a run can't fit into memory, by the least that it takes."""
+    with torch.device("meta"):
+        model = networks.new(plan.config)
+    parameters = sum(p.numel() for p in model.parameters())
+    activations = division.micro * networks.least_bytes(plan.config, training=True)
+    parallel.check_memory(
+        memory.STATE * parameters + activations,
+        f"training {parameters:,} parameters on {division.micro:,} images at once",
+        "give a smaller --micro-batch (or --batch-size), or a smaller network",
+        device,
+    )
 
 
 def verify_data(plan, say, quiet):
@@ -582,6 +623,8 @@ def loop(run, batches, division, times, stop):
         if not run.at_end:
             stopped = parallel.first(stop.reason)
         due = due_now(times, run, stopped)
+        if due:
+            run.follow()
         if "measure" in due:
             run.measure_fid()
         if "log" in due:
@@ -767,7 +810,8 @@ def record_start(out, plan, state, say):
     if plan.changed:
         history = [*history, {"step": state.step, "changed": plan.changed}]
         start["history"] = history
-    write_json(out / "config.json", {**plan.record, **start})
+    plan.record.update(start)
+    write_json(out / "config.json", plan.record)
     return journal.truncate_metrics(out, state.step)
 
 

@@ -1008,6 +1008,22 @@ def test_there_is_room_for_what_is_not_noted_yet(tmp_path, monkeypatch):
         notes.check_room()
 
 
+def test_a_cut_note_is_a_batch_to_do_again_and_a_damaged_one_is_told(tmp_path):
+    generation = extraction.Generation(None, 10, batch_size=5)
+    notes = extraction.Notes(tmp_path, generation)
+    for k in range(2):
+        notes.add(generation.numbers(k), [torch.rand(5, 2)] * 3)
+    assert len(list(notes.read(torch.device("cpu"), True))) == 2
+    whole = notes.path(1).read_bytes()
+    for damaged in (whole[:-9], b"", whole[:40]):
+        notes.path(1).write_bytes(damaged)
+        assert notes.done() == {0}
+    notes.path(1).write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    with pytest.raises(storage.UserError, match="is damaged and has been deleted; run the same"):
+        list(notes.read(torch.device("cpu"), True))
+    assert notes.done() == {0}
+
+
 @pytest.mark.slow
 def test_a_run_that_can_not_be_watched_does_not_start(digits):
     arguments = ["train", "--data", digits, *SMALL, "--eval-every", "5", "--out", "run"]

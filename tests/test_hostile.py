@@ -1,8 +1,12 @@
 """Damage that random mutations found: each is told in one line, or costs nothing."""
 
+import io
 import json
+import os
+import resource
 import shlex
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from safetensors.torch import save_file
 
 import cli
 import extraction
+import imagesets
 import runfolder
 import storage
 from storage import UserError
@@ -250,3 +255,285 @@ def test_statistics_are_checked(tmp_path):
         storage.save_tensors(path, tensors, about)
         with pytest.raises(UserError, match="s.safetensors"):
             extraction.Measured.load(path)
+
+
+# what only draws or tells
+
+
+@pytest.mark.parametrize("name", ["a\nb", "tab\tand\x1b[31mred", "\udcff", "e\u0301\u202e"])
+def test_odd_names_of_classes_are_shown_escaped_and_end_nothing(pictures, tmp_path, name):
+    os.rename(pictures / "a", os.path.join(pictures, name))
+    words = TINY[:-1] + ["1"]  # --sample-every
+    out = tmp_path / "run"
+    done = dimr("train", "--data", pictures, "--out", out, "--steps", 4, *words)
+    assert done.exit_code == 0, done.output
+    assert "WARNING" not in done.stderr.replace("WARNING: the average", "")
+    assert len(list((out / "samples").glob("step-*.png"))) == 4
+    for command in (
+        ("info", out),
+        ("sample", "--weights", out, "-n", 2, "--steps", 1, "--out", tmp_path / "drawn"),
+        ("sample", "--weights", out, "-n", 2, "--steps", 1, "--class", "no such"),
+        ("train", "--data", pictures, "--init", out, "--out", tmp_path / "two", *TINY),
+    ):
+        done = dimr(*command, *(("--steps", 1) if command[0] == "train" else ()))
+        assert done.exit_code == (1 if "no such" in command else 0), done.output
+        assert "\x1b" not in done.output and "\u2028" not in done.output
+
+
+def test_what_draws_may_raise_anything_and_it_is_said_once(pictures, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise ZeroDivisionError("in a picture")
+
+    monkeypatch.setattr("pictures.grid", fails)
+    monkeypatch.setattr("pictures.curves", fails)
+    words = TINY[:-1] + ["1"]  # --sample-every
+    done = dimr("train", "--data", pictures, "--out", tmp_path / "run", "--steps", 3, *words)
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("ZeroDivisionError: in a picture") == 1
+    assert runfolder.step_of(runfolder.checkpoints(tmp_path / "run")[-1]) == 3
+
+
+# the run folder
+
+
+def moving(monkeypatch, at, what):
+    """Do something to the run's folder once step `at` is done."""
+    import training
+
+    step = training.train_step
+
+    def train_step(state, *arguments):
+        found = step(state, *arguments)
+        if state.step == at:
+            what()
+        return found
+
+    monkeypatch.setattr(training, "train_step", train_step)
+
+
+def test_a_run_that_is_moved_while_it_trains_goes_on_where_it_is(pictures, tmp_path, monkeypatch):
+    there = tmp_path / "elsewhere" / "moved"
+    there.parent.mkdir()
+    moving(monkeypatch, 2, lambda: (tmp_path / "run").rename(there))
+    done = train(tmp_path / "run", pictures, 4, "--save-every", 1)
+    assert done.exit_code == 0 and f"has been moved to {there}" in done.stderr, done.output
+    assert runfolder.step_of(runfolder.checkpoints(there)[-1]) == 4
+    steps = [json.loads(line)["step"] for line in (there / "metrics.jsonl").open()]
+    assert steps == [1, 2, 3, 4]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_folder_is_deleted_keeps_what_it_has_in_memory(pictures, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    moving(monkeypatch, 2, lambda: shutil.rmtree(out))
+    done = train(out, pictures, 4, "--save-every", 2)
+    assert done.exit_code == 0 and "is gone; it is made again" in done.stderr, done.output
+    assert runfolder.step_of(runfolder.checkpoints(out)[-1]) == 4
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert train(out, pictures, 5).exit_code == 0
+
+
+def test_a_link_among_temporary_files_is_removed_and_not_followed(pictures, run, tmp_path):
+    (run / ".x.tmp").symlink_to(pictures)
+    (run / ".y.tmp").symlink_to(tmp_path / "nowhere")
+    with storage.locked(run):
+        pass
+    assert not list(run.glob(".*.tmp")) and len(list(pictures.glob("*/*"))) == 12
+
+
+# numbers that are too large
+
+
+TOO_MUCH = [
+    ("sample -n 1000000000", 2, "--count|-n"),
+    ("sample -n 2 --seeds 0-1000000000000", 2, "10,000,000 images"),
+    ("sample -n 2 --seed 9223372036854775808", 2, "9223372036854775807"),
+    ("sample -n 2 --seed 9223372036854775807", 1, "seed 9223372036854775808 is not from 0"),
+    ("sample --seeds 18446744073709551616", 2, "9223372036854775807"),
+    ("sample -n 2 --batch-size 1000000000", 1, "smaller --batch-size"),
+    ("train --data {data} --seed 18446744073709551616", 2, "9223372036854775807"),
+    ("train --data {data} --batch-size 1000000000", 1, "smaller --micro-batch"),
+    ("train --data {data} --dims 131072,65536 --layers 99,99 --heads 8", 1, "smaller network"),
+    ("demo --seed 9223372036854775808", 2, "9223372036854775807"),
+    ("encode --pixels --data {data} --res 100000 --batch-size 12 --out {out}", 1, "--batch-size"),
+]
+
+
+@pytest.mark.parametrize("line, status, words", TOO_MUCH, ids=[row[0] for row in TOO_MUCH])
+def test_what_is_too_much_is_refused_before_any_work(run, pictures, tmp_path, line, status, words):
+    line = line.format(data=pictures, out=tmp_path / "out")
+    if line.startswith("sample"):
+        line += f" --weights {run} --device cpu --steps 1"
+    if line.startswith("train"):
+        line += f" --out {tmp_path / 'new'} --steps 1 --workers 0 --device cpu"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    done = dimr(*line.split())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+    assert done.exit_code == status, done.output
+    assert any(word in done.stderr for word in words.split("|")), done.stderr
+
+
+def test_the_largest_seed_is_one(run, tmp_path):
+    last = 2**63 - 1
+    for out in (tmp_path / "png", tmp_path / "set.npz"):
+        words = ("--weights", run, "-n", 1, "--seed", last, "--steps", 1, "--device", "cpu")
+        npz = ("--npz",) if out.suffix else ()
+        assert dimr("sample", *words, "--out", out, *npz).exit_code == 0
+
+
+# paths
+
+
+def test_long_paths_and_links_in_a_circle_are_one_line(run, pictures, tmp_path):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for place in ("x" * 300, f"{'y' * 300}/z", tmp_path / "circle"):
+        for line in (
+            ("train", "--data", place, "--out", tmp_path / "new", "--steps", 1),
+            ("train", "--data", pictures, "--out", place, "--steps", 1, *TINY),
+            ("sample", "--weights", place),
+            ("sample", "--weights", run, "-n", 1, "--steps", 1, "--out", place),
+            ("sample", "--weights", run, "-n", 1, "--steps", 1, "--npz", "--out", f"{place}.npz"),
+            ("encode", "--pixels", "--res", 8, "--data", place, "--out", tmp_path / "new"),
+            ("encode", "--pixels", "--res", 8, "--data", pictures, "--out", place),
+            ("eval", "distortion", place),
+            ("convert", run, f"{place}.safetensors"),
+            ("info", place),
+            ("curves", place),
+            ("ema", place, "--width", 0.1),
+        ):
+            done = dimr(*line)
+            if done.exit_code == 0 and "circle." in " ".join(map(str, line)):
+                continue  # circle.npz is a file like any other
+            refused(done)
+
+
+def test_links_in_a_circle_among_images_are_named_and_around_them_passed_over(pictures, tmp_path):
+    features = ("--features", "plain_features:pooled", "--device", "cpu")
+    measure = ("eval", "fid", pictures, "--ref", pictures, *features)
+    (pictures / "a" / "around").symlink_to(pictures)
+    assert train(tmp_path / "run", pictures, 1).exit_code == 0
+    assert dimr(*measure).exit_code == 0
+    (pictures / "a" / "loop.png").symlink_to(pictures / "a" / "loop.png")
+    refused(train(tmp_path / "other", pictures, 1), "loop.png", "symbolic links")
+    refused(dimr(*measure), "loop.png")
+
+
+# sets of images
+
+
+def sets_command(run, out, *more):
+    return dimr("sample", "--weights", run, "-n", 4, "--steps", 1, "--npz", "--out", out, *more)
+
+
+def test_a_set_leaves_others_files_beside_it_alone(run, tmp_path):
+    config = (run / "config.json").read_bytes()
+    refused(sets_command(run, run / "config.npz"), "config.json", "another's file")
+    assert (run / "config.json").read_bytes() == config
+    Image.new("RGB", (8, 8)).save(tmp_path / "notes.png")
+    mine = (tmp_path / "notes.png").read_bytes()
+    refused(sets_command(run, tmp_path / "notes.npz"), "notes.png", "another's file")
+    assert (tmp_path / "notes.png").read_bytes() == mine
+    assert sets_command(run, tmp_path / "set.npz").exit_code == 0
+    (tmp_path / "set.npz").unlink()
+    assert sets_command(run, tmp_path / "set.npz").exit_code == 0  # its own may be replaced
+
+
+def test_a_damaged_sidecar_is_told_and_another_s_is_not_looked_at(run, tmp_path):
+    assert sets_command(run, tmp_path / "set.npz").exit_code == 0
+    features = ("--features", "plain_features:pooled", "--device", "cpu")
+    measure = ("eval", "fid", tmp_path / "set.npz", "--ref", tmp_path / "set.npz", *features)
+    about = json.loads((tmp_path / "set.json").read_text())
+    (tmp_path / "set.json").write_text(json.dumps({**about, "num_classes": "ten"}))
+    refused(dimr(*measure), "set.json is damaged", "num_classes")
+    (tmp_path / "set.json").write_text('{"source": 3, "mine": true}')
+    done = dimr(*measure)
+    assert "set.json" not in done.output
+
+
+def zipped(path, **members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name.replace("__", "."), content)
+
+
+def npy(array, shape=None):
+    file = io.BytesIO()
+    header = np.lib.format.header_data_from_array_1_0(array)
+    np.lib.format.write_array_header_1_0(file, {**header, "shape": shape or array.shape})
+    file.write(array.tobytes())
+    return file.getvalue()
+
+
+def damaged_sets(tmp_path):
+    """(name, path of a damaged .npz)."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
+    good = tmp_path / "good.npz"
+    np.savez(good, arr_0=images)
+    data = good.read_bytes()
+    path = tmp_path / "no-npy.npz"
+    zipped(path, arr_0=images.tobytes())
+    yield path
+    path = tmp_path / "huge.npz"
+    zipped(path, arr_0__npy=npy(images, (10**9, 8, 8, 3)))
+    yield path
+    path = tmp_path / "negative.npz"
+    zipped(path, arr_0__npy=npy(images, (-8, 8, 8, 3)))
+    yield path
+    path = tmp_path / "text.npz"
+    zipped(path, arr_0__npy=b"\x93NUMPY\x01\x00\x76\x00{'descr': 'x'}")
+    yield path
+    for name, place, value in (
+        ("encrypted", data.find(b"PK\1\2") + 8, 1),
+        ("method", data.find(b"PK\1\2") + 10, 99),
+        ("offset", data.find(b"PK\1\2") + 44, 255),
+        ("version", data.find(b"PK\1\2") + 6, 255),
+    ):
+        spoiled = bytearray(data)
+        spoiled[place] = value
+        path = tmp_path / f"{name}.npz"
+        path.write_bytes(spoiled)
+        yield path
+
+
+def test_damaged_sets_of_images_are_one_line(tmp_path):
+    features = ("--features", "plain_features:pooled", "--device", "cpu")
+    good = tmp_path / "good.npz"
+    for path in damaged_sets(tmp_path):
+        refused(dimr("eval", "fid", path, "--ref", good, *features), path.name)
+        refused(dimr("eval", "fid", good, "--ref", path, *features), path.name)
+
+
+def test_statistics_of_another_size_than_they_claim_are_one_line(tmp_path):
+    path = tmp_path / "ref.npz"
+    mean = np.zeros(4)
+    zipped(path, mu__npy=npy(mean, (10**11,)), sigma__npy=npy(mean))
+    with pytest.raises(UserError, match="mu claims to be float64"):
+        imagesets.read_array(path, "mu")
+    zipped(path, mu__npy=npy(mean), sigma__npy=npy(mean))
+    assert (imagesets.read_array(path, "mu") == mean).all()
+
+
+@pytest.mark.parametrize("place", range(8, 60, 3))
+def test_a_damaged_first_image_of_a_folder_is_one_line_or_no_matter(pictures, tmp_path, place):
+    path = pictures / "a" / "00.png"
+    info = imagesets.png_info({"dimr": json.dumps({"num_classes": 2})})
+    with Image.open(path) as image:
+        image.save(path, pnginfo=info)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.write_bytes(data)
+    features = ("--features", "plain_features:pooled", "--device", "cpu")
+    done = dimr("eval", "fid", pictures, "--ref", pictures / "b", *features)
+    assert isinstance(done.exception, SystemExit | None), done.output
+
+
+def test_a_png_s_own_text_may_hold_anything(run, tmp_path):
+    for words in (DEEP, "[]", "{", '{"num_classes": []}', '{"source": 3}'):
+        out = tmp_path / "drawn"
+        out.mkdir(exist_ok=True)
+        info = imagesets.png_info({"dimr": words})
+        Image.new("L", (8, 8)).save(out / "class0000-seed000001.png", pnginfo=info)
+        assert imagesets.read_facts(out / "class0000-seed000001.png") == {}
+    drawn = dimr("sample", "--weights", run, "-n", 2, "--steps", 1, "--out", out)
+    assert drawn.exit_code == 0, drawn.output
