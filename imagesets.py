@@ -330,7 +330,7 @@ def read_sidecar(path: str | Path) -> dict:
 
 def is_ours(about: object) -> bool:
     """Whether what stands in a JSON file is what `sample` notes of a set."""
-    return isinstance(about, dict) and ("plan" in about or about.get("note") == GENERATED)
+    return isinstance(about, dict) and bool({"plan", "num_classes", "balanced"} & about.keys())
 
 
 def walk(root: Path) -> Iterator[Path]:
