@@ -795,6 +795,20 @@ log_option = click.option(
 )
 
 
+validate_options = Options(
+    click.option(
+        "--validate",
+        help="Images that are held out, as --data: the loss on them goes into metrics.jsonl and "
+        "loss.png [default: none].",
+    ),
+    click.option(
+        "--validate-every",
+        type=NATURAL,
+        help="Steps between, 0 for never again [default: as --save-every].",
+    ),
+)
+
+
 @main.command()
 @click.option(
     "--variant",
@@ -818,7 +832,9 @@ log_option = click.option(
     "by name.",
 )
 @click.option(
-    "--force", is_flag=True, help="Let a run that goes on change --lr or --grad-clip; recorded."
+    "--force",
+    is_flag=True,
+    help="Let a run that goes on change --lr, --grad-clip or --validate; recorded.",
 )
 @kind_option
 @source_options
@@ -827,6 +843,7 @@ log_option = click.option(
 @device_option
 @saving_options
 @watch_options
+@validate_options
 @log_option
 @json_option
 def train(variant, data, out, as_json, **values):
@@ -842,7 +859,7 @@ def train(variant, data, out, as_json, **values):
       torchrun --nproc-per-node 8 -m cli train --variant xl2r --micro-batch 64
       dimr train --data photos/ --res 64 --layers 9,5 --dims 384,192 --heads 6 --batch-size 64
       dimr train --data photos/ --res 64 --variant uvit-m4 --layers 9 --dims 384 --heads 6
-      dimr train --data photos/ --res 64 --log tensorboard
+      dimr train --data photos/ --res 64 --validate held-out/ --log tensorboard
     """
 
     goes_on = out is not None and (Path(out) / "config.json").exists()
@@ -896,6 +913,7 @@ def run_training(out, data, variant, values):
         device=values["device"],
         saving=saving_of(values),
         watch=watch_of(values),
+        validate=validation_of(values),
         sinks=loggers.sinks(values["log"]),
         force=values["force"],
     )
@@ -931,6 +949,14 @@ def watch_of(values):
         inception=options["inception"],
         features=options["features"],
     )
+
+
+def validation_of(values):
+    """The validation.Validation that the options of `dimr train` say."""
+    import validation
+
+    options = validate_options.take(values)
+    return validation.Validation(options["validate"], options["validate_every"])
 
 
 def training_data(variant, near):

@@ -71,7 +71,7 @@ def progress(run):
     if losses:
         facts["loss"] = sum(losses) / len(losses)
     for line in journal.newest(run, "fid"):
-        facts |= {"fid": line["fid"], "fid_step": line["step"]}
+        facts |= {"fid": line.get("fid"), "fid_step": line["step"]}
     return facts
 
 

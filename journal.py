@@ -33,6 +33,8 @@ LINE = fields(  # what it looks like
         "images_per_second": real(0),
         "fid": maybe(real()),
         "validation_loss": maybe(real()),
+        "validation_loss_branches": many(maybe(real())),
+        "validation_loss_levels": many(maybe(real())),
     },
 )
 BAD_STEPS = 50  # consecutive non-finite steps that end training
@@ -146,11 +148,11 @@ class Journal:
         self.pending.append(torch.cat([losses, norm[None], bad[None]]))
 
     def remark(self, measure: Callable[[], dict]) -> None:
-        """Put what `measure()` returns, a dict, into the newest step's line; the time it takes is
-        not training's. What it can't do is said and no more."""
+        """Add what `measure()` returns, a dict, to the newest step's line; the time it takes is not
+        training's. What it can't do is said and no more."""
         before = time.monotonic()
         try:
-            self.remarks = measure()
+            self.remarks |= measure()
         except UserError as error:
             self.say(f"WARNING: no evaluation at step {self.state.step}: {error}")
         self.since += time.monotonic() - before
@@ -209,7 +211,7 @@ class Journal:
         line = {
             "step": step,
             "loss": loss,
-            "loss_branches": [finite(branch) for branch in branches],
+            "loss_branches": branches,
             "lr": self.state.recipe.learning_rate(step - 1),
             "gradient_norm": norm,
             "skipped": bool(bad),
@@ -236,6 +238,8 @@ class Journal:
             figures["skipped"] = self.bad
         if "fid" in self.remarks:
             figures["fid"] = f"{self.remarks['fid']:.2f}"
+        if "validation_loss" in self.remarks:
+            figures["held out"] = f"{self.remarks['validation_loss']:.4f}"
         return figures
 
     def _ruined(self):
@@ -267,7 +271,9 @@ class Journal:
 
 
 def finite(value):
-    """`value`, or None where it is a number that JSON can't hold."""
+    """`value`, or None where it is a number that JSON can't hold; of a list likewise."""
+    if isinstance(value, list):
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -343,41 +349,49 @@ def truncate_metrics(out: Path, step: int) -> dict:
 def plot(out: Path) -> Path:
     """Write loss.png from metrics.jsonl; returns its path. Raises UserError if there are no
     metrics."""
-    rows = []
-    others = {"fid": [], "validation_loss": []}  # what only some lines have
+    trained, held_out, levels, fid = [], [], [], []  # rows of (step, value, …)
     for line, _ in metrics(out):
+        step = line["step"]
         if line["loss"] is not None:
-            rows.append((line["step"], line["loss"], *line.get("loss_branches", ())))
-        for key, found in others.items():
-            if line.get(key) is not None:
-                found.append((line["step"], line[key]))
-    if not rows:
+            trained.append((step, line["loss"], *line.get("loss_branches", ())))
+        if line.get("validation_loss") is not None:
+            branches = line.get("validation_loss_branches", ())
+            held_out.append((step, line["validation_loss"], *branches))
+            levels.append((step, *line.get("validation_loss_levels", ())))
+        if line.get("fid") is not None:
+            fid.append((step, line["fid"]))
+    if not trained:
         raise UserError(f"{out} holds no metrics yet; expected a run folder that train wrote")
-    if len({len(row) for row in rows}) > 1:
-        raise UserError(
-            f"{out}/metrics.jsonl is damaged: lines differ in how many losses they have"
+    for rows in (trained, held_out, levels):
+        if len({len(row) for row in rows}) > 1:
+            raise UserError(
+                f"{out}/metrics.jsonl is damaged: lines differ in how many losses they have"
+            )
+    name = Path(out).name
+    series = _series(trained, "branch", "loss")
+    charts = []
+    if held_out:
+        apart = _series(held_out, "branch", "held out")
+        series["held out"] = apart.pop("held out")
+        charts.append(pictures.curves(apart, f"{name}: held-out loss by branch", 1))
+        title = f"{name}: held-out loss by noise level, 1 the least"
+        charts.append(pictures.curves(_series(levels, "level"), title, 1))
+    if fid:
+        charts.append(
+            pictures.curves(_series(fid, "", "FID"), f"{name}: FID", 1, axes=("step", "FID"))
         )
-    steps, *columns = np.array(rows).T
-    names = ["loss", *(f"branch {r}" for r in range(1, len(columns)))]
-    series = {name: (steps, column) for name, column in zip(names, columns, strict=True)}
-    series |= _apart("validation", others["validation_loss"])
-    charts = [
-        pictures.curves(series, f"{Path(out).name}: multi-scale loss, mean of {SMOOTH} steps")
-    ]
-    if others["fid"]:
-        fid = _apart("FID", others["fid"])
-        charts.append(pictures.curves(fid, f"{Path(out).name}: FID", 1, axes=("step", "FID")))
+    title = f"{name}: multi-scale loss, mean of {SMOOTH} steps"
     path = Path(out) / "loss.png"
-    pictures.save(pictures.stacked(charts), path)
+    pictures.save(pictures.stacked([pictures.curves(series, title), *charts]), path)
     return path
 
 
-def _apart(name, points):
-    """{name: (steps, values)} of (step, value) points, {} of none."""
-    if not points:
-        return {}
-    steps, values = zip(*points, strict=True)
-    return {name: (steps, values)}
+def _series(rows, word, *first):
+    """Name → (steps, values) of the columns of rows (step, value, …): those named `first`, then
+    `word` and a number."""
+    steps, *columns = np.array(rows, float).T
+    names = [*first, *(f"{word} {number}" for number in range(1, len(columns) + 1))]
+    return {name: (steps, column) for name, column in zip(names, columns, strict=False)}
 
 
 # ------------------------------------------------------------------------------------------ talking

@@ -56,6 +56,7 @@ MODULES = (
     "evaluation",
     "distortion",
     "analysis",
+    "validation",
     "recipes",
     "training",
     "digits_demo",

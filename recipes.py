@@ -21,6 +21,7 @@ import parallel
 import randomness
 import runfolder
 import space
+import validation
 from storage import UserError
 
 
@@ -106,7 +107,8 @@ RECIPES = {
 MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks", "ema_precision"}
 
 
-MAY_BE_FORCED = {"lr", "grad_clip"}  # with --force: they move no sample
+HELD_OUT = "validation data's fingerprint"
+MAY_BE_FORCED = {"lr", "grad_clip", HELD_OUT}  # with --force: they move no sample
 
 
 # of a recipe, what belongs to a machine and a run, not to the weights that come of it
@@ -158,11 +160,13 @@ class Plan:
     initial: Initial | None
     chosen: str
     changed: dict
+    held_out: validation.HeldOut | None = None
 
 
 def make_plan(
     out: Path,
     source: Source,
+    validate: validation.Validation,
     *,
     variant: str | None,
     recipe: dict | None,
@@ -222,6 +226,16 @@ def make_plan(
     }
     if source.classes:
         record["data"]["only"] = data.classes
+    validate = held_out_place(out, validate, before.get("validation", {}))
+    held_out = None
+    if validate.path:
+        held_out = validation.HeldOut(validate.path, data, source.exif, source.classes)
+        record["validation"] = {
+            "path": str(Path(held_out.data.root).resolve()),
+            "items": len(held_out),
+            "every": validate.every,
+            "fingerprint": held_out.fingerprint,
+        }
     record = json.loads(json.dumps(record))  # as it reads back
     changed = {}
     if before and parallel.is_main():
@@ -230,18 +244,33 @@ def make_plan(
             check_same_sums(out, before, recipe, device)
     if "history" in before:
         record["history"] = before["history"]
-    return Plan(record, config, recipe, data, initial, chosen, changed)
+    return Plan(record, config, recipe, data, initial, chosen, changed, held_out)
 
 
-def known_place(out, known) -> str | None:
+def known_place(out, known, what="data", option="--data") -> str | None:
     """Where the data of the run in `out` was, None if it is new. Raises UserError where it is
     gone."""
     path = known.get("path")
     if path and not (Path(path).exists() or containers.expand(path)):
         raise UserError(
-            f"the data of {out} is no longer at {path}; if it has moved, say where to: --data"
+            f"the {what} of {out} is no longer at {path}; if it has moved, say where to: {option}"
         )
     return path
+
+
+def held_out_place(out, validate, known) -> validation.Validation:
+    """What a run validates on, by what is given and what its config.json says; a path of None for
+    nothing. Raises UserError."""
+    every = known.get("every") if validate.every is None else validate.every
+    if every == 0:
+        return validation.Validation()
+    path = validate.path
+    if not path:
+        option = "--validate, or go on without: --validate-every 0"
+        path = known_place(out, known, "validation data", option)
+    if every and not path:
+        raise UserError(f"--validate-every {every} needs --validate, the images to validate on")
+    return validation.Validation(path, every)
 
 
 def read_initial(init, heads, kind) -> Initial:
@@ -404,6 +433,8 @@ def check_same(out, before, now, force):
         fields = {"variant": record["variant"], **network, **recipe}
         fields["data's fingerprint"] = record["data"].get("fingerprint")
         fields[SAMPLE] = record["data"].get("sample")
+        if "validation" in record:
+            fields[HELD_OUT] = record["validation"].get("fingerprint")
         return {name: value for name, value in fields.items() if name not in MAY_CHANGE}
 
     old = fixed(before)

@@ -90,6 +90,7 @@ DATA = fields(
 CONFIG_PARTS = {"variant": maybe(text()), "config": fields({}), "recipe": RECIPE, "data": DATA}
 CONFIG_NOTES = {
     "init": maybe(text()),
+    "validation": fields({"path": text()}, {"every": maybe(whole(1))}),
     "processes": whole(1),
     "device": text(),
     "history": many(fields({})),

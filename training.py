@@ -39,8 +39,10 @@ import runfolder
 import sampling
 import space
 import storage
+import validation
 from recipes import Plan, Recipe, Source, is_deterministic, make_plan, weights_record
 from storage import VERSION, UserError, open_tensors, read_json, write_json
+from validation import Validation
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW, by parameter
 LOG_EVERY = 10  # steps between reads of the losses from the device
@@ -228,6 +230,17 @@ class State:
         named = [*classes, NULL_CLASS][: self.network.config.embeddings]
         return fresh, [name for row, name in enumerate(named) if row not in rows]
 
+    def losses(self, model, x0, t, noise, labels):
+        """Multi-scale losses, weighted sum (B,) and per branch (R, B), of what `model` makes of x0
+        (B, C, H, W) noised to times t (B,), float64 on the CPU, with `noise` and `labels` (B,)."""
+        device = x0.device
+        tau = self.network.time(self.schedule, t).float().to(device, non_blocking=True)
+        with parallel.autocast(device, self.recipe.precision):
+            predictions = model(self.schedule.noised(x0, noise, t), tau, labels)
+        target = self.objective.target(x0, noise)
+        recipe = self.recipe
+        return diffusion.multi_scale_loss(predictions, target, recipe.target_scale, recipe.loss)
+
     def files(self, record):
         """A checkpoint's files: name → (tensors, metadata)."""
         metadata = runfolder.metadata(self.network.config, step=self.step, **record)
@@ -323,7 +336,7 @@ def losses(
 
     `images` and `labels` (B,) on the device: uint8 pixels (B, C, H, W), or latents float16 (B, 2,
     C, h, w) of mean and log-variance."""
-    config, schedule, recipe = state.network.config, state.schedule, state.recipe
+    config, recipe = state.network.config, state.recipe
     last, device = first + len(images), images.device
 
     def normal(stream, shape):
@@ -333,13 +346,9 @@ def losses(
     if config.null_class:
         dropped = randomness.uniform(recipe.seed, "label", first, last) < recipe.label_dropout
         labels = labels.masked_fill(dropped.to(device, non_blocking=True), config.embeddings - 1)
-    t = schedule.draw(randomness.uniform(recipe.seed, "time", first, last))
+    t = state.schedule.draw(randomness.uniform(recipe.seed, "time", first, last))
     noise = normal("noise", (config.channels, config.size, config.size))
-    tau = state.network.time(schedule, t).float().to(device, non_blocking=True)
-    with parallel.autocast(device, recipe.precision):
-        predictions = state.model(schedule.noised(x0, noise, t), tau, labels)
-    target = state.objective.target(x0, noise)
-    return diffusion.multi_scale_loss(predictions, target, recipe.target_scale, recipe.loss)
+    return state.losses(state.model, x0, t, noise, labels)
 
 
 def train_step(
@@ -375,6 +384,7 @@ class Run:
 
     out: Path
     plan: Plan
+    source: Source
     state: State
     log: journal.Journal
     measure: Callable | None
@@ -425,6 +435,17 @@ class Run:
     def measure_fid(self):
         with doing(self.bar, "measuring FID"):
             self.log.remark(lambda: self.measure(self.generator()))
+
+    def validate(self):
+        with doing(self.bar, "validating"):
+            self.log.remark(self._validate)
+
+    def _validate(self):
+        facts, bad = validation.measure(
+            self.state, self.plan.held_out, workers=self.source.workers, on_bad=self.source.on_bad
+        )
+        self.skipped |= bad
+        return facts
 
     def generator(self):
         """Draws images with the EMA's weights as they are now."""
@@ -543,6 +564,7 @@ def train(
     device: str = "auto",
     saving: Saving = Saving(),  # noqa: B008 (frozen)
     watch: Watch | None = None,
+    validate: Validation = Validation(),  # noqa: B008 (frozen)
     sinks: Sequence[journal.Sink] = (),
     quiet: bool = False,
     force: bool = False,
@@ -552,8 +574,8 @@ def train(
     `variant`: a key of VARIANTS (None: what defaults.py makes of the data); `recipe` and `network`:
     what to change of its Recipe and Config, as dicts; `init`: weights to start from (name, path or
     run), whose recipe is taken over, of the `kind` that their file doesn't tell; `watch`: a Watch,
-    or None; `sinks`: see journal.Sink; `force`: whether MAY_BE_FORCED may change. A resumed run
-    takes whatever is not given from its config.json.
+    or None; `validate`: the held-out images; `sinks`: see journal.Sink; `force`: whether
+    MAY_BE_FORCED may change. A resumed run takes whatever is not given from its config.json.
 
     Returns a summary; `stopped` names the reason if the run is not at its end. Raises UserError."""
     begun = time.monotonic()
@@ -564,7 +586,7 @@ def train(
         if is_deterministic(out, recipe):
             stack.enter_context(parallel.deterministic())
         device = parallel.pick_device(device)
-        plan = make_plan(out, source, variant=variant, device=device, **changes)
+        plan = make_plan(out, source, validate, variant=variant, device=device, **changes)
         division = divide(plan.recipe.batch_size, plan.recipe.micro_batch)
         check_memory(plan, division, device)
         extractor = feature_extractor(watch, device)
@@ -578,12 +600,12 @@ def train(
             say(line)
         log = journal.Journal(out, state, say, record_start(out, plan, state, say), sinks)
         measure = watch and watch_fid(out, plan, extractor, watch)
-        run = Run(out, plan, state, log, measure, keep=saving.keep)
+        run = Run(out, plan, source, state, log, measure, keep=saving.keep)
         state.start(division.micro)
-        batches = read_ahead(run, division, source)
+        batches = read_ahead(run, division)
         run.bar = stack.enter_context(progress(out, state, quiet))
         stop = stack.enter_context(Stop(begun + (saving.max_time or math.inf)))
-        stopped = loop(run, batches, division, timetable(saving, watch, plan.recipe), stop)
+        stopped = loop(run, batches, division, timetable(saving, watch, plan), stop)
         run.finish()
         return run.summary(stopped, begun)
 
@@ -627,6 +649,8 @@ def loop(run, batches, division, times, stop):
             run.follow()
         if "measure" in due:
             run.measure_fid()
+        if "validate" in due:
+            run.validate()
         if "log" in due:
             run.tell()
         if "snapshot" in due:
@@ -638,11 +662,16 @@ def loop(run, batches, division, times, stop):
     return stopped
 
 
-def timetable(saving, watch, recipe):
+def timetable(saving, watch, plan):
     """Steps between what is done beside training: name → steps, or None for never."""
+    recipe = plan.recipe
     every = saving.every or max(1, min(5000, recipe.steps // 4))
+    validate_every = None
+    if plan.held_out:
+        validate_every = plan.record["validation"]["every"] or every
     return {
         "measure": watch and watch.every,
+        "validate": validate_every,
         "snapshot": recipe.ema_every if recipe.ema_profiles else None,
         "save": every,
         "draw": every if saving.sample_every is None else saving.sample_every,
@@ -761,6 +790,8 @@ def introduction(out, plan, state, division):
         f"network  {plan.record['variant']}: {recipes.shape_words(config)}; {parameters:,} "
         f"parameters, {sum(config.macs) / 1e9:,.4f} GMAC an image"
     )
+    if plan.held_out:
+        yield f"held out {len(plan.held_out):,} {items}, {plan.record['validation']['path']}"
     yield f"recipe   {plan.chosen}: {recipes.recipe_words(recipe)}"
     yield (
         f"         {recipe.steps:,} steps of batch {recipe.batch_size:,} = processes "
@@ -828,9 +859,10 @@ def averages_line(out, state):
     )
 
 
-def read_ahead(run, division, source):
+def read_ahead(run, division):
     """Yield (images, labels) on the device for each pass from the run's step to its end."""
     data, state, recipe = run.plan.data, run.state, run.plan.recipe
+    source = run.source
     order = randomness.Order(len(data), recipe.seed)
 
     def positions():

@@ -15,9 +15,13 @@ from conftest import free_port
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import cli
+import dataset
+import networks
 import parallel
+import recipes
 import storage
 import training
+import validation
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["training", "torch._dynamo", "ranks"])
@@ -213,4 +217,27 @@ def average():
     apart = torch.stack([parallel.mean(row.clone()) for row in rows])
     print(torch.equal(together, apart))
     print(float((together - apart).abs().max()))
+    parallel.stop()
+
+
+# the loss on held-out images
+
+
+def validate(training_images, held_out):
+    """Measure the loss of fresh weights, and print what is found, or refused, on each process."""
+    parallel.start(torch.device("cpu"))
+    torch.set_num_threads(1)
+    data = dataset.open_data(training_images)
+    recipe = recipes.Recipe(batch_size=12, precision="fp32", compile=False)
+    state = training.State(
+        training.new_network(recipes.configure(networks.VARIANTS["demo"], data, True), 0),
+        recipe,
+        torch.device("cpu"),
+    )
+    held = validation.HeldOut(held_out, data)
+    try:
+        facts, _ = validation.measure(state, held, workers=0)
+    except storage.UserError as error:
+        facts = {"refused": str(error)}
+    print(json.dumps(facts))
     parallel.stop()

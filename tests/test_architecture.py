@@ -55,6 +55,7 @@ JOBS = [
     "evaluation",
     "distortion",
     "analysis",
+    "validation",
     "recipes",
     "training",
     "digits_demo",

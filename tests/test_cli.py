@@ -21,6 +21,7 @@ import solver
 import space
 import storage
 import training
+import validation
 
 
 def invoke(*arguments):
@@ -142,6 +143,7 @@ def test_train_tells_the_job_only_what_was_given(told):
         "device": "auto",
         "saving": training.Saving(),
         "watch": None,
+        "validate": validation.Validation(),
         "sinks": [],
         "force": False,
     }
@@ -155,6 +157,7 @@ def test_train_tells_the_job_all_that_was_given(told):
     source = "--data photos --res 32 --exif --on-bad-image skip --workers 0"
     saving = "--save-every 7 --keep 3 --sample-every 0 --max-time 2"
     watch = "--eval-every 5 --eval-images 20 --ref photos --inception i --features a:b"
+    watch += " --validate other --validate-every 7"
     rest = "--variant demo --out run --init weights --kind sit --device cpu --force"
     line = f"train {recipe} {network} {source} {saving} {watch} {rest}"
     assert invoke(*line.split()).exit_code == 0
@@ -185,6 +188,7 @@ def test_train_tells_the_job_all_that_was_given(told):
         "device": "cpu",
         "saving": training.Saving(every=7, keep=3, sample_every=0, max_time=120),
         "watch": training.Watch(5, 20, ref="photos", inception="i", features="a:b"),
+        "validate": validation.Validation("other", 7),
         "sinks": [],
         "force": True,
     }
