@@ -262,6 +262,9 @@ def test_chunks_change_memory_and_not_the_result(small, monkeypatch):
     monkeypatch.setitem(vae.PIXELS_AT_ONCE, "cpu", 3 * 32 * 32)
     ours.decode(z)
     assert sizes[4:] == [3, 2]
+    monkeypatch.setitem(vae.PIXELS_AT_ONCE, "cpu", 100)  # less than one image has
+    ours.decode(z)
+    assert sizes[6:] == [1] * 5
 
 
 def test_half_precision_weights_compute_in_their_type_and_return_float32(small):
