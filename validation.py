@@ -79,11 +79,16 @@ def _open(path, data, exif, classes):
             f"--validate {path} holds {theirs[0]} of size {theirs[1]} with {theirs[2]} channels, "
             f"and {data.root} {mine[0]} of size {mine[1]} with {mine[2]}; encode both alike"
         )
-    if data.kind == "latents" and found.index["vae_sha256"] != data.index["vae_sha256"]:
+    if data.kind == "latents" and _differ(found.index["vae_sha256"], data.index["vae_sha256"]):
         raise UserError(
             f"--validate {path} holds latents of another VAE than {data.root}; encode both alike"
         )
     return found
+
+
+def _differ(one, other):
+    """Whether two hashes are known and not the same: that of latents that others made is not."""
+    return None not in (one, other) and one != other
 
 
 def _rows(path, found, classes):

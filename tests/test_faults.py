@@ -295,6 +295,18 @@ TABLE = [  # command line, exit status, words of the message
     ("train --data {good} --micro-batch 3", 1, "use 3 or 6"),
     ("train --data {good} --heads 3", 1, "heads"),
     ("train --data {good} --device cuda", 1, "--device auto"),
+    ("train --data {good} --validate {missing}", 1, "missing"),
+    ("train --data {good} --validate {empty}", 1, "empty|no images"),
+    ("train --data {good} --validate {good}", 1, "holds the images that are trained on"),
+    ("train --data {oneclass} --validate {good}", 1, "class 'b' that is not trained on"),
+    ("train --data {good} --validate-every 5", 1, "needs --validate"),
+    ("train --data {good} --validate {bomb}", 0, "WARNING: no evaluation|bomb.png|step 2 of 2"),
+    (
+        "train --data {good} --validate {spoiled} --on-bad-image skip",
+        0,
+        "skipped|cut.png|zero.png|fake.png|bomb.png|step 2 of 2",
+    ),
+    ("train --data {good} --log mlflow", 2, "tensorboard"),
     ("train", 1, "--data"),
     *[(f"sample --weights {weights}", 1, words) for weights, words in NETWORKS],
     *[

@@ -230,6 +230,10 @@ def test_latents_want_latents_of_the_same_vae(others, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "open_data", lambda *_, **__: Others)
     with pytest.raises(UserError, match="latents of another VAE"):
         HeldOut(tmp_path / "shards", Latents)
+    Others.index = {"vae_sha256": None}  # of --from-latents
+    Others.fingerprint, Others.classes, Others.labels = "f", ["a"], np.zeros(1, int)
+    Latents.fingerprint, Latents.classes = "g", ["b"]
+    HeldOut(tmp_path / "shards", Latents)
 
 
 # in a run
