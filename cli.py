@@ -1760,6 +1760,11 @@ metric_options = Options(
         help="Distances for precision and recall in float16 where they stay finite, as ADM's "
         "TensorFlow suite has them.",
     ),
+    click.option(
+        "--card",
+        type=click.Path(path_type=Path),
+        help="Write all it takes to repeat the numbers: CARD.json, and CARD.md for people.",
+    ),
     *feature_options.options,
     res_option,
     verify_shards_option,
@@ -1778,12 +1783,19 @@ def metric_command(name, what):
     @json_option
     @help_all_option
     def command(samples, against, as_json, **values):
+        import cards
         import evaluation
 
         refuse_contradictions(samples, values)
+        card = values.pop("card")
+        if card:
+            cards.check(card)
+        options = dict(values)
         result = run_evaluation(name, samples, values)
         if result is None:
             return
+        if card:
+            cards.write(card, cards.card(name, result, options))
         if "sets" in result:
             report(result, as_json, evaluation.comparison_table(result))
             return
@@ -1932,6 +1944,29 @@ def extractor_of(kind, values):
 
 for _name, _what in ours.words("evaluation", "METRICS").items():
     metric_command(_name, _what)
+
+
+@eval_group.command("verify")
+@device_option
+@json_option
+def eval_verify(device, as_json):
+    """Does this machine compute what ours did? Bit-equal, to rounding, or not, and in which stage.
+
+    The whole path of dimr eval, from reading images to every metric, on a few images that come with
+    the tool and an Inception network of random weights: the first thing to ask of a strange number.
+    Exit status 1 where a stage differs.
+
+    Example: dimr eval verify --device cuda
+    """
+    import verification
+
+    result = verification.verify(device)
+    report(result, as_json, verification.lines(result))
+    if not result["same"]:
+        raise UserError(
+            f"this machine does not compute what ours did, from {result['first_different']!r} on; "
+            "look at the versions of what that stage uses (dimr eval verify --json)"
+        )
 
 
 @eval_group.command("stats")

@@ -209,6 +209,14 @@ def keys(metrics: str, kind: str = INCEPTION) -> list[str]:
     return [key for row in rows(metrics, kind) for key in row.values]
 
 
+def names() -> dict[str, str]:
+    """Key → name for people, of every number."""
+    found = {}
+    for row in METRICS.values():
+        found |= row.values
+    return found
+
+
 def needed(metrics: str, kind: str = INCEPTION) -> set[str]:
     """What METRICS[metrics] needs (see Metric)."""
     return {need for row in rows(metrics, kind) for need in row.needs}
@@ -724,9 +732,12 @@ def _evaluated(metrics, samples, extractors, references, how):
         "label": label(first),
         "samples": describe(first),
         "labels": labels_of(samples),
+        "made": made(samples),
         "reference": describe(next(iter(references.values()))),
         "features": first.extractor,
         "identity": first.identity,
+        "extractors": {kind: extractor.about for kind, extractor in extractors.items()},
+        "device": str(next(iter(extractors.values())).device),
         **averaged(samples),
         "remarks": notes,
         "version": VERSION,
@@ -739,6 +750,24 @@ def labels_of(samples) -> str | None:
     if isinstance(samples, Generation):
         return samples.labels
     return imagesets.labels_of(samples.about)
+
+
+def made(samples) -> dict:
+    """How the images of an image set or a Generation were made, as far as that is known."""
+    if isinstance(samples, Generation):
+        samples = samples.resolved()
+        return {
+            **sampling.describe(samples.generator, samples.settings),
+            "labels": samples.labels,
+            "n": samples.count,
+            "seeds": imagesets.seeds_text(samples.seeds),
+            "batch_size": samples.batch_size,
+            "vae": str(samples.generator.vae_source or "") or None,
+            "drawn_here": True,
+        }
+    plan = samples.about.get("plan")
+    batch = {"batch_size": plan.get("batch_size")} if isinstance(plan, dict) else {}
+    return {k: v for k, v in samples.about.items() if k not in ("plan", "note")} | batch
 
 
 def _fitting(samples):

@@ -93,6 +93,11 @@ class Extractor:
     name: str
     identity: str  # of its features
     cached: bool  # whether the identity says all there is to know of them
+    resize: str = "its own affair"  # what it does to images first
+
+    @property
+    def about(self) -> dict:
+        return {"name": self.name, "identity": self.identity, "resize": self.resize}
 
     @property
     def standard(self) -> bool:
@@ -115,7 +120,14 @@ def inception(source: str | Path = "inception", device: str | torch.device = "cp
         name = f"Inception with OTHER weights ({digest[:8]})"
     with foreseen():
         network = fid.load(path, device)
-    return Extractor(network, device, name, identity=f"inception {digest}", cached=True)
+    return Extractor(
+        network,
+        device,
+        name,
+        identity=f"inception {digest}",
+        cached=True,
+        resize="TensorFlow 1's bilinear to 299×299: no half-pixel centres, no antialiasing",
+    )
 
 
 def dinov2(source: str | Path = "dinov2", device: str | torch.device = "cpu") -> Extractor:
@@ -133,7 +145,14 @@ def dinov2(source: str | Path = "dinov2", device: str | torch.device = "cpu") ->
     def extract(images):
         return network.features(vit.prepare_dino(images)), None, None
 
-    return Extractor(extract, device, name, identity=f"dinov2 {digest}", cached=True)
+    return Extractor(
+        extract,
+        device,
+        name,
+        identity=f"dinov2 {digest}",
+        cached=True,
+        resize="bicubic with antialiasing to 224×224, in float",
+    )
 
 
 EXTRACTORS = dict(zip(KINDS, (inception, dinov2), strict=True))

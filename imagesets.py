@@ -591,6 +591,17 @@ def digest_of(classes: Sequence[int], seeds: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Seeds as `--seeds` takes them: 0-63,70."""
+    ranges = []
+    for seed in map(int, seeds):
+        if ranges and seed == ranges[-1][1] + 1:
+            ranges[-1][1] = seed
+        else:
+            ranges.append([seed, seed])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
+
+
 def drawn_of(images) -> str | None:
     """The `digest_of` a set that `sample` wrote as one `.npz`, else None."""
     plan = images.about.get("plan")
@@ -893,6 +904,7 @@ class NpzWriter:
             "balanced": self.drawing.balanced,
             "labels": self.drawing.labels,
             "n": len(self.drawing),
+            "seeds": seeds_text(self.drawing.seeds),
             "plan": self.drawing.plan,
             **self.drawing.about,
             "note": GENERATED,

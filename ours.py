@@ -54,6 +54,8 @@ MODULES = (
     "sampling",
     "extraction",
     "evaluation",
+    "cards",
+    "verification",
     "distortion",
     "analysis",
     "validation",

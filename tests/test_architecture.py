@@ -53,6 +53,8 @@ JOBS = [
     "sampling",
     "extraction",
     "evaluation",
+    "cards",
+    "verification",
     "distortion",
     "analysis",
     "validation",

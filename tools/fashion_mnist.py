@@ -35,8 +35,8 @@ CLASSES = [
 ]
 
 
-def idx(name, header):
-    return np.frombuffer(gzip.decompress((SOURCE / name).read_bytes()), np.uint8, offset=header)
+def idx(name, header, source=SOURCE):
+    return np.frombuffer(gzip.decompress((source / name).read_bytes()), np.uint8, offset=header)
 
 
 def write(out):
