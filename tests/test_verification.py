@@ -85,13 +85,13 @@ SLIPS = [
     (dataset, "center_crop", plainly_resized, "cropping as ADM does"),
     (fid.Statistics, "covariance", property(of_all_images), "mean and covariance"),
     (errors, "freed", lambda found: found, "dimr eval fid"),
-    (fid, "SUBSETS", 99, "dimr eval kid"),
+    (fid, "_kernel", lambda x, y: (x @ y.T).double(), "dimr eval kid"),
 ]
 
 
 @pytest.mark.parametrize("owner, name, other, stage", SLIPS)
 def test_a_slip_shows_in_its_stage_whole(monkeypatch, owner, name, other, stage):
-    """As often made: other pixel centres, no crop, N for N − 1, a bias left in, another error."""
+    """As often made: other pixel centres, no crop, N for N − 1, a bias left in, another kernel."""
     monkeypatch.setattr(owner, name, other)
     early = ("resizing", "cropping")
     run = verification.stages if stage.startswith(early) else verification.numbers
