@@ -136,6 +136,8 @@ def _drawing(made):
         del settings["grid"]
     words += _options(settings, settings)
     words += _options(made, ("batch_size", "precision", "device", "vae"))
+    if made.get("guide_source"):
+        words += ["--guide", made["guide_source"]]
     if made.get("compiled"):
         words.append("--compile")
     return words
@@ -212,7 +214,17 @@ def _about(one):
 
 def _told():
     fields = list(sampling.Settings.__dataclass_fields__)
-    return [*fields, "labels", "seeds", "precision", "vae_precision", "device", "batch_size"]
+    return [
+        *fields,
+        "guide_source",
+        "guide",
+        "labels",
+        "seeds",
+        "precision",
+        "vae_precision",
+        "device",
+        "batch_size",
+    ]
 
 
 def _difference(found):
