@@ -22,6 +22,12 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 
+# Kinds of device where launching a kernel takes longer than a small one's work, and whose fused
+# attention takes heads of a multiple of EVEN numbers and copies others
+GPUS = {"cuda"}
+EVEN = 8
+
+
 class Condition(NamedTuple):
     """What a norm may depend on: time `tau` (B,), or (1,) when all samples share it; class indices
     `y` (B,); and what the branch's embedder makes of the time, (B, D) or (1, D), where its norms
@@ -30,6 +36,13 @@ class Condition(NamedTuple):
     tau: torch.Tensor
     y: torch.Tensor
     embedding: torch.Tensor | None = None
+    vectors: dict | None = None  # TimeVector → its value, where all were computed at once
+
+    def value(self, vector):
+        """Of a TimeVector, (B, D) or (1, D)."""
+        if self.vectors is None:
+            return vector(self.tau)
+        return self.vectors[vector]
 
 
 # -------------------------------------------------------------------------------------------- norms
@@ -51,8 +64,23 @@ class TimeVector(nn.Module):
         self.b = nn.Parameter(torch.zeros(dim))
 
     def forward(self, tau):  # (B,) -> (B, D), always float32
-        s = torch.sigmoid(tau.float()[:, None] * (self.w_minus_1.float() + 1) + self.b.float())
-        return torch.lerp(self.p2.float(), self.p1.float(), s)
+        return moved(tau, self.p1, self.p2, self.w_minus_1, self.b)
+
+
+def moved(tau, p1, p2, w_minus_1, b):
+    """The vectors s·p₁ + (1 − s)·p₂, float32 (B, D), at times tau (B,)."""
+    s = torch.sigmoid(tau.float()[:, None] * (w_minus_1.float() + 1) + b.float())
+    return torch.lerp(p2.float(), p1.float(), s)
+
+
+def all_moved(vectors, tau):
+    """{vector: its value (1, D)} of TimeVectors at one time tau (1,): the same numbers as each has
+    by itself, in a few kernels for all instead of five for each."""
+    joined = []
+    for name in ("p1", "p2", "w_minus_1", "b"):
+        joined.append(torch.cat([getattr(vector, name) for vector in vectors]))
+    values = moved(tau, *joined).split([len(vector.b) for vector in vectors], dim=1)
+    return dict(zip(vectors, values, strict=True))
 
 
 class Norm(nn.Module):
@@ -82,8 +110,8 @@ class TDLN(Norm):
         self.beta = TimeVector(dim, 0)
 
     def forward(self, x, condition):
-        gamma = self.gamma(condition.tau).to(x.dtype)
-        beta = self.beta(condition.tau).to(x.dtype)
+        gamma = condition.value(self.gamma).to(x.dtype)
+        beta = condition.value(self.beta).to(x.dtype)
         if gamma.shape[0] == 1:  # one time for all: the library's fused affine
             return F.layer_norm(x, x.shape[-1:], gamma[0], beta[0])
         return torch.addcmul(beta[:, None], F.layer_norm(x, x.shape[-1:]), gamma[:, None])
@@ -100,7 +128,8 @@ class TDRMS(Norm):
     def forward(self, x, condition):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         rms = length * x.shape[-1] ** -0.5
-        return x * (1 / (rms + 1e-8)).to(x.dtype) * self.gamma(condition.tau).to(x.dtype)[:, None]
+        gamma = condition.value(self.gamma).to(x.dtype)
+        return x * (1 / (rms + 1e-8)).to(x.dtype) * gamma[:, None]
 
 
 class LN(Norm):
@@ -251,9 +280,25 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x):  # (B, L, D)
+        lacking = -(x.shape[-1] // self.heads) % EVEN
+        if lacking and x.device.type in GPUS:
+            return self.padded(x, lacking)
         split = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         q, k, v = split.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
         return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def padded(self, x, lacking):
+        """The same, with heads that are wider by so many zeros: rows of the weights that make q, k
+        and v, and columns of those that meet `v`."""
+        width = x.shape[-1] // self.heads
+        rows = self.qkv.weight.unflatten(0, (3 * self.heads, width))
+        rows = F.pad(rows, (0, 0, 0, lacking)).flatten(0, 1)
+        columns = self.out.weight.unflatten(1, (self.heads, width))
+        columns = F.pad(columns, (0, lacking)).flatten(1)
+        split = F.linear(x, rows).unflatten(-1, (3, self.heads, -1))
+        q, k, v = split.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=width**-0.5)
+        return F.linear(mixed.transpose(1, 2).flatten(2), columns, self.out.bias)
 
 
 class TransformerBlock(nn.Module):
@@ -534,7 +579,10 @@ class DiMR(nn.Module):
         self.config = config
         # recompute each block in the backward pass instead of keeping activations
         self.checkpoint_blocks = False
+        # whether its `units` are: each then makes its own vectors, fused with what takes them
+        self.compiled = False
         self.branches = nn.ModuleList(Branch(config, r) for r in range(len(config.dims)))
+        self.vectors = [module for module in self.modules() if isinstance(module, TimeVector)]
         self.apply(initialise)
 
     def forward(self, x, tau, y):
@@ -558,14 +606,29 @@ class DiMR(nn.Module):
                 f"y is {tuple(y.shape)} of {y.dtype}; expected ({x.shape[0]},) class indices"
             )
         run = recomputed if self.checkpoint_blocks and self.training else applied
-        condition = Condition(tau, y)
+        condition = Condition(tau, y, vectors=self.vectors_at(tau))
         features = None
         predictions = []
         for branch in self.branches:
-            joined = torch.cat(features, dim=-1) if features else None
+            joined = join(features) if features else None
             prediction, features = branch(x, joined, condition, run)
             predictions.append(prediction)
         return tuple(predictions)
+
+    def vectors_at(self, tau):
+        """All TimeVectors at once where that is less work: on GPUs, at one time for all, outside
+        training and compiled code. Else None."""
+        if tau.device.type not in GPUS or len(tau) > 1 or not self.vectors:
+            return None
+        if torch.is_grad_enabled() or self.compiled or torch.compiler.is_compiling():
+            return None
+        return all_moved(self.vectors, tau)
+
+    def units(self):
+        """The modules that nearly all work is done in, which repeat: to be compiled each by
+        itself."""
+        kinds = (*BLOCKS.values(), Upsample)
+        return [module for module in self.modules() if isinstance(module, kinds)]
 
     def time(self, schedule, t):
         """What `forward` takes as `tau` at times t of a noise schedule: the schedule's own τ, or t
@@ -602,6 +665,13 @@ class DiMR(nn.Module):
             {"params": decaying, "weight_decay": weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
+
+
+def join(features):
+    """(B, tokens, ΣD) of a branch's features (B, tokens, D). Under autocast the second half, which
+    comes from the long skips' Linear layers, is in its precision; so then is the whole, that is
+    taken to it for a Linear layer anyway."""
+    return torch.cat([each.to(features[-1].dtype) for each in features], dim=-1)
 
 
 def applied(block, x, condition):

@@ -386,8 +386,18 @@ def for_inference(model: nn.Module, precision: str, compiled: bool = False) -> n
         elif onednn and isinstance(module, torch.nn.Linear) and module.weight.is_cpu:
             module.forward = functools.partial(onednn_linear, module)
     if compiled:
-        model.compile()
+        compile_units(model)
     return model.eval()
+
+
+def compile_units(network):
+    """Compile each of the network's units by itself, for the shapes that come: one graph for each
+    kind and width serves all of its units. The whole would be one graph that takes minutes to
+    compile, and DistributedDataParallel would have it cut at each bucket of gradients."""
+    torch._dynamo.config.optimize_ddp = False
+    for unit in network.units():
+        unit.compile(dynamic=False)
+    network.compiled = True
 
 
 def onednn_linear(module, x):

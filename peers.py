@@ -330,6 +330,12 @@ class Peer(nn.Module):
         self.config = config
         # recompute each block in the backward pass instead of keeping activations
         self.checkpoint_blocks = False
+        self.compiled = False  # whether its `units` are
+
+    def units(self):
+        """The modules that nearly all work is done in, which repeat: to be compiled each by
+        itself."""
+        return [module for module in self.modules() if isinstance(module, UViTBlock | DiTBlock)]
 
     def forward(self, x, time, y, whole=False):
         """x (B, C, H, W) noisy images; time (B,) as `self.time` gives it, or (1,) when all

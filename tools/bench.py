@@ -534,7 +534,7 @@ def steps(bench, model, recipe):
     state = training.State(model, recipe, device)
     state.network.train()
     if recipe.compile and not isinstance(model, Release):
-        state.network.compile()
+        parallel.compile_units(state.network)
     count = recipe.batch_size
     shape = (config.channels, config.size, config.size)
     generator = torch.Generator().manual_seed(2)
