@@ -21,7 +21,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-
 # Kinds of device where launching a kernel takes longer than a small one's work, and whose fused
 # attention takes heads of a multiple of EVEN numbers and copies others
 GPUS = {"cuda"}

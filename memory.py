@@ -1,11 +1,14 @@
 """How much memory training takes on a GPU, computed on any machine: forward and backward pass run
-on tensors without values, and what they would hold at once is counted."""
+on tensors without values, and what they would hold at once is counted. Layer norms run in float32
+there, as autocast has them on CUDA and not on CPUs."""
 
 import ours
 
+import contextlib
 import weakref
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,6 +18,9 @@ import networks
 
 STATE = 20  # bytes a parameter, fp32: weights, gradients, AdamW's two moments, EMA
 PROFILE = 4  # and for each power-function average; one's update needs no more than gradients did
+# and where several processes accumulate gradients over passes, which DistributedDataParallel's
+# buckets then hold apart
+ACCUMULATED = 4
 FIXED = 8  # of one that is not trained: weights, EMA
 
 
@@ -24,9 +30,11 @@ def training_memory(
     checkpoint_blocks: bool = False,
     precision: str = "bf16",
     profiles: int = 0,
+    accumulated: bool = False,
 ) -> tuple[int, int]:
     """(bytes of the state, most bytes of activations at once) of training with `micro_batch` images
-    per GPU and pass, and with so many `profiles` of averages kept for afterwards.
+    per GPU and pass, with so many `profiles` of averages kept for afterwards; `accumulated`: on
+    several GPUs, over several passes a step.
 
     Without torch.compile, which fuses some of the activations away, and without the allocator's
     slack and CUDA's own context (about 1 GB together)."""
@@ -39,10 +47,10 @@ def training_memory(
                 empty = torch.empty(parameter.shape)
                 setattr(module, name, torch.nn.Parameter(empty, parameter.requires_grad))
         peak = activations(model, config, micro_batch, precision)
+    trained = STATE + PROFILE * profiles + ACCUMULATED * accumulated
     state = 0
     for parameter in model.parameters():
-        a_number = STATE + PROFILE * profiles if parameter.requires_grad else FIXED
-        state += parameter.numel() * a_number
+        state += parameter.numel() * (trained if parameter.requires_grad else FIXED)
     return state, peak
 
 
@@ -53,7 +61,7 @@ def activations(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with Live() as live:
+    with Live() as live, norms_as_on_cuda():
         images = torch.zeros(batch, config.channels, config.size, config.size)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             predictions = model(images, torch.zeros(batch), torch.zeros(batch, dtype=torch.long))
@@ -61,6 +69,23 @@ def activations(
         del predictions
         sums.sum().backward()
     return live.peak
+
+
+@contextlib.contextmanager
+def norms_as_on_cuda():
+    """A context in which layer norms take and give float32, whatever autocast has them do."""
+    plain = F.layer_norm
+
+    def wide(*arguments, **keywords):
+        arguments = [one.float() if isinstance(one, torch.Tensor) else one for one in arguments]
+        with torch.autocast("cpu", enabled=False):
+            return plain(*arguments, **keywords)
+
+    F.layer_norm = wide
+    try:
+        yield
+    finally:
+        F.layer_norm = plain
 
 
 class Live(TorchDispatchMode):

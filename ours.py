@@ -31,6 +31,7 @@ MODULES = (
     "averages",
     "schema",
     "storage",
+    "background",
     "parallel",
     "randomness",
     "downloads",

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import averages
 import averaging
+import background
 import dataset
 import diffusion
 import dimr
@@ -420,6 +421,8 @@ class Run:
         self.estimated = False
         self.skipped = set()
         self.bar = None
+        self.writing = background.Background()
+        self.copies = background.Copies()
 
     @property
     def at_end(self):
@@ -482,19 +485,40 @@ class Run:
         )
 
     def save(self, must):
-        """Write a checkpoint, and before it the metrics up to it, on rank 0. One that fails is
-        reported and training goes on, unless it `must` succeed: the last."""
-        step = self.state.step
+        """Write a checkpoint, and before it the metrics up to it, on rank 0. Training waits for a
+        copy of it alone, which is written meanwhile; if that fails it is reported. The last, which
+        `must` succeed, is waited for, and raises OSError."""
         if parallel.is_main():
-            try:
+            files = self.state.files(self.record)
+            step = self.state.step
+            self.writing.wait()
+            if must:
                 self.log.write(sync=True)
-                files = self.state.files(self.record)
-                runfolder.save_checkpoint(self.out, step, files, {"step": step}, self.keep)
-            except OSError as error:
-                if must:
-                    raise
-                self.warn(f"checkpoint at step {step} NOT saved", error)
+                self._write(step, files)
+            else:
+                self._write_meanwhile(step, files)
         self.log.restart_clock()
+
+    def _write(self, step, files):
+        runfolder.save_checkpoint(self.out, step, files, {"step": step}, self.keep)
+
+    def _write_meanwhile(self, step, files):
+        def work():
+            with self.reporting(step):
+                self._write(step, copies)
+
+        with self.reporting(step):
+            self.log.write(sync=True)
+            copies = self.copies.of(files)
+            self.writing.start(work)
+
+    @contextlib.contextmanager
+    def reporting(self, step):
+        """Say that a checkpoint can't be written, instead of ending the run."""
+        try:
+            yield
+        except OSError as error:
+            self.warn(f"checkpoint at step {step} NOT saved", error)
 
     def save_averages(self):
         """Write the averages' snapshots, on rank 0. One that fails is reported and training goes
@@ -621,6 +645,7 @@ def train(
         log = journal.Journal(out, state, say, record_start(out, plan, state, say), sinks)
         measure = watch and watch_fid(out, plan, extractor, watch)
         run = Run(out, plan, source, state, log, measure, keep=saving.keep)
+        stack.enter_context(run.writing)
         state.start(division.micro)
         batches = read_ahead(run, division)
         run.bar = stack.enter_context(progress(out, state, quiet))

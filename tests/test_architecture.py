@@ -27,6 +27,7 @@ ALONE = [
 FIRST = ["ours"]
 PARTS = [
     "storage",
+    "background",
     "parallel",
     "randomness",
     "downloads",

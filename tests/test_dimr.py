@@ -1,6 +1,7 @@
 """The network against the authors' released one: outputs, gradients, names, sizes."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
 import dimr
+import parallel
 import recipes
 import sampling
 import training
@@ -279,24 +281,26 @@ def test_one_graph_without_breaks(norm):
 
 
 @pytest.mark.slow
-def test_training_and_sampling_compile_one_graph_each():
-    """Other values of the same shapes, and another learning rate or guided time, compile nothing
-    anew."""
+def test_training_and_sampling_compile_one_graph_for_each_kind_of_block(monkeypatch):
+    """Other values of the same shapes, more blocks, and another learning rate or guided time,
+    compile nothing anew. With a guidance interval, sampling has batches of two sizes."""
     torch._dynamo.reset()  # what other tests compiled counts towards its limit
-    model = build(dataclasses.replace(SMALL, channels=1))
+    model = build(dataclasses.replace(SMALL, channels=1, layers=(5, 4)))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    model.compile(backend=counter)
+    backend = functools.partialmethod(torch.nn.Module.compile, backend=counter)
+    monkeypatch.setattr(torch.nn.Module, "compile", backend)
+    parallel.compile_units(model)
     cpu = torch.device("cpu")
     state = training.State(model.train(), recipes.Recipe(precision="fp32"), cpu)
     for step in range(4):
         images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
         sums, _ = training.losses(state, images, torch.randint(5, (4,)), 4 * step)
         sums.sum().backward()
-    assert counter.frame_count == 1
-    settings = sampling.Settings(cfg=2, steps=6).resolved(model.config)
+    assert counter.frame_count == 3  # Transformer, ConvNeXt, the cascade's step
+    settings = sampling.Settings(cfg=2, cfg_interval=(0.1, 2), steps=6).resolved(model.config)
     for seed in range(3):
         sampling.solve(model.eval(), [1, 2], [seed, seed + 9], settings, device=cpu)
-    assert counter.frame_count == 2
+    assert counter.frame_count == 9
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 64, 65])
