@@ -876,6 +876,43 @@ def train(variant, data, out, as_json, **values):
         raise SystemExit(RUN_AGAIN)
 
 
+@main.command()
+@click.argument("run")
+@click.option(
+    "--from",
+    "first",
+    type=NATURAL,
+    help="A checkpoint's step, or 0 for the start [default: the checkpoint before --to].",
+)
+@click.option(
+    "--to", "last", type=POSITIVE, help="A later checkpoint's step [default: the newest]."
+)
+@click.option("--data", help="Where the run's data are, if they have moved.")
+@workers_option
+@device_option
+@json_option
+def audit(run, first, last, as_json, **values):
+    """Train a stretch of a run again, elsewhere, from its configuration, data and seed, and compare
+    losses and weights with what is there. The run folder is only read.
+
+    The answer is "equal to the byte"; "equal to rounding", with the largest difference, which other
+    numbers of processes or threads and other machines leave; or that it is NOT the same, and from
+    which step on. Then the exit status is 1.
+
+    \b
+    Examples:
+      dimr audit runs/mine
+      dimr audit runs/mine --from 0 --to 5000
+      torchrun --nproc-per-node 8 -m cli audit runs/xl2r --from 95000 --to 100000
+    """
+    import audit
+
+    result = audit.audit(run, first, last, **values)
+    report(result, as_json, audit.lines(result))
+    if result["answer"] == audit.PARTED:
+        raise SystemExit(1)
+
+
 def refuse_mistyped(out):
     """Raise UserError if there is no run in folder `out`, but one beside it that is called nearly
     so."""

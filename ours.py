@@ -62,6 +62,7 @@ MODULES = (
     "validation",
     "recipes",
     "training",
+    "audit",
     "digits_demo",
 )
 

@@ -61,6 +61,7 @@ JOBS = [
     "validation",
     "recipes",
     "training",
+    "audit",
     "digits_demo",
 ]
 FRONT = ["cli"]
