@@ -21,9 +21,12 @@ import storage
 import training
 from storage import UserError, open_tensors, read_json, write_json
 
-# How far what is equal to rounding may be apart, as a share: measured on 1 to 4 processes, where
-# losses part by 1e-7 a step at first. One other image in a batch of 1,024 is beyond it.
-LOSSES = 1e-5
+# How far losses that are equal to rounding may be apart, as a share, in the first STEADY steps by
+# precision. Beyond, rounding grows with the steps: one and two processes in fp32, digits, were
+# apart by 1e-7 at first, 1e-6 after 100 steps and 7e-5 (gradients' norms 3e-4) after 1,000.
+LOSSES = {"fp32": 1e-5, "bf16": 1e-3}
+STEADY = 10
+MOST = 1e-2
 TENSORS = 1e-2  # ‖a − b‖ / ‖a‖ of a tensor: Adam's division makes much of rounding
 WHOLLY = 1.0  # what is said of what can't be compared
 COMPARED = ("loss", "loss_branches", "gradient_norm")  # of a line of metrics.jsonl
@@ -59,6 +62,8 @@ def audit(
     run = Path(run)
     known = runfolder.read_config(run)
     stretch = choose(run, first, last)
+    if data is None:
+        recipes.known_place(run, known["data"])
     say = journal.speaker(quiet)
     with contextlib.ExitStack() as stack:
         if recipes.is_deterministic(run, None):
@@ -160,7 +165,8 @@ def circumstances(known, device):
 
 def compare(run, again, stretch) -> dict:
     """What `audit` returns of two run folders. Raises UserError."""
-    losses = compare_losses(run, again, stretch)
+    precision = runfolder.read_config(again)["recipe"]["precision"]
+    losses = compare_losses(run, again, stretch, LOSSES[precision])
     end = again / "checkpoints" / stretch.end.name
     files = [compare_files(stretch.end / name, end / name) for name in tensor_files(stretch.end)]
     same = losses["largest_difference"] == 0 and all(each["difference"] == 0 for each in files)
@@ -182,9 +188,10 @@ def tensor_files(checkpoint):
     return [name for name in read_json(checkpoint / "manifest.json") if name != "state.json"]
 
 
-def compare_losses(run, again, stretch):
+def compare_losses(run, again, stretch, allowed):
     """Where losses and gradients' norms first differ, where they first part beyond rounding (None:
-    nowhere), and how far apart they are at most, as a share. Raises UserError."""
+    nowhere; `allowed` at first), and how far apart they are at most, as a share. Raises
+    UserError."""
     mine = lines_of(again, stretch)
     theirs = lines_of(run, stretch)
     if theirs.keys() != mine.keys():
@@ -201,7 +208,8 @@ def compare_losses(run, again, stretch):
         largest = max(largest, apart)
         if apart and differs_at is None:
             differs_at = step
-        if apart > LOSSES and parted["parted_at"] is None:
+        growth = max(1, (step - stretch.first) / STEADY)
+        if apart > min(allowed * growth, MOST) and parted["parted_at"] is None:
             parted = {"parted_at": step, "run": theirs[step][0], "audit": values[0]}
     return {"steps": len(mine), "differs_at": differs_at, "largest_difference": largest, **parted}
 

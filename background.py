@@ -59,7 +59,7 @@ class Copies:
         self, files: Mapping[str, tuple[Mapping[str, torch.Tensor], object]]
     ) -> dict[str, tuple[dict[str, torch.Tensor], object]]:
         """The same files, name → (tensors, metadata), with copies of the tensors as they are now.
-        They are overwritten by the next call."""
+        They are overwritten by the next call. Raises MemoryError where there is no room."""
         copies = {}
         streams = set()
         for file, (tensors, metadata) in files.items():
@@ -77,6 +77,14 @@ class Copies:
     def _buffer(self, key, tensor):
         known = self.held.get(key)
         if known is None or known.shape != tensor.shape or known.dtype != tensor.dtype:
-            known = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            known = room_for(tensor)
             self.held[key] = known
         return known
+
+
+def room_for(tensor):
+    """An empty tensor like it in the host's memory. Raises MemoryError."""
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    except RuntimeError as error:  # so PyTorch says it
+        raise MemoryError(str(error)) from None

@@ -125,6 +125,18 @@ def deterministic() -> Iterator[None]:
         cudnn.benchmark = before[2]
 
 
+@contextlib.contextmanager
+def measured_kernels() -> Iterator[None]:
+    """A context in which cuDNN tries its convolutions on each new shape and takes the fastest,
+    which may sum in another order each time."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def settle_workspaces() -> None:
     """Give cuBLAS workspaces of fixed size, without which its products may differ from time to
     time. Raises UserError where it is too late."""

@@ -264,9 +264,12 @@ class Generator:
                 f"{path} is not the VAE this network was trained with; give that one with --vae"
             )
         try:
-            return vae.load(path, self.device, VAE_DTYPES[self.vae_precision])
+            loaded = vae.load(path, self.device, VAE_DTYPES[self.vae_precision])
         except ValueError as error:
             raise UserError(str(error)) from None
+        if self.compiled and self.device.type == "cuda":
+            loaded.decoder.compile(dynamic=False)  # its norms change the layout, if not fused
+        return loaded
 
     def batches(self, classes, seeds, settings, batch_size, chosen=None, progress=None):
         """Yield (indices, uint8 images) for each batch of `batch_size`, the last one padded so that

@@ -509,8 +509,14 @@ class Run:
 
         with self.reporting(step):
             self.log.write(sync=True)
-            copies = self.copies.of(files)
-            self.writing.start(work)
+            try:
+                copies = self.copies.of(files)
+            except MemoryError:
+                self.copies = background.Copies()
+                self.log.say(f"no memory for a copy of step {step}: training waits for its writing")
+                self._write(step, files)
+            else:
+                self.writing.start(work)
 
     @contextlib.contextmanager
     def reporting(self, step):
@@ -627,8 +633,8 @@ def train(
     say = journal.speaker(quiet)
     changes = {"recipe": recipe, "network": network, "init": init, "kind": kind, "force": force}
     with contextlib.ExitStack() as stack:
-        if is_deterministic(out, recipe):
-            stack.enter_context(parallel.deterministic())
+        exact = is_deterministic(out, recipe)
+        stack.enter_context(parallel.deterministic() if exact else parallel.measured_kernels())
         device = parallel.pick_device(device)
         plan = make_plan(out, source, validate, variant=variant, device=device, **changes)
         division = divide(plan.recipe.batch_size, plan.recipe.micro_batch)

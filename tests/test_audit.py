@@ -173,7 +173,7 @@ def test_a_run_that_began_from_other_weights_and_moved_data_is_found_again(run, 
     moved = shutil.copytree(digits, tmp_path / "moved")
     train(out, moved, init=run)
     shutil.move(moved, tmp_path / "there")
-    with pytest.raises(UserError, match="no longer at"):
+    with pytest.raises(UserError, match=f"the data of {out} is no longer at"):
         again(out, 0, 4)
     assert again(out, 0, 4, data=tmp_path / "there")["answer"] == audit.BYTES
 
@@ -236,3 +236,20 @@ def test_tensors_that_can_t_be_compared_are_wholly_different():
     assert audit.tensor_difference(one, one * float("nan")) == audit.WHOLLY
     assert audit.tensor_difference(torch.zeros(3), one) == audit.WHOLLY
     assert audit.tensor_difference(one, 1.5 * one) == 0.5
+
+
+def test_rounding_may_grow_with_the_steps_and_not_beyond_a_hundredth(monkeypatch, tmp_path):
+    def apart(step, share, precision="fp32"):
+        values = {n: [1.0, 1.0, 1.0] for n in range(101, step + 1)}
+        others = {**values, step: [1.0, 1.0, 1.0 + share]}
+        found = iter([values, others])
+        monkeypatch.setattr(audit, "lines_of", lambda *_: next(found))
+        stretch = audit.Stretch(100, step, None, tmp_path)
+        allowed = audit.LOSSES[precision]
+        return audit.compare_losses(tmp_path, tmp_path, stretch, allowed)["parted_at"]
+
+    assert apart(101, 0.9e-5) is None and apart(101, 1.1e-5) == 101
+    assert apart(110, 0.9e-5) is None and apart(110, 1.1e-5) == 110
+    assert apart(1100, 0.9e-3) is None and apart(1100, 1.1e-3) == 1100
+    assert apart(30_000, 0.011) == 30_000
+    assert apart(101, 0.9e-3, "bf16") is None and apart(101, 1.1e-3, "bf16") == 101

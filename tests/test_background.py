@@ -168,3 +168,21 @@ def test_copies_hold_what_was_there_in_the_same_place_each_time():
     assert torch.equal(again, tensor)
     other = copies.of({"weights": ({"a": tensor.double()}, None)})["weights"][0]["a"]
     assert other.dtype == torch.float64
+
+
+def test_without_room_for_a_copy_training_waits(digits, tmp_path, monkeypatch):
+    """And nothing of the copy stays behind."""
+
+    def full(*arguments, **keywords):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    said = []
+    monkeypatch.setattr(journal, "speaker", lambda quiet: said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", full)
+        with pytest.raises(MemoryError, match="can't allocate"):
+            background.Copies().of({"weights": ({"a": torch.ones(2)}, None)})
+    monkeypatch.setattr(background, "room_for", lambda _: exec("raise MemoryError"))
+    train(tmp_path / "run", digits)
+    assert saved(tmp_path / "run") == [2, 4, 6]
+    assert sum("no memory for a copy of step" in line for line in said) == 2

@@ -174,7 +174,8 @@ def test_a_deterministic_run_asks_for_it_and_gives_the_flags_back(digits, tmp_pa
     train_deterministically(tmp_path / "run", digits, steps=2)
     train_deterministically(tmp_path / "other", digits, steps=2, deterministic=False)
     assert seen[:2] == [(True, True, False, ":4096:8")] * 2
-    assert seen[2][:2] == (False, False)
+    assert seen[2][:3] == (False, False, True)
+    assert not torch.backends.cudnn.benchmark
     recipe = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
     assert recipe["deterministic"] is True
     assert recipe["compile"] is False

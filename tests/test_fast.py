@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dimr
 import memory
 import parallel
+import sampling
 import training
+import vae
 from recipes import Recipe
 
 CPU = torch.device("cpu")
@@ -222,6 +224,21 @@ def test_processes_that_train_together_compile_a_graph_for_each_kind_of_block(tm
         assert found["difference"] < 1e-6
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_vae_is_compiled_with_the_network_on_gpus(monkeypatch, compiled):
+    loaded = vae.VAE((32, 32, 32, 32))
+    asked = []
+    monkeypatch.setattr(sampling.vae, "load", lambda *_: loaded)
+    monkeypatch.setattr(sampling.downloads, "find", lambda source: source)
+    monkeypatch.setattr(loaded.decoder, "compile", lambda **options: asked.append(options))
+    generator = sampling.Generator(
+        network(small()), torch.device("cuda"), "fp32", [], "here", "0", {}, vae_source="x"
+    )
+    generator.compiled = compiled
+    assert generator._load_vae() is loaded
+    assert asked == [{"dynamic": False}] * compiled
+
+
 # ----------------------------------------------------------------------------------------- memory
 
 
@@ -229,7 +246,7 @@ def test_processes_that_train_together_compile_a_graph_for_each_kind_of_block(tm
 def test_memory_counts_norms_as_cuda_keeps_them(monkeypatch, recompute):
     """In float32 under autocast, which a CPU leaves in bf16: a fourth more of a network whose
     second half is in bf16."""
-    config = small(layers=(5, 4))
+    config = small(layers=(3, 2))
     _, found = memory.training_memory(config, 8, recompute)
     monkeypatch.setattr(memory, "norms_as_on_cuda", contextlib.nullcontext)
     _, on_a_cpu = memory.training_memory(config, 8, recompute)
@@ -240,7 +257,7 @@ def test_memory_counts_norms_as_cuda_keeps_them(monkeypatch, recompute):
 
 
 def test_memory_counts_gradients_twice_where_processes_accumulate_them():
-    config = small()
+    config = small(layers=(1, 1))
     alone, activations = memory.training_memory(config, 2)
     together, same = memory.training_memory(config, 2, accumulated=True)
     assert same == activations

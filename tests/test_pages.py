@@ -19,6 +19,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.
 
 # what can't run here as it stands, by how it begins, and who runs it
 ELSEWHERE = {
+    "dimr audit": "tests/test_audit.py",
     "python -m venv": "tests/test_install.py",
     "pip install": "tests/test_install.py",
     "pytest": "tests/conftest.py",
