@@ -29,6 +29,7 @@ STEADY = 10
 MOST = 1e-2
 TENSORS = 1e-2  # ‖a − b‖ / ‖a‖ of a tensor: Adam's division makes much of rounding
 WHOLLY = 1.0  # what is said of what can't be compared
+BESIDE = ("history", "validation")  # of config.json, what moves no weight
 COMPARED = ("loss", "loss_branches", "gradient_norm")  # of a line of metrics.jsonl
 BYTES, ROUNDING, PARTED = "equal to the byte", "equal to rounding", "parted"
 
@@ -125,7 +126,7 @@ def lay_out(again, known, stretch):
     """A run folder as the run's own was at the beginning of the stretch. Raises UserError."""
     (again / "checkpoints").mkdir(parents=True)
     recipe = recipe_in(known, stretch)
-    record = {name: value for name, value in known.items() if name != "history"}
+    record = {name: value for name, value in known.items() if name not in BESIDE}
     write_json(again / "config.json", {**record, "recipe": recipe})
     if stretch.begin:
         place = again / "checkpoints" / stretch.begin.name
