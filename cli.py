@@ -788,10 +788,12 @@ watch_options = Options(
 
 log_option = click.option(
     "--log",
+    "--logger",  # torchrun takes an option that others of its own begin with for one of these
+    "log",
     multiple=True,
     type=row_of("loggers", "SINKS"),
     help="Tell this package too, if it is installed, of every step and sample grid; may be "
-    "repeated [default: metrics.jsonl alone].",
+    "repeated; under torchrun it has to be spelled --logger [default: metrics.jsonl alone].",
 )
 
 

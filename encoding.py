@@ -38,8 +38,8 @@ PREVIEW = 4  # images in preview.png
 OURS = re.compile(r"shard-\d{5}\.(safetensors|json)|preview\.png")  # what lies in a set's folder
 FOREVER = 60 * 24 * 30  # minutes: processes only meet at the start and at the end
 SAMPLED = 256  # latents that others made whose statistics are looked at
-# of sd-vae-ft-mse's latents of ImageNet, by channel: as IMM's im256.yaml (arXiv:2503.07565) has
-# them, and EDM2's training/encoders.py, where pixels are in [0, 1]
+# of sd-vae-ft-mse's latents of ImageNet, by channel: as IMM's im256_generate_images.yaml
+# (arXiv:2503.07565) has them, and EDM2's training/encoders.py, where pixels are in [0, 1]
 MEANS = np.asarray([0.86, -0.28, 0.22, 0.37])
 MEANS_OF_EDM2 = np.asarray([5.81, 3.25, 0.12, -2.15])
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -130,7 +130,7 @@ def measure(state, held: HeldOut, *, workers=None, on_bad="error") -> tuple[dict
     for parts, bad, _ in found:
         everyones |= parts
         skipped |= bad
-    table = torch.cat([everyones[number] for number in sorted(everyones)], 2)[:, :, : len(held)]
+    table = torch.cat([everyones[number] for number in sorted(everyones)], 2)
     means = table.double().mean(2)  # (LEVELS, 1 + R)
     loss, *branches = means.mean(0).tolist()
     facts = {
@@ -142,14 +142,15 @@ def measure(state, held: HeldOut, *, workers=None, on_bad="error") -> tuple[dict
 
 
 def _share(held, size, workers, on_bad, device) -> Iterator[tuple]:
-    """(number, (images, labels) on the device, bad) of each of this process's batches; the last of
-    all is filled up from the beginning, so that a compiled network sees one size."""
+    """(number, (images, labels) on the device, bad) of each of this process's batches."""
     count = -(-len(held) // size)
     numbers = range(parallel.rank(), count, parallel.world_size())
 
     def reads():
         for number in numbers:
-            yield np.arange(number * size, (number + 1) * size) % len(held), np.zeros(size, bool)
+            last = min((number + 1) * size, len(held))
+            places = np.arange(number * size, last)
+            yield places, np.zeros(len(places), bool)
 
     batches = dataset.loader(held.data, reads(), workers, on_bad=on_bad)
     batches = dataset.naming_the_way_out(batches)
@@ -159,7 +160,8 @@ def _share(held, size, workers, on_bad, device) -> Iterator[tuple]:
 
 @torch.no_grad()
 def _losses(state, first, images, labels):
-    """Losses (LEVELS, 1 + R, B) of the images at places first, first + 1, …: sum and branches."""
+    """Losses (LEVELS, 1 + R, B) of the images at places first, first + 1, …: sum and branches. The
+    network runs as it is, neither compiled, which would be for this alone, nor wrapped."""
     last = first + len(images)
     config = state.network.config
     shape = (config.channels, config.size, config.size)
@@ -173,6 +175,6 @@ def _losses(state, first, images, labels):
         uniform = randomness.uniform(SEED, f"validation time {level}", first, last)
         t = state.schedule.draw((level + uniform) / LEVELS)
         noise = normal(f"validation noise {level}", shape)
-        total, branches = state.losses(state.network, x0, t, noise, labels)
+        total, branches = state.losses(state.network.forward, x0, t, noise, labels)
         rows.append(torch.cat([total[None], branches]))
     return torch.stack(rows)

@@ -228,6 +228,23 @@ def test_info_says_both_counts_of_row_2_of_table_2():
     assert "193,095,300 parameters" in told and "the paper prints 202.4M" in told
 
 
+def test_every_option_can_be_given_under_torchrun(capsys):
+    """Which refuses what several of its own options begin with, wherever it stands in the line."""
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+    for command in (cli.train, cli.encode, cli.sample, *cli.eval_group.commands.values()):
+        for option in command.params:
+            passed = False
+            for name in (*option.opts, *option.secondary_opts):
+                try:
+                    parsed = parser.parse_args(["-m", "cli", command.name, name, "1"])
+                    passed |= parsed.training_script_args == [command.name, name, "1"]
+                except SystemExit:
+                    capsys.readouterr()
+            assert passed, f"{command.name}: {option.opts}"
+
+
 # errors
 
 
