@@ -954,7 +954,7 @@ def progress(out, state, quiet):
 @contextlib.contextmanager
 def doing(bar, what):
     """Say in the bar what is being done while it stands still."""
-    figures = bar.postfix
+    figures = getattr(bar, "postfix", None) or ""  # a bar that isn't shown has none
     bar.set_postfix_str(what)
     yield
     bar.set_postfix_str(figures, refresh=False)

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from conftest import SMALL
 from PIL import Image
-from ranks import Ranks, validate
+from ranks import Ranks, command, validate
 
 import cli
 import dataset
@@ -287,6 +287,21 @@ def test_a_run_with_validation_is_the_run_without(digits, others, tmp_path, caps
     assert record["fingerprint"] == dataset.open_data(others).fingerprint
     assert Image.open(out / "loss.png").size == (900, 3 * 480)
     assert Image.open(tmp_path / "without" / "loss.png").size == (900, 480)
+
+
+@pytest.mark.slow
+def test_processes_that_train_together_validate_together(digits, others, tmp_path):
+    """From the first step on, before anything stands in the bar."""
+    line = ["train", "--data", digits, *SMALL, "--steps", 3]
+    line += ["--validate", others, "--validate-every", 1, "--out"]
+    for count in (1, 2):
+        with Ranks(count, tmp_path, command, *line, tmp_path / f"run{count}") as ranks:
+            assert [status for status, _ in ranks.end()] == [0] * count, ranks.said()
+    alone, together = notes(tmp_path / "run1"), notes(tmp_path / "run2")
+    assert list(alone) == list(together) == [1, 2, 3]
+    for step, facts in alone.items():
+        for name, value in facts.items():
+            assert together[step][name] == pytest.approx(value, rel=1e-4)
 
 
 @pytest.mark.slow
