@@ -17,6 +17,7 @@ import errors
 import evaluation
 import runfolder
 import sampling
+import space
 from storage import VERSION, UserError, write_json, writing
 
 FORMAT = 1
@@ -130,11 +131,7 @@ def _drawing(made):
         words = ["--weights", str(run or source), "--ema-width", f"{made['ema_width']:g}"]
     else:
         words = ["--weights", source]
-    fields = [name for name in sampling.Settings.__dataclass_fields__ if name not in IMPLIED]
-    settings = {name: made.get(name) for name in fields}
-    if settings.get("grid") == "own":  # a solver's, which lays its times itself
-        del settings["grid"]
-    words += _options(settings, settings)
+    words += settings_words(made)
     words += _options(made, ("batch_size", "precision", "device", "vae"))
     if made.get("guide_source"):
         words += ["--guide", made["guide_source"]]
@@ -143,12 +140,21 @@ def _drawing(made):
     return words
 
 
+def settings_words(settings: Mapping[str, object]) -> list[str]:
+    """Options that say resolved sampling.Settings, given as a dict."""
+    names = [name for name in sampling.Settings.__dataclass_fields__ if name not in IMPLIED]
+    told = {name: settings.get(name) for name in names}
+    if told["grid"] == space.OWN:  # a solver's, which lays its times itself
+        told["grid"] = None
+    return _options(told, told)
+
+
 def _options(values, names):
     """Words of a command line for those of `names` that have a value."""
     words = []
     for name in names:
         value = values.get(name)
-        if value is None or value is False:
+        if value is None or value is False or value == name:  # the name is its default
             continue
         words.append(f"--{name.replace('_', '-')}")
         if isinstance(value, list | tuple):

@@ -1985,6 +1985,108 @@ for _name, _what in ours.words("evaluation", "METRICS").items():
     metric_command(_name, _what)
 
 
+# --------------------------------------------------------------------------------------- dimr sweep
+
+
+def axis_options(command):
+    """An option for each axis of a sweep."""
+    for name, words in reversed(ours.words("sweeping", "AXES").items()):
+        option = f"--{name.replace('_', '-')}"
+        command = click.option(option, name, multiple=True, metavar="VALUES", help=words)(command)
+    return command
+
+
+fixed_options = Options(
+    *[
+        option
+        for name, option in zip(settings_options.names, settings_options.options, strict=True)
+        if name not in ours.keys("sweeping", "AXES")
+    ]
+)
+
+
+@main.command()
+@axis_options
+@click.option(
+    "-n",
+    "--count",
+    type=click.IntRange(min=20),
+    default=5000,
+    show_default=True,
+    help="A point's images.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice([key for key in ours.keys("evaluation", "METRICS") if key != "all"]),
+    default="fid",
+    show_default=True,
+    help="Points are judged by its first number.",
+)
+@click.option(
+    "--ref", help="As of dimr eval [default: what fits, else what the run was trained on]."
+)
+@click.option("--out", help="Folder of the sweep; one that is there goes on [default: sweeps/RUN].")
+@labels_option
+@feature_options
+@res_option
+@generator_options
+@fixed_options
+@batch_option
+@json_option
+def sweep(count, metric, ref, out, labels, as_json, **values):
+    """Measure a network with many settings: guidance, its interval, NFE.
+
+    Points share classes and seeds, which no final measure uses, and are compared block by block:
+    a table and a picture say which is best and which can't be told from it, and the command for
+    the final 50,000. Run it again to go on after an interruption, or with more values: only points
+    that are new are drawn.
+
+    \b
+    Examples:
+      dimr sweep --weights runs/xl2r --cfg 1.2:2.0:0.1
+      dimr sweep --weights xl2r --cfg 1.4,1.6 --cfg-interval none --cfg-interval 0.3,5 --steps 25,50
+      torchrun --nproc-per-node 8 -m cli sweep --weights runs/xl2r --cfg 1:3:0.25 -n 10000
+    """
+    import sampling
+    import sweeping
+
+    given = {name: values.pop(name) for name in sweeping.AXES}
+    try:
+        axes = sweeping.read_axes(given)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    if not axes:
+        raise click.UsageError(
+            "a sweep over nothing; give --cfg 1.2:2.0:0.1 or another axis "
+            f"({', '.join(sweeping.AXES)}) several values"
+        )
+    settings = sampling.Settings(**fixed_options.take(values))
+    result = run_sweep(metric, axes, settings, count, labels, ref, out, values)
+    if result is not None:
+        report(result, as_json, sweeping.lines(result))
+
+
+def run_sweep(metric, axes, settings, count, labels, ref, out, values):
+    """`sweeping.run` with the options of `dimr sweep`: on rank 0 its result."""
+    import evaluation
+    import sampling
+    import sweeping
+
+    (kind,) = evaluation.kinds(metric)
+    extractor = extractor_of(kind, values)
+    how = evaluation.How(ref=ref, res=values["res"])
+    job = sweeping.Sweep(
+        load_generator(dict(values)),
+        axes,
+        settings,
+        metric,
+        count,
+        labels or sampling.BALANCED,
+        values["batch_size"],
+    )
+    return sweeping.run(job, extractor, how, out, values)
+
+
 @eval_group.command("verify")
 @device_option
 @json_option

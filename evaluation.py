@@ -56,6 +56,7 @@ class Metric:
     needs: Sequence[str] = ()
     compute: Callable[[Measured, Measured | None], Iterable[Estimate | float]] | None = None
     digits: int = 4
+    rising: bool = False  # whether more of its first number is better
     counted: bool = False  # whether its first name tells the number of images, as FID-50K
     extractor: str = INCEPTION
 
@@ -145,6 +146,7 @@ METRICS = {
         "Inception Score: mean over splits of 5,000 in the order given (a folder's is permuted by "
         "a fixed seed). Needs no reference.",
         {"inception_score": "Inception Score"},
+        rising=True,
         needs=["logits"],
         compute=inception_score,
     ),
@@ -156,6 +158,7 @@ METRICS = {
             "density": "density",
             "coverage": "coverage",
         },
+        rising=True,
         needs=["reference", "features"],
         compute=nearness,
     ),
@@ -681,22 +684,8 @@ def evaluate_all(
     for samples in sets:
         if not isinstance(samples, Generation):
             check_fair(samples)
-    references = {}
-    of = None
-    for kind, extractor in extractors.items():
-        if kind == INCEPTION:
-            check_extractor(metrics, extractor)
-        needs = needed(metrics, kind)
-        if "reference" not in needs:
-            references[kind] = None
-            continue
-        of = of or (Reference(how.ref, how.res) if how.ref else _fitting(sets[0]))
-        of = dataclasses.replace(of, verify=how.verify)
-        against = reference(of, extractor, with_features="features" in needs, quiet=how.quiet)
-        if against:
-            check_held(metrics, against, kind)
-        references[kind] = against
-    found = [_evaluated(metrics, samples, extractors, references, how) for samples in sets]
+    of, against = references(metrics, sets[0], extractors, how)
+    found = [evaluated(metrics, samples, extractors, against, how) for samples in sets]
     if not parallel.is_main():
         return None
     for samples, one in zip(sets, found, strict=True):
@@ -705,8 +694,53 @@ def evaluate_all(
     return found
 
 
-def _evaluated(metrics, samples, extractors, references, how):
-    """An `Evaluated` on rank 0, else None."""
+def references(
+    metrics: str, samples, extractors: Mapping[str, Extractor], how: How
+) -> tuple[Reference | None, dict[str, Measured | None]]:
+    """What METRICS[metrics] compares with, that which fits `samples` where `how` names none; and by
+    kind of features what was measured of it, None where nothing is needed or on other ranks. Of
+    "all", a kind that the reference can't serve is left out. Raises UserError."""
+    found = {}
+    of = None
+    for kind, extractor in extractors.items():
+        if kind == INCEPTION:
+            check_extractor(metrics, extractor)
+        needs = needed(metrics, kind)
+        if "reference" not in needs:
+            found[kind] = None
+            continue
+        of = of or (Reference(how.ref, how.res) if how.ref else _fitting(samples))
+        of = dataclasses.replace(of, verify=how.verify)
+        if metrics == "all" and kind == DINOV2 and not serves(of, extractor):
+            continue
+        against = reference(of, extractor, with_features="features" in needs, quiet=how.quiet)
+        if against:
+            check_held(metrics, against, kind)
+        found[kind] = against
+    return of, found
+
+
+def serves(of: Reference, extractor: Extractor) -> bool:
+    """Whether a reference is images, or statistics of this extractor's features."""
+    path = Path(of.source)
+    if not containers.is_container(path):
+        path = downloads.find(str(of.source))
+    if path.suffix == ".safetensors":
+        return Measured.load(path).identity == extractor.identity
+    return path.suffix != ".npz" or not {"mu", "sigma"} <= imagesets.names(path)
+
+
+def evaluated(
+    metrics: str,
+    samples,
+    extractors: Mapping[str, Extractor],
+    against: Mapping[str, Measured | None],
+    how: How,
+) -> Evaluated | None:
+    """What is measured of one set on the kinds of features that `references` gave something to
+    compare with; on rank 0, else None."""
+    left_out = [kind for kind in extractors if kind not in against]
+    extractors = {kind: extractors[kind] for kind in against}
     found = {}
     for kind, extractor in extractors.items():
         if isinstance(samples, Generation):
@@ -720,10 +754,15 @@ def _evaluated(metrics, samples, extractors, references, how):
     values = {}
     notes = []
     for kind, one in found.items():
-        against = references[kind]
         one.half = how.adm
-        values |= estimates(metrics, one, against, extractors[kind].device, kind)
-        notes += [line for line in remarks(metrics, one, against, kind) if line not in notes]
+        values |= estimates(metrics, one, against[kind], extractors[kind].device, kind)
+        told = remarks(metrics, one, against[kind], kind)
+        notes += [line for line in told if line not in notes]
+    if left_out:
+        notes.append(
+            f"fdd and kdd are left out: the reference holds no features of {in_words(left_out)}; "
+            "give images, or what dimr eval stats --kind dinov2 made of them"
+        )
     if how.adm:
         notes.append("precision, recall, density and coverage from float16 distances, as ADM's")
     first = next(iter(found.values()))
@@ -733,7 +772,7 @@ def _evaluated(metrics, samples, extractors, references, how):
         "samples": describe(first),
         "labels": labels_of(samples),
         "made": made(samples),
-        "reference": describe(next(iter(references.values()))),
+        "reference": describe(next(iter(against.values()))),
         "features": first.extractor,
         "identity": first.identity,
         "extractors": {kind: extractor.about for kind, extractor in extractors.items()},

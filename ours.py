@@ -57,6 +57,7 @@ MODULES = (
     "evaluation",
     "cards",
     "verification",
+    "sweeping",
     "distortion",
     "analysis",
     "validation",

@@ -179,8 +179,9 @@ def curves(
 
 
 def stacked(charts: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one width, one below the other."""
-    picture = Image.new("RGB", (charts[0].width, sum(chart.height for chart in charts)), "white")
+    """Pictures, one below the other."""
+    width = max(chart.width for chart in charts)
+    picture = Image.new("RGB", (width, sum(chart.height for chart in charts)), "white")
     y = 0
     for chart in charts:
         picture.paste(chart, (0, y))
@@ -280,6 +281,115 @@ def _draw_bars(draw, corner, name, heights):
         draw.text((x + step / 2 - 3, floor + 3), str(k + 1), "black", font)
         if k < 2:
             draw.text((x + 2, y(share) - 13), f"{100 * share:.0f}%", "black", font)
+
+
+def error_bars(
+    names: Sequence[str],
+    estimates: Sequence[tuple[float, float | None]],
+    title: str,
+    axes: tuple[str, str],
+    marked: Sequence[int] = (),
+) -> Image.Image:
+    """A PIL chart of (value, error) by name, evenly spaced: a curve with bars of one error to each
+    side. Those whose numbers are `marked` are filled, others hollow."""
+    low = min(value - (error or 0) for value, error in estimates)
+    high = max(value + (error or 0) for value, error in estimates)
+    margin = 0.06 * (high - low) or 1.0
+    chart = _Plane(low - margin, high + margin, len(names))
+    picture = Image.new("RGB", (chart.width, chart.height), "white")
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(13)
+    draw.text((chart.left, 10), title, "black", font)
+    for tick in round_ticks(chart.low, chart.high):
+        draw.line((chart.left, chart.y(tick), chart.width - 20, chart.y(tick)), "#dddddd")
+        text = f"{tick:.4g}"
+        corner = (chart.left - 8 - draw.textlength(text, font), chart.y(tick) - 8)
+        draw.text(corner, text, "black", font)
+    points = [(chart.x(k), chart.y(value)) for k, (value, _) in enumerate(estimates)]
+    draw.line(points, COLOURS[0], 2)
+    for k, (value, error) in enumerate(estimates):
+        x, y = points[k]
+        draw.line((x, chart.y(value - (error or 0)), x, chart.y(value + (error or 0))), COLOURS[0])
+        fill = COLOURS[1] if k in marked else "white"
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill, COLOURS[0])
+        text = fitted(names[k], chart.step - 4, draw, font)
+        draw.text((x - draw.textlength(text, font) / 2, chart.bottom + 6), text, "black", font)
+    across, up = axes
+    middle = (chart.left + chart.width - draw.textlength(across, font)) / 2
+    draw.text((middle, chart.bottom + 24), across, "black", font)
+    draw.text((6, 28), up, "black", font)
+    return picture
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plane:
+    """Where the points of a chart lie: `count` of them evenly across, values from low to high."""
+
+    low: float
+    high: float
+    count: int
+    width: int = 900
+    height: int = 420
+    left: int = 84
+    top: int = 48
+
+    @property
+    def bottom(self):
+        return self.height - 48
+
+    @property
+    def step(self):
+        return (self.width - self.left - 20) / self.count
+
+    def x(self, k):
+        return self.left + (k + 0.5) * self.step
+
+    def y(self, value):
+        share = (value - self.low) / (self.high - self.low)
+        return self.bottom - (self.bottom - self.top) * share
+
+
+CELL = (104, 44)  # pixels of a heat map's
+
+
+def heat_map(
+    columns: Sequence[str],
+    rows: Sequence[str],
+    cells: Mapping[tuple[int, int], tuple[float, str]],
+    title: str,
+    axes: tuple[str, str],
+    marked: Sequence[tuple[int, int]] = (),
+) -> Image.Image:
+    """A PIL table of coloured cells (row, column) → (value, text), the lowest dark. Those `marked`
+    have a frame; where a cell is missing, paper shows."""
+    values = [value for value, _ in cells.values()]
+    low = min(values)
+    reach = (max(values) - low) or 1.0
+    font = ImageFont.load_default(13)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
+    left = math.ceil(max(measure(text, font) for text in [*rows, axes[1]])) + 20
+    wide, high = CELL
+    width = max(left + len(columns) * wide + 10, math.ceil(measure(title, font)) + 20)
+    picture = Image.new("RGB", (width, 76 + len(rows) * high), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((10, 8), title, "black", font)
+    draw.text((10, 50), axes[1], "black", font)
+    draw.text((left, 30), axes[0], "black", font)
+    for j, name in enumerate(columns):
+        draw.text((left + j * wide + 4, 50), fitted(name, wide - 8, draw, font), "black", font)
+    for i, name in enumerate(rows):
+        draw.text((10, 70 + i * high + high // 2 - 8), name, "black", font)
+    for (i, j), (value, text) in cells.items():
+        box = (left + j * wide, 70 + i * high, left + (j + 1) * wide - 2, 70 + (i + 1) * high - 2)
+        share = (value - low) / reach
+        dark, pale = (33, 102, 172), (247, 247, 247)
+        colour = tuple(round(a + (b - a) * share) for a, b in zip(dark, pale, strict=True))
+        draw.rectangle(box, colour)
+        if (i, j) in marked:
+            draw.rectangle(box, outline=COLOURS[1], width=3)
+        ink = "black" if share > 0.45 else "white"
+        draw.text((box[0] + 6, box[1] + high // 2 - 9), text, ink, font)
+    return picture
 
 
 def diverging(values: np.ndarray) -> np.ndarray:

@@ -56,6 +56,7 @@ JOBS = [
     "evaluation",
     "cards",
     "verification",
+    "sweeping",
     "distortion",
     "analysis",
     "validation",

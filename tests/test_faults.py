@@ -48,6 +48,7 @@ DEFAULTS = {  # what every row of a command has besides what it says
     "demo": "",
     "weights": "",
     "eval": "",
+    "sweep": "-n 20 --features plain_features:pooled --device cpu --out {out}",
 }
 
 
@@ -476,6 +477,26 @@ TABLE = [  # command line, exit status, words of the message
             ("{cut.npz}", 1, "cut.npz"),
             ("{missing}", 1, "missing does not exist"),
         )
+    ],
+    ("sweep --weights {run} --ref {images.npz}", 2, "a sweep over nothing|--cfg 1.2:2.0:0.1"),
+    ("sweep --weights {run} --ref {images.npz} --cfg 1.5", 1, "a sweep over 1 point"),
+    ("sweep --weights {run} --ref {images.npz} --cfg 2:1:0.1", 2, "holds 0 values"),
+    (
+        "sweep --weights {run} --ref {images.npz} --cfg 1:2",
+        2,
+        "neither a number nor FIRST:LAST:STEP",
+    ),
+    ("sweep --weights {run} --ref {images.npz} --cfg 1:3:0.001", 2, "2001 values|1 to 1000"),
+    ("sweep --weights {run} --ref {images.npz} --cfg 0.5,1", 1, "0.5"),
+    ("sweep --weights {run} --ref {images.npz} --cfg 1,nan", 1, "nan"),
+    ("sweep --weights {run} --ref {images.npz} --steps 4,8.5", 2, "no whole number"),
+    ("sweep --weights {run} --ref {images.npz} --cfg-interval 3,1 --cfg 1.5,2", 1, "interval"),
+    ("sweep --weights {run} --ref {images.npz} --guide-scale 1,2", 1, "--guide"),
+    ("sweep --weights {run} --cfg 1,2 --ref {missing}", 1, "missing"),
+    ("sweep --weights {run} --cfg 1,2 -n 19", 2, "20"),
+    *[
+        (f"sweep --ref {{images.npz}} --cfg 1,2 --weights {weights}", 1, words)
+        for weights, words in NETWORKS
     ],
     (f"{EVAL.format('fdd')} {{images.npz}} --ref {{images.npz}}", 2, "leave out --features"),
     *[
