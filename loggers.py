@@ -57,8 +57,10 @@ class TensorBoard(journal.Sink):
     package = "tensorboard"
 
     def begin(self, out, step):
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter
 
+        self.summary = Summary
         self.folder = out / "tensorboard"
         self.place = f"tensorboard --logdir {self.folder}"
         self.step = min(self._told(), step)
@@ -73,8 +75,9 @@ class TensorBoard(journal.Sink):
             return 0
 
     def line(self, line):
-        for name, value in values(line):
-            self.writer.add_scalar(name, value, line["step"])
+        rows = [self.summary.Value(tag=name, simple_value=value) for name, value in values(line)]
+        # at once: an event for each takes six times as long
+        self.writer.file_writer.add_summary(self.summary(value=rows), line["step"])
         self.step = line["step"]
 
     def picture(self, step, path):
