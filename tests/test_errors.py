@@ -1,6 +1,7 @@
 """Standard errors: what leaving out a block gives is what the others give by themselves, and the
 intervals hold the truth as often as they say."""
 
+import intervals
 import numpy as np
 import pytest
 import torch
@@ -12,22 +13,10 @@ import errors
 import fid
 
 
-def drawn(count, seed, dim=16, heavy=False):
-    """Rows of a known distribution whose parts differ in scale."""
-    draw = np.random.default_rng(seed)
-    rows = draw.standard_normal((count, dim))
-    if heavy:
-        rows /= np.sqrt(draw.chisquare(6, (count, 1)) / 4)  # Student's t, of variance 1
+def drawn(count, seed, dim=16):
+    """Rows whose numbers differ in scale."""
+    rows = np.random.default_rng(seed).standard_normal((count, dim))
     return torch.from_numpy(rows / np.arange(1, dim + 1) ** 0.5 + 0.1)
-
-
-def truth(dim=16):
-    """The exact Fréchet distance of `drawn` to `reference`."""
-    return float(fid.Frechet(*reference(dim)).distance(*moments(dim)))
-
-
-def moments(dim):
-    return np.full(dim, 0.1), np.diag(1 / np.arange(1, dim + 1))
 
 
 def reference(dim):
@@ -35,7 +24,7 @@ def reference(dim):
 
 
 def fid_of(rows, owners):
-    """FID as dimr eval has it: its Estimate."""
+    """FID as dimr eval has it, by these blocks: its Estimate."""
     to = fid.Frechet(*reference(rows.shape[1]))
     statistics = fid.Statistics(rows.shape[1])
     statistics.add(rows)
@@ -156,20 +145,28 @@ def test_the_bias_of_a_variance_goes_whole():
 
 @pytest.mark.parametrize("heavy", [False, True])
 def test_intervals_hold_the_truth_as_often_as_they_say_and_errors_are_the_spread(heavy):
-    """80 sets of 400; tools/coverage.py does the same at length."""
-    exact = truth()
-    found = [
-        fid_of(rows, errors.blocks(len(rows)))
-        for rows in (drawn(400, seed, heavy=heavy) for seed in range(80))
-    ]
-    freed = [errors.freed(one) for one in found]
-    values = np.array([one.value for one in freed])
-    held = np.mean([low <= exact <= high for low, high in (one.interval for one in freed)])
-    assert 0.9 <= held <= 0.99
-    stated = np.sqrt(np.mean([one.error**2 for one in freed]))
-    assert stated == pytest.approx(values.std(), rel=0.25)
-    biased = np.mean([one.value for one in found]) - exact
-    assert abs(values.mean() - exact) < biased / 4
+    """80 sets of 400; tools/intervals.py does the same at length, on real images too."""
+    found = intervals.study(*intervals.synthetic(400, heavy, dim=16), draws=80)
+    assert 0.9 <= found["coverage"] <= 0.99
+    assert found["stated"] == pytest.approx(found["spread"], rel=0.25)
+    biased = found["fid"] - found["truth"]
+    assert biased > 0 and abs(found["fid_infinity"] - found["truth"]) < biased / 4
+
+
+def test_an_error_that_ignores_the_classes_of_balanced_sets_would_be_too_large():
+    """Sets of a pool with as many of each class vary less, and blocks within classes know it."""
+    labels = np.repeat(np.arange(10), 300)
+    shifts = np.random.default_rng(0).normal(size=(10, 16))
+    pool = drawn(3000, 0) + torch.from_numpy(shifts[labels])
+    to = fid.Frechet(*reference(16))
+    statistics = fid.Statistics(16)
+    statistics.add(pool)
+    truth = to.distance(statistics.mean, statistics.covariance)
+    draw = intervals.from_pool(pool, labels, 400, balanced=True)
+    known = intervals.study(draw, to, truth, draws=40)
+    unknown = intervals.study(lambda k: (draw(k)[0], None), to, truth, draws=40)
+    assert known["stated"] == pytest.approx(known["spread_infinity"], rel=0.4)
+    assert unknown["stated"] > 1.4 * known["stated"]
 
 
 def test_without_parts_or_with_one_there_is_no_error():

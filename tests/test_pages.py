@@ -39,6 +39,9 @@ ELSEWHERE = {
     # fair sets of 50,000
     "dimr eval all": "tests/test_eval.py",
     "dimr sample --labels": "tests/test_sampling.py",
+    "dimr eval verify": "tests/test_verification.py",
+    "dimr sweep": "tests/test_sweep.py",
+    "python tools/intervals.py": "tests/test_errors.py",
     # released weights
     "dimr sample --weights dit-xl2-256": "tests/test_reproduce.py",
     "dimr sample --weights SiT": "tests/test_reproduce.py",

@@ -1,10 +1,10 @@
 """How often the intervals of `dimr eval` hold the truth, and whether its errors are the spread of
 what it measures: drawn anew many times, on features whose true distance is known.
 
-    python tools/coverage.py synthetic                    # Gaussian and heavy-tailed, in 64 numbers
+    python tools/intervals.py synthetic                   # Gaussian, heavy-tailed: 64 numbers
     apt-get install dataset-fashion-mnist
-    python tools/coverage.py fashion                      # 60,000 real images, learned features
-    python tools/coverage.py fashion --draws 20 --json
+    python tools/intervals.py fashion                      # 60,000 real images, learned features
+    python tools/intervals.py fashion --draws 20 --json
 
 Synthetic features have an exact distance. Of Fashion-MNIST, the 60,000 training images, blurred a
 little, are the pool that sets are drawn from; its own distance to the 10,000 test images is the
