@@ -448,10 +448,36 @@ shape_options = Options(
 )
 
 
+forecast_options = Options(
+    click.option(
+        "--gpus",
+        type=POSITIVE,
+        help="Say what training, drawing and measuring take on so many GPUs [default: 1].",
+    ),
+    click.option(
+        "--gpu", type=row_of("forecast", "GPUS"), help="And of which kind [default: h100]."
+    ),
+    click.option(
+        "--share",
+        type=Real(0, 1, min_open=True),
+        help="At this share of their peak [default: as bench.py measured, else the paper's 0.32].",
+    ),
+    click.option(
+        "--bench",
+        "measured",
+        multiple=True,
+        type=click.Path(exists=True, dir_okay=False),
+        help="What tools/bench.py --json printed on such a GPU [default: training.json and "
+        "sampling.json, if they are here].",
+    ),
+)
+
+
 @main.command()
 @click.argument("what", required=False, metavar="[RUN|RUN@STEP|FILE|NAME]")
 @click.option("--variant", type=VARIANT, help=f"[default: {DEFAULT_VARIANT}]")
 @shape_options
+@forecast_options
 @kind_option
 @click.option(
     "--micro-batch",
@@ -462,28 +488,34 @@ shape_options = Options(
     "--ema-profiles", type=WIDTHS, default=(), help="And with these averages, as dimr train."
 )
 @json_option
-def info(what, variant, kind, micro_batch, ema_profiles, as_json, **shape):
+def info(what, variant, kind, micro_batch, ema_profiles, as_json, **values):
     """Size and cost of a network, branch by branch: of a variant, of one that differs from it as
-    the options say, or of a run or weights.
+    the options say, or of a run or weights. With --gpus or --gpu, a forecast: steps a second, days,
+    GPU-hours, memory, disk, and the time to draw and measure 50,000 images.
 
     \b
     Examples:
       dimr info --variant xl2r
       dimr info --variant xl2r --micro-batch 64
       dimr info --variant m3r --layers 9,5 --dims 384,192 --heads 6
+      dimr info --variant xl2r --gpus 8 --gpu h100 --micro-batch 64
       dimr info runs/mine
       dimr info runs/mine@5000
     """
     if what and variant:
         raise click.UsageError(f"{what} is a network already; leave out --variant, or {what}")
     variant = variant or DEFAULT_VARIANT
-    config, about = network_of(what, variant, kind, shape_options.given(shape))
+    config, about = network_of(what, variant, kind, shape_options.given(values))
     result = {"variant": what or variant, **costs(config), **about}
     lines = info_lines(result, config)
     if about:
         classes = shown(", ".join(about["classes"])) or "no names"
         lines.append(f"  step {about['step']}, classes: {classes}")
-    if micro_batch:
+    asked = forecast_options.take(values)
+    if asked["gpus"] or asked["gpu"]:
+        result["forecast"], words = forecast_of(config, what, variant, micro_batch, asked)
+        lines.append(words)
+    elif micro_batch:
         result["memory"] = memory_costs(config, micro_batch, len(ema_profiles))
         lines += [memory_line(cost) for cost in result["memory"]]
     report(result, as_json, "\n".join(lines))
@@ -506,6 +538,37 @@ def network_of(what, variant, kind, shape):
         return networks.changed(config, shape), about
     except ValueError as error:
         raise UserError(f"this network can't be built: {error}") from None
+
+
+def forecast_of(config, what, variant, micro_batch, asked):
+    """`forecast.forecast` of a variant, with its paper's recipe, or of a run, with its own, and the
+    same for people. Raises UserError."""
+    import forecast
+    import recipes
+    import runfolder
+
+    recipe = recipes.RECIPES[variant]
+    if what:
+        run = runfolder.run_of(runfolder.find_weights(what))
+        if run is None:
+            raise UserError(
+                f"{what} says nothing of how long it is trained; give a run or --variant"
+            )
+        recipe = recipes.Recipe(**runfolder.read_config(run)["recipe"])
+    measured = asked["measured"]
+    if not measured:
+        measured = [name for name in forecast.MEASUREMENTS if Path(name).is_file()]
+    found = forecast.forecast(
+        config,
+        recipe,
+        gpus=asked["gpus"] or 1,
+        gpu=asked["gpu"] or "h100",
+        variant=what or variant,
+        share=asked["share"],
+        micro_batch=micro_batch,
+        measured=measured,
+    )
+    return found, forecast.lines(found)
 
 
 def costs(config):

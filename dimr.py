@@ -433,12 +433,12 @@ class Branch(nn.Module):
         self.grid = grid
         self.tokens = int(r == 0)  # tokens in front of the grid's own
 
-    def forward(self, image, y, condition, run):
-        """`image` (B, C, H, W), `y` the branch before's features or None; `run(block, x,
+    def forward(self, image, before, condition, run):
+        """`image` (B, C, H, W), `before` the features of the branch before or None; `run(block, x,
         condition)` applies a block.
 
-        Returns the noise at this resolution (B, C, h, w) and this branch's features (B, h·w,
-        (blocks + 1)·D)."""
+        Returns the noise at this resolution (B, C, h, w) and this branch's features, blocks + 1 of
+        (B, h·w, D)."""
         if self.embedder:
             condition = condition._replace(embedding=self.embedder(condition.tau))
         x = self.patchify(image).flatten(2).transpose(1, 2)  # (B, h·w, D)
@@ -446,7 +446,7 @@ class Branch(nn.Module):
         if self.tokens:
             x = torch.cat([self.class_token(condition.y)[:, None], x], dim=1)
         else:
-            x = x + self.upsample(y, condition)
+            x = x + self.upsample(join(before), condition)
         features = [x[:, self.tokens :]]
         long_skips = []
         middle = len(self.skips)
@@ -609,8 +609,7 @@ class DiMR(nn.Module):
         features = None
         predictions = []
         for branch in self.branches:
-            joined = join(features) if features else None
-            prediction, features = branch(x, joined, condition, run)
+            prediction, features = branch(x, features, condition, run)
             predictions.append(prediction)
         return tuple(predictions)
 

@@ -64,6 +64,7 @@ MODULES = (
     "recipes",
     "training",
     "audit",
+    "forecast",
     "digits_demo",
 )
 

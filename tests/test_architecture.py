@@ -63,6 +63,7 @@ JOBS = [
     "recipes",
     "training",
     "audit",
+    "forecast",
     "digits_demo",
 ]
 FRONT = ["cli"]

@@ -215,7 +215,7 @@ def test_processes_that_train_together_compile_a_graph_for_each_kind_of_block(tm
     """DistributedDataParallel would have the whole cut at each bucket of gradients: 21 graphs here,
     65 of xl2r."""
     with Ranks(2, tmp_path, count_graphs) as ranks:
-        said = ranks.end()
+        said = ranks.end(240)
     assert [status for status, _ in said] == [0, 0], said
     for _, text in said:
         found = json.loads(text.splitlines()[-1])

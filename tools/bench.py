@@ -867,7 +867,10 @@ def main(parts, device, variant, batch, against, seconds, compiled, as_json):
             gc.collect()
     finally:
         if as_json:
-            click.echo(json.dumps([dataclasses.asdict(row) for row in bench.rows], indent=1))
+            about = {"machine": machine(bench.device)}
+            click.echo(
+                json.dumps([dataclasses.asdict(row) | about for row in bench.rows], indent=1)
+            )
 
 
 if __name__ == "__main__":
