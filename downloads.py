@@ -12,10 +12,12 @@ import contextlib
 import dataclasses
 import http.client
 import os
+import re
 import socket
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from storage import UserError, check_room, sha256, sync_folder
 
 BLOCK = 2**20  # bytes read at once
 HUB = "https://huggingface.co"
+LARGEST = 64 * 10**9  # bytes that are taken from a server that doesn't say how many there are
 PASSING = {408, 416, 425, 429}  # HTTP statuses that another try may cure, beside 500 and above
 
 
@@ -133,6 +136,8 @@ class Limits:
     tries: int = 4  # attempts in a row that bring nothing new
     wait: float = 1  # seconds to the next attempt, then twice as long each time
     patience: float = 300  # seconds that another process may hold the download without moving
+    window: float = 60  # seconds in which at least
+    least: int = 60_000  # bytes have to come
 
 
 def cache() -> Path:
@@ -241,6 +246,10 @@ class Interrupted(Failed):
     """An attempt that failed; another may not."""
 
 
+class Slow(Interrupted):
+    """An attempt that brought too little to go on with for ever."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Download:
     """One file on its way to `path`. Beside it lie a lock, the part that is there, and a tag: what
@@ -271,6 +280,9 @@ def _fetch(job):
         raise UserError(
             f"{job.name} is not in the cache and DIMR_OFFLINE is set: unset it; {by_hand}"
         )
+    for place in (job.part, job.tag):
+        if place.is_dir():
+            raise UserError(f"{place} is a folder, where a file is to be; remove it")
     with _locked(job):
         if job.path.is_file():  # another process has fetched it meanwhile
             return
@@ -364,7 +376,7 @@ def _bring(job, bar):
         try:
             return _attempt(job, bar)
         except Interrupted as error:
-            if _size(job.part) > best:
+            if _size(job.part) > best and not isinstance(error, Slow):
                 failures = 0
                 best = _size(job.part)
             else:
@@ -384,7 +396,7 @@ def _attempt(job, bar):
         start = max(0, _size(job.part) - 1)  # the last byte once more: no range is empty then
     with _open(job, start) as (response, linked):
         first, offered = _extent(response)
-        known = job.asset.size or int(linked.get("X-Linked-Size") or 0) or None
+        known = job.asset.size or _number(linked.get("X-Linked-Size", "")) or None
         if known and offered not in (None, known):
             raise Interrupted(f"the server offers {offered:,} bytes, expected {known:,}")
         total = offered or known
@@ -402,9 +414,9 @@ def _attempt(job, bar):
         bar.n = first
         bar.initial = first
         with open(job.part, "rb+" if first else "wb") as file:
-            job.tag.write_text(identity)
+            job.tag.write_text(identity, "utf-8", "backslashreplace")
             file.seek(first)
-            while block := _read(response):
+            for block in _blocks(job, response, (total or LARGEST) - first):
                 file.write(block)
                 bar.update(len(block))
     size = _size(job.part)
@@ -425,9 +437,9 @@ def _identity(response, linked):
 def _check_same_file(job, identity, start, first):
     """Raises Interrupted, with the partial file removed, if bytes from `first` on do not continue
     it."""
-    if first == start and identity == job.tag.read_text():
+    if first == start and identity == job.tag.read_text("utf-8", "replace"):
         return
-    job.part.unlink()
+    job.part.unlink(missing_ok=True)
     if first == start:
         raise Interrupted("the server's file has changed")
     raise Interrupted(f"the server sent bytes from {first:,}, asked for {start:,}")
@@ -453,6 +465,7 @@ def _open(job, start):
     class Redirects(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, request, file, code, message, headers, url):
             note(headers)
+            _check_redirect(request.full_url, url)
             return super().redirect_request(request, file, code, message, headers, url)
 
     headers = {"User-Agent": "dimr"}
@@ -471,9 +484,43 @@ def _open(job, start):
         raise Failed(answer) from None
     except (OSError, http.client.HTTPException) as error:
         raise Interrupted(f"no connection ({_reason(error)})") from None
+    except ValueError as error:
+        raise Failed(f"an address can't be read ({error})") from None
     with response:
         note(response.headers)
         yield response, linked
+
+
+def _check_redirect(before, after):
+    """Raise Failed for a redirect to anything but http(s), and for one that gives up encryption."""
+    scheme = urllib.parse.urlsplit(after).scheme
+    if scheme not in ("http", "https"):
+        raise Failed(f"the server redirects to {after[:200]}, which is no http(s) address")
+    if before.startswith("https:") and scheme == "http":
+        raise Failed(f"the server redirects from https to {after[:200]}, which is not encrypted")
+
+
+def _blocks(job, response, most):
+    """Yield what a response brings. Raises Interrupted where that breaks off, Slow where too little
+    comes, Failed where more than `most` bytes do."""
+    limits = job.limits
+    taken = 0
+    since = time.monotonic()
+    counted = 0  # bytes when the window began
+    while block := _read(response):
+        taken += len(block)
+        if taken > most:
+            job.part.unlink(missing_ok=True)
+            raise Failed(f"the server sends more than the {most:,} bytes that there should be")
+        yield block
+        if time.monotonic() - since > limits.window:
+            if taken - counted < limits.least:
+                raise Slow(
+                    f"{taken - counted:,} bytes came in {limits.window:g} s, fewer than "
+                    f"{limits.least:,}"
+                )
+            since = time.monotonic()
+            counted = taken
 
 
 def _read(response):
@@ -500,7 +547,8 @@ def _extent(response):
 
 
 def _number(text):
-    return int(text) if text.isdecimal() else None
+    """A length in bytes, or None for what is none."""
+    return int(text) if re.fullmatch("[0-9]{1,19}", text) else None
 
 
 def _verify(job, expected):
@@ -511,6 +559,6 @@ def _verify(job, expected):
         return f"length as announced; no hash is published, its SHA-256 is {digest}"
     if not digest.startswith(expected.lower()):
         job.part.unlink()
-        job.tag.unlink()
+        job.tag.unlink(missing_ok=True)
         raise Failed(f"its SHA-256 is {digest}, expected {expected}")
     return f"SHA-256 {digest} as expected"

@@ -49,6 +49,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.asked = []  # ranges
         self.linked = True  # whether a redirect tells hash and length
         self.delay = 0  # seconds a block
+        self.headers = {}  # that a redirect has otherwise
         self.etag = None  # what it says of the file's hash, None for the truth
 
 
@@ -71,7 +72,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             etag = hub.etag or hashlib.sha256(hub.body).hexdigest()
             headers["X-Linked-ETag"] = f'"{etag}"'
             headers["X-Linked-Size"] = len(hub.body)
-        self.answer(302, b"", headers)
+        self.answer(302, b"", headers | hub.headers)
 
     def store(self):
         hub = self.server
@@ -84,6 +85,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(fault, b"no", {})
         if fault == "page":
             return self.answer(200, b"<html>please log in</html>", {})
+        if isinstance(fault, tuple):
+            return self.claim(*fault)
+        if fault == "drip":
+            return self.drip()
         if start >= len(body):
             return self.answer(416, b"", {"Content-Range": f"bytes */{len(body)}"})
         status = 200
@@ -96,6 +101,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status = 206
             body = body[start:]
         self.send_with(fault, status, body, headers)
+
+    def claim(self, what, value):
+        """Some bytes with a header that says anything of them."""
+        if what == "part":
+            return self.answer(206, b"five!", {"Content-Range": value} if value else {})
+        self.answer(200, self.server.body, {"Content-Length": value}, None)
+        self.close_connection = True
+
+    def drip(self):
+        """A byte at a time."""
+        self.answer(200, b"", {}, 10_000)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(50):
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+        self.close_connection = True
 
     def send_with(self, fault, status, body, headers):
         """Answer with these bytes, as far as the fault lets them through."""
@@ -300,6 +321,83 @@ def test_refusals_end_at_once_and_passing_faults_are_tried_again(hub):
         downloads.fetch("model", QUICK)
     assert len(hub.asked) == 4
     hub.faults = [500, 429]
+    assert downloads.fetch("model", QUICK).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("name", ["model", "plain"])
+@pytest.mark.parametrize("times", [1, 2, 9])
+def test_a_range_that_the_server_does_not_have_is_one_line_at_worst(hub, name, times):
+    hub.faults = [416] * times
+    if times < QUICK.tries:
+        assert downloads.fetch(name, QUICK).read_bytes() == BODY
+    else:
+        with pytest.raises(UserError, match="answers 416"):
+            downloads.fetch(name, QUICK)
+
+
+@pytest.mark.parametrize("name", ["model", "plain"])
+@pytest.mark.parametrize("span", ["bytes 5-9/10", "bytes 5-9", "bytes -", "", "bytes 5-9/x"])
+def test_a_part_that_was_not_asked_for_is_not_taken(hub, name, span):
+    hub.faults = [("part", span)] * 2
+    assert downloads.fetch(name, QUICK).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("size", ["abc", "-5", "9" * 5000, "", "0", "\u0663"])
+def test_lengths_that_are_none_are_no_lengths(hub, size):
+    hub.headers = {"X-Linked-Size": size.encode().decode("latin-1")}
+    assert downloads.fetch("model", QUICK).read_bytes() == BODY
+    hub.headers = {}
+    hub.faults = [("length", size.encode().decode("latin-1"))]
+    with contextlib.suppress(UserError):  # without a length and a hash nothing is proved
+        assert downloads.fetch("plain", QUICK).read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    "place", ["http://[bad", "ftp://127.0.0.1/x", "file:///etc/passwd", "data:,x", "//", "http://"]
+)
+def test_a_redirect_to_no_address_is_one_line(hub, place):
+    hub.headers = {"Location": place}
+    with pytest.raises(UserError) as error:
+        downloads.fetch("model", QUICK)
+    assert "model could not be fetched" in str(error.value)
+    assert not downloads.place("model").exists()
+
+
+def test_a_redirect_does_not_give_up_encryption():
+    with pytest.raises(downloads.Failed, match="from https to http://x"):
+        downloads._check_redirect("https://hub/x", "http://x/y")
+    downloads._check_redirect("https://hub/x", "https://x/y")
+    downloads._check_redirect("http://hub/x", "https://x/y")
+
+
+@pytest.mark.parametrize("known_size", [True, False])
+def test_no_more_is_taken_than_was_announced(hub, monkeypatch, known_size):
+    if known_size:
+        known(monkeypatch, "plain", size=5000)
+    else:
+        monkeypatch.setattr(downloads, "LARGEST", 5000)
+    hub.faults = ["endless"] * 9
+    with pytest.raises(UserError, match="more than the 5,000 bytes"):
+        downloads.fetch("plain", QUICK)
+    assert not part_of("plain").exists()
+
+
+def test_a_byte_now_and_then_is_too_slow(hub):
+    limits = dataclasses.replace(QUICK, window=0.3, least=1000)
+    hub.faults = ["drip"] * 9
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="bytes came in 0.3 s, fewer than 1,000"):
+        downloads.fetch("plain", limits)
+    assert time.monotonic() - begun < 20
+
+
+def test_what_lies_in_the_cache_may_be_anything(hub):
+    part_of("model").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"\.part is a folder.*remove it"):
+        downloads.fetch("model", QUICK)
+    part_of("model").rmdir()
+    part_of("model").write_bytes(BODY[:1000])
+    part_of("model").with_suffix(".tag").write_bytes(b"\xff\xfe tag")
     assert downloads.fetch("model", QUICK).read_bytes() == BODY
 
 
