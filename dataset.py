@@ -393,7 +393,7 @@ class LatentFiles(Listed):
         place = self.place(index)
         try:
             shape, fortran, dtype = NPY[np.lib.format.read_magic(file)](file)
-        except (ValueError, KeyError):
+        except Exception:  # whatever an untrusted file makes the parser raise, it is at fault
             raise BadImage(place, "is no NumPy array") from None
         if dtype != np.float32 or fortran or len(shape) != 3 or shape[0] != 2 * self.channels:
             raise BadImage(place, f"is {dtype} {shape}; expected float32 (8, h, w)")

@@ -413,8 +413,9 @@ def _has_index(job):
     made = shards.make_index(job.out, job.plan, _rows(job))
     derived = ("classes", "items", "counts", "skipped", "shards")
     mended = {**found, **{name: made[name] for name in derived}}
+    mended["source"] = {**found["source"], "items": made["source"]["items"]}
     if mended != found and parallel.is_main():
-        wrong = ", ".join(name for name in derived if mended[name] != found[name])
+        wrong = ", ".join(name for name in mended if mended[name] != found[name])
         tqdm.write(
             f"{job.out / 'index.json'} was damaged ({wrong}) and is written anew from the shards",
             file=sys.stderr,

@@ -272,6 +272,9 @@ def read_array(path: str | Path, name: str) -> np.ndarray:
         return arrays[name]
 
 
+MOST_LABELS = 2**27  # bytes of a file of labels
+
+
 def read_labels(path: str | Path) -> np.ndarray:
     """Classes int64 (N,) from a file: an `.npy`, an `.npz` with arr_1, as a set of `sample` or
     ADM's reference has it, or a text with one number a line. Raises UserError."""
@@ -280,6 +283,11 @@ def read_labels(path: str | Path) -> np.ndarray:
         raise UserError(
             f"{path} does not exist; expected labels: an .npy, an .npz with arr_1, or a text with "
             "one class number a line"
+        )
+    if path.stat().st_size > MOST_LABELS:
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes, and no list of labels has more than "
+            f"{MOST_LABELS:,}; give fewer"
         )
     read = _read_plain_labels
     if path.suffix == ".npz":
@@ -302,8 +310,10 @@ def _read_plain_labels(path):
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)  # claims more than it holds?
         return np.asarray([int(line) for line in path.read_text("utf-8").split()], np.int64)
-    except (ValueError, EOFError, OverflowError) as error:
-        raise UserError(f"{path} can't be read as labels ({error})") from None
+    # whatever an untrusted file makes the parsers raise, the file is at fault
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} can't be read as labels ({reason})") from None
 
 
 def sidecar(path: str | Path) -> Path:

@@ -6,6 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
+import diffusion
 import dimr
 import peers
 import schema
@@ -63,7 +64,14 @@ def config_of(record: dict) -> Config:
         schema.check(record, _PEER)
         return peers.PeerConfig(**record)
     schema.check(record, _DIMR)
-    return dimr.Config(**record)
+    config = dimr.Config(**record)
+    for name, table in (
+        (config.objective, diffusion.OBJECTIVES),
+        (config.noise_schedule, diffusion.SCHEDULES),
+    ):
+        if name not in table:
+            raise ValueError(f"{schema.brief(name)} is not one of {', '.join(table)}")
+    return config
 
 
 def blocks(config: Config) -> int:

@@ -52,7 +52,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         object.__setattr__(self, "ema_profiles", tuple(self.ema_profiles))
 
     def learning_rate(self, step: int) -> float:

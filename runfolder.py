@@ -15,6 +15,7 @@ import ours
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -49,6 +50,7 @@ ROOT = Path("runs")
 RELEASED = "xl2r"  # what is drawn from where there is no run
 # What our files look like (schema.py). A recipe is training.Recipe's, of which weights files have
 # a part.
+BELOW_1 = math.nextafter(1, 0)
 RECIPE = fields(
     {},
     {
@@ -58,12 +60,12 @@ RECIPE = fields(
         "micro_batch": maybe(whole(1)),
         "warmup": whole(),
         "weight_decay": real(0),
-        "betas": many(real(0, 1), 2, 2),
-        "ema": real(0, 1),
+        "betas": many(real(0, BELOW_1), 2, 2),
+        "ema": real(0, BELOW_1),
         "ema_profiles": many(real(0, 1), 0, 100),
         "ema_every": maybe(whole(1)),
         "ema_precision": one_of(*averages.PRECISIONS),
-        "label_dropout": real(0, 1),
+        "label_dropout": real(0, BELOW_1),
         "flip": flag,
         "grad_clip": maybe(real(0)),
         "target_scale": one_of(*diffusion.TARGET_SCALES),
@@ -88,6 +90,7 @@ DATA = fields(
     },
 )
 CONFIG_PARTS = {"variant": maybe(text()), "config": fields({}), "recipe": RECIPE, "data": DATA}
+CONFIG_MAIN = tuple(CONFIG_PARTS)
 CONFIG_NOTES = {
     "init": maybe(text()),
     "validation": fields({"path": text()}, {"every": maybe(whole(1))}),
@@ -133,9 +136,14 @@ def newest(root: Path = ROOT) -> Path | None:
 
 def checkpoints(run: Path) -> list[Path]:
     """A run's checkpoint folders, by step."""
+    return [path for path in _step_folders(run) if (path / "manifest.json").is_file()]
+
+
+def _step_folders(run):
+    """The folders that are called as checkpoints are, by step."""
     found = []
     for path in (Path(run) / "checkpoints").glob("step-*"):
-        if CHECKPOINT.fullmatch(path.name) and (path / "manifest.json").is_file():
+        if CHECKPOINT.fullmatch(path.name) and path.is_dir():
             found.append(path)
     return sorted(found, key=step_of)
 
@@ -158,7 +166,7 @@ def run_of(weights: Path) -> Path | None:
     return folder.parent
 
 
-def read_config(run: str | Path, needed: Sequence[str] = ("config", "recipe", "data")) -> dict:
+def read_config(run: str | Path, needed: Sequence[str] = CONFIG_MAIN) -> dict:
     """What a run's config.json says, in which what is `needed` is there. Raises UserError where it
     is missing or damaged."""
     shape = fields({name: CONFIG_PARTS[name] for name in needed}, {**CONFIG_PARTS, **CONFIG_NOTES})
@@ -226,7 +234,7 @@ def newest_whole(
 ) -> Path | None:
     """The newest checkpoint that agrees with its manifest, or None if there are none at all;
     damaged ones are named through `say`. Raises UserError if all are damaged."""
-    found = checkpoints(run)
+    found = _step_folders(run)
     for checkpoint in reversed(found):
         try:
             verify(checkpoint)

@@ -248,7 +248,7 @@ def read_encoded(root: str | Path, name: str = "index.json") -> dict:
 
 
 def _read(path, shape):
-    index = read_json(path, fields({"format": schema.anything, "kind": schema.anything}))
+    index = read_json(path, fields({"format": schema.anything, "kind": text()}))
     if index["format"] != FORMAT or index["kind"] not in DATA_DTYPE:
         raise UserError(
             f"{path} is not of shard format {FORMAT}; encode elsewhere, or use the dimr "

@@ -247,7 +247,7 @@ def _state_dict(path, value):
     tensors = {}
     if isinstance(value, dict):
         tensors = {name: item for name, item in value.items() if isinstance(item, torch.Tensor)}
-    if not tensors:
+    if not tensors or not all(isinstance(name, str) for name in tensors):
         raise UserError(f"{path} holds no state dict: expected names mapped to tensors")
     metadata = getattr(value, "metadata", None)
     if not isinstance(metadata, dict):
