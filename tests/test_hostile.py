@@ -215,8 +215,8 @@ def test_a_network_that_no_file_can_hold_is_refused_at_once(run, layers):
     [
         ("config.json", DEEP, "nested deeper"),
         ("config.json", "[]", "is a list of 0"),
-        ("config.json", '{"config": 1, "recipe": {}, "data": {}}', "config is 1"),
-        ("config.json", "{}", "config is missing"),
+        ("config.json", '{"variant": null, "config": 1, "recipe": {}, "data": {}}', "config is 1"),
+        ("config.json", "{}", "variant is missing"),
         ("metrics.jsonl", DEEP + "\n", "line 1 is damaged"),
         ("metrics.jsonl", '{"step": "1", "loss": 1}\n', "line 1 is damaged"),
         ("metrics.jsonl", '{"step": 1, "loss": []}\n', "line 1 is damaged"),
