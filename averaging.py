@@ -45,6 +45,10 @@ class Snapshot:
         return averages.exponent(self.width)
 
 
+class Outside(UserError):
+    """A width that the snapshots do not span."""
+
+
 class Damaged(Exception):
     """A snapshot that is not what training wrote."""
 
@@ -261,7 +265,7 @@ class Mix:
 
 def choose(run, usable, step, width) -> Mix:
     """What the average of `width` at `step` is made of. Raises UserError if `usable`, the snapshots
-    up to there, don't span it."""
+    up to there, don't span it (Outside)."""
     if not usable:
         raise UserError(f"no snapshot of {run} up to step {step} is whole; choose a later --step")
     fit = averages.Fit([one.step for one in usable], [one.exponent for one in usable])
@@ -269,7 +273,7 @@ def choose(run, usable, step, width) -> Mix:
     if 0 < width < averages.WIDEST:
         mismatch = float(fit.mismatch(step, averages.exponent(width)))
     if mismatch > averages.NEAR:
-        raise UserError(
+        raise Outside(
             f"width {width:g} is outside what {len(usable)} snapshots of {run} up to step {step} "
             f"span; {range_text(fit.span(step))}"
         )

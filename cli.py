@@ -1326,25 +1326,57 @@ def sampling_line(result):
 @click.option(
     "--width",
     type=ABOVE_ZERO,
-    required=True,
     help="Relative width of the average: about 0.01 to 0.25, narrow is late and sharp.",
 )
 @click.option("--step", type=POSITIVE, help="A snapshot's step [default: the last].")
+@click.option(
+    "--plot",
+    type=click.Choice(["loss", "fid"]),
+    help="Judge averages of many widths at several steps instead, by the loss on held-out images "
+    "or by FID, and draw a table of it.",
+)
+@click.option(
+    "--validate",
+    help="Held-out images for --plot loss [default: those that the run validates on].",
+)
+@click.option(
+    "-n",
+    "images",
+    type=POSITIVE,
+    default=5000,
+    show_default=True,
+    help="Samples of each average for --plot fid.",
+)
+@click.option("--ref", help="Reference for --plot fid [default: as dimr eval fid].")
+@click.option(
+    "--inception", default=INCEPTION, show_default=True, help="Inception's weights for --plot fid."
+)
+@click.option("--features", help="module:function in Inception's place, for --plot fid.")
+@device_option
 @json_option
-def ema(run, out, width, step, as_json):
+def ema(run, out, width, step, plot, as_json, **values):
     """Make the average of any width, after training, of a run's snapshots (arXiv:2312.02696).
 
     RUN was trained with --ema-profiles; RUN@STEP is RUN with that --step. OUT is a weights file
     that sample and eval take: .safetensors, or .pth under the authors' names [default: a file in
-    RUN/averages, whose name is said]. Snapshots that are damaged or missing are named and done
-    without, as long as the rest spans the width.
+    RUN/averages, whose name is said]; with --plot a picture and its numbers. Snapshots that are
+    damaged or missing are named and done without, as long as the rest spans the width.
 
     \b
     Examples:
       dimr train --variant xl2r --ema-profiles 0.05,0.10 --ema-precision fp16
       dimr ema runs/xl2r --width 0.075
       dimr ema runs/xl2r --width 0.12 --step 500000 wide.safetensors
+      dimr ema runs/xl2r --plot fid
     """
+    if plot:
+        if width or step:
+            raise click.UsageError("--plot takes widths and steps of its own; leave out the others")
+        result = plot_widths(run, out, plot, values)
+        report(result, as_json, widths_line(result))
+        return
+    if width is None:
+        raise click.UsageError("Missing option '--width' (or --plot)")
     import averaging
 
     if out and Path(out).suffix not in (".safetensors", ".pth"):
@@ -1353,6 +1385,36 @@ def ema(run, out, width, step, as_json):
         )
     result = averaging.write(run, width, step, out)
     report(result, as_json, averaging_line(result))
+
+
+def plot_widths(run, out, plot, values):
+    """`widths.plot` with the options of `dimr ema --plot`."""
+    import extraction
+    import parallel
+    import widths
+
+    device = parallel.pick_device(values["device"])
+    parallel.start(device, minutes=parallel.DAY)
+    extractor = None
+    if plot == "fid" and values["features"]:
+        extractor = extraction.custom(values["features"], device)
+    elif plot == "fid":
+        extractor = extraction.inception(values["inception"], device)
+    judge = widths.Judge(values["validate"], extractor, values["images"], values["ref"])
+    return widths.plot(run, judge, device=device.type, out=out)
+
+
+def widths_line(result):
+    best = result["best"]
+    blank = ""
+    if result["outside"]:
+        blank = f" ({result['outside']} more are outside what the snapshots span: blank)"
+    return (
+        f"{len(result['points'])} averages of {result['run']}{blank}; the lowest "
+        f"{result['judge']}, {best['value']:.4g}, at step {best['step']:,} and width "
+        f"{best['width']:g} (dimr ema {result['run']} --step {best['step']} --width "
+        f"{best['width']:g}) -> {result['picture']}"
+    )
 
 
 def averaging_line(result):

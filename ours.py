@@ -63,6 +63,7 @@ MODULES = (
     "validation",
     "recipes",
     "training",
+    "widths",
     "audit",
     "forecast",
     "digits_demo",

@@ -62,6 +62,7 @@ JOBS = [
     "validation",
     "recipes",
     "training",
+    "widths",
     "audit",
     "forecast",
     "digits_demo",
