@@ -359,7 +359,10 @@ feature_options = Options(
 class Brief(click.Command):
     """A command whose --help leaves out what few need, and --help-all does not."""
 
-    SHOWN = ("ref", "against", "count", "weights", "cfg", "preset", "steps", "as_json")
+    SHOWN = (
+        *("ref", "against", "count", "labels", "card", "weights", "cfg", "preset", "steps"),
+        "as_json",
+    )
 
     def format_options(self, context, formatter):
         rows = []
@@ -1898,6 +1901,7 @@ METRIC_HELP = """{what}
       dimr eval {name} samples.npz --ref imagenet256 --against xl2r
       dimr eval {name} photos/ --ref reference.safetensors --json
       dimr eval {name} ours.npz theirs.npz --ref imagenet256
+      dimr eval {name} --weights runs/xl2r --labels random --card card.json
       torchrun --nproc-per-node 8 -m cli eval {name} --weights runs/xl2r --preset paper
     """
 metric_options = Options(

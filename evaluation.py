@@ -801,12 +801,22 @@ def made(samples) -> dict:
             "n": samples.count,
             "seeds": imagesets.seeds_text(samples.seeds),
             "batch_size": samples.batch_size,
-            "vae": str(samples.generator.vae_source or "") or None,
+            **_vae_of(samples.generator),
             "drawn_here": True,
         }
     plan = samples.about.get("plan")
     batch = {"batch_size": plan.get("batch_size")} if isinstance(plan, dict) else {}
     return {k: v for k, v in samples.about.items() if k not in ("plan", "note")} | batch
+
+
+def _vae_of(generator):
+    """Which VAE decodes what the network draws, and its hash where the weights tell it."""
+    if not generator.vae_source:
+        return {}
+    told = {"vae": str(generator.vae_source)}
+    if generator.vae_source == generator.record.get("vae"):
+        told["vae_sha256"] = generator.record.get("vae_sha256")
+    return told
 
 
 def _fitting(samples):

@@ -2,6 +2,9 @@
 intervals hold the truth as often as they say."""
 
 import intervals
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +94,21 @@ def test_moments_without_a_block_are_those_of_the_other_images():
         rest = rows[owners != k].double().numpy()
         assert relative(mean, torch.from_numpy(rest.mean(0))) < 1e-12
         assert relative(covariance, torch.from_numpy(np.cov(rest, rowvar=False))) < 1e-9
+
+
+@pytest.mark.slow
+def test_moments_without_blocks_never_hold_those_of_all_blocks():
+    """Twenty covariances of 1,024 features are 168 megabytes."""
+    code = """if True:
+        import resource, torch, errors
+        rows = torch.rand(2000, 1024)
+        next(errors.moments_without(rows[:40], errors.blocks(40)))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for mean, covariance in errors.moments_without(rows, errors.blocks(2000)):
+            pass
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 60_000  # kilobytes
 
 
 @pytest.mark.parametrize("chunk", [2048, 9])

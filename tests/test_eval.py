@@ -320,6 +320,30 @@ def test_all_takes_in_dinov2_where_its_weights_are_there(oracle, inception_file,
     assert any("DINOv2 of OTHER size" in line for line in cached["remarks"])
 
 
+def test_statistics_of_dinov2_serve_as_reference_and_inceptions_do_not(
+    oracle, inception_file, standard
+):
+    """Of ADM's reference, `all` measures what it can, and says what it left out."""
+    sets, _, _ = oracle
+    save_npz("samples.npz", sets["samples"])
+    save_npz("reference.npz", sets["reference"])
+    dino = "--dinov2", dinov2_file()
+    inception = "--inception", inception_file
+    fdd = measured("fdd", "samples.npz", "--ref", "reference.npz", *dino)["fdd"]
+    run("stats", "reference.npz", "ref.safetensors", "--kind", "dinov2", *dino)
+    assert measured("fdd", "samples.npz", "--ref", "ref.safetensors", *dino)["fdd"] == fdd
+    message = run("fid", "samples.npz", "--ref", "ref.safetensors", *inception, status=1).stderr
+    assert "was made with DINOv2" in message
+    moments = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    moments |= {"mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    save_npz("adm.npz", sets["reference"], **moments)
+    found = measured("all", "samples.npz", "--ref", "adm.npz", *inception, *dino)
+    assert "fdd" not in found and found["fid"] > 0
+    assert any("fdd and kdd are left out" in line for line in found["remarks"])
+    message = run("fdd", "samples.npz", "--ref", "adm.npz", *dino, status=1).stderr
+    assert "holds statistics of the Inception of 2015" in message
+
+
 def dinov2_file():
     """A small DINOv2 with random weights, under its authors' names."""
     tensors, _ = storage.load_tensors(DATA / "dinov2.safetensors")
