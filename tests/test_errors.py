@@ -1,10 +1,10 @@
 """Standard errors: what leaving out a block gives is what the others give by themselves, and the
 intervals hold the truth as often as they say."""
 
-import intervals
 import subprocess
 import sys
 
+import intervals
 import numpy as np
 import pytest
 import torch
