@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import containers
 import shards
+import storage
 from containers import BadImage
 from shards import Shards, flipped
 from storage import UserError
@@ -92,6 +93,8 @@ def read_image(
 def _decode(file, place, exif):
     """The PIL image in a file. Raises as read_image."""
     try:
+        if not isinstance(file, io.BytesIO):
+            storage.check_file(file)
         with warnings.catch_warnings():
             # Pillow's remarks on harmless damage, such as odd EXIF blocks
             warnings.simplefilter("ignore")

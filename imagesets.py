@@ -389,6 +389,7 @@ class Folder:
     def _open(self, index):
         path = self.path / self.names[index]
         try:
+            storage.check_file(path)
             return Image.open(path, formats=dataset.FORMATS)
         except Exception:  # read_image meets it again and says what is wrong
             dataset.read_image(path, 1)
@@ -653,6 +654,7 @@ def read_facts(path: str | Path) -> dict:
 def png_texts(path: str | Path) -> dict[str, str]:
     """The texts in an image file, {} where there are none or it is damaged."""
     try:
+        storage.check_file(path)
         with Image.open(path, formats=dataset.FORMATS) as image:
             return dict(getattr(image, "text", {}))
     # whatever an untrusted file makes the decoder raise, it tells nothing
@@ -875,6 +877,7 @@ class NpzWriter:
         path = self.work / "images.npy"
         shape = (len(self.drawing), self.drawing.size, self.drawing.size, 3)
         try:
+            storage.check_file(path)
             images = np.load(path, mmap_mode="r+")
         except (OSError, ValueError, EOFError):
             images = None

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import containers
 import schema
 from schema import SHA256, fields, flag, many, maybe, one_of, real, text, whole
-from storage import UserError, read_json, sha256, unreadable, write_json, writing
+from storage import UserError, check_file, read_json, sha256, unreadable, write_json, writing
 
 FORMAT = 1  # of the set
 HEADER = 512  # bytes before a shard's data
@@ -306,6 +306,7 @@ def map_shard(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_header(path):
     """(where a shard's data begins, its parsed header, bytes from there to the file's end)."""
+    check_file(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = os.fstat(file.fileno()).st_size

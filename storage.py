@@ -110,12 +110,16 @@ def read_json(
 
 
 def _content(path, most):
-    """The first `most` bytes of a file. Raises OSError, also where it is none: a pipe would be
-    waited for."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "it is not a file")
+    """The first `most` bytes of a file. Raises OSError."""
+    check_file(path)
     with open(path, "rb") as file:
         return file.read(most)
+
+
+def check_file(path: str | Path) -> None:
+    """Raise OSError where `path` is no plain file: a pipe would be waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is not a file")
 
 
 def unreadable(path: str | Path, error: OSError) -> UserError:
@@ -138,6 +142,7 @@ def shown(text: object) -> str:
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes. Raises UserError if it can't be read."""
     try:
+        check_file(path)
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

@@ -537,3 +537,29 @@ def test_a_png_s_own_text_may_hold_anything(run, tmp_path):
         assert imagesets.read_facts(out / "class0000-seed000001.png") == {}
     drawn = dimr("sample", "--weights", run, "-n", 2, "--steps", 1, "--out", out)
     assert drawn.exit_code == 0, drawn.output
+
+
+def test_a_pipe_in_a_file_s_place_is_not_waited_for(run, pictures, tmp_path):
+    out = tmp_path / "shards"
+    encode = ("encode", "--data", pictures, "--out", out, "--pixels", "--res", 8, "--workers", 0)
+    assert dimr(*encode).exit_code == 0
+    assert sets_command(run, tmp_path / "set.npz").exit_code == 0
+    features = ("--features", "plain_features:pooled", "--device", "cpu")
+    for path, command in (
+        (out / "shard-00000.safetensors", train_words(out, tmp_path / "new")),
+        (out / "shard-00000.safetensors", ("encode", "--verify", "--out", out)),
+        (out / "index.json", train_words(out, tmp_path / "new")),
+        (pictures / "a" / "00.png", ("eval", "fid", pictures, "--ref", pictures, *features)),
+        (tmp_path / "set.npz", ("eval", "fid", tmp_path / "set.npz", "--ref", out, *features)),
+        (run / "config.json", ("train", "--out", run)),
+    ):
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        refused(dimr(*command))
+        path.unlink()
+        path.write_bytes(content)
+
+
+def train_words(data, out):
+    return ("train", "--data", data, "--out", out, "--steps", 1, *TINY)
