@@ -1,13 +1,20 @@
 """Soak: train on several processes under random faults until time is up, and compare the end with
-an undisturbed run.
+an undisturbed run; kill other jobs and go on with them; start two commands at once.
 
     python tools/soak.py --minutes 30    # prints what was injected and survived, by kind, as JSON
     python tools/soak.py --minutes 30 --processes 4
+    python tools/soak.py --kills 10      # of encode, sample --npz and eval's generation, each
+    python tools/soak.py --pairs 3       # times every pair of commands that share a folder
 
 Each round trains a tiny network twice, undisturbed and under faults: any process killed, inside a
 save too; all of them killed; stopped by signals; a disk that is full for a while; checkpoints
 damaged; a second start in the same folder. In the end weights, EMA, optimiser state and losses have
-to be the same to the byte, and metrics.jsonl has to hold each step once."""
+to be the same to the byte, and metrics.jsonl has to hold each step once.
+
+A job of JOBS is killed at random moments and started again on another number of processes until it
+ends: what it wrote has to be what it writes undisturbed. Of each pair of PAIRS both are started at
+about the same time: each ends well or with one clear line, and what those that ended well wrote is
+what one of them writes alone."""
 
 import argparse
 import collections
@@ -27,14 +34,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
-
-import journal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import fid  # noqa: E402
+import journal  # noqa: E402
 import runfolder  # noqa: E402
+import storage  # noqa: E402
 from storage import UserError  # noqa: E402
 
 PATIENCE = 120  # seconds after which a life that neither ends nor trains counts as hung
@@ -399,6 +408,229 @@ def one_round(folder, work, number, deadline, rng, count):
     count["rounds whose end was the undisturbed one, to the byte"] += 1
 
 
+# ---------------------------------------------------------------------------- other jobs, and pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A command on the world that `make_world` makes. `written`: patterns of what it writes that
+    has to be the same each time; `begun`: of what is there once it is worth killing."""
+
+    words: str
+    written: tuple = ()
+    begun: str = ""
+
+
+JOBS = {
+    "encode": Job(
+        "encode --pixels --res 64 --shard-size 8 --batch-size 2 --workers 0 --data {w}/large "
+        "--out {w}/shards",
+        ("shards/*",),
+        "shards/shard-*",
+    ),
+    "sample --npz": Job(
+        "sample --weights {w}/run --npz -n 96 --batch-size 4 --steps 20 --device cpu --out "
+        "{w}/set.npz",
+        ("set.npz", "set.json"),
+        "set.npz.partial/*.done",
+    ),
+    "eval": Job(
+        "eval is --weights {w}/run -n 12 --batch-size 2 --steps 4 --inception {w}/inception.pth "
+        "--device cpu --json",
+        ("home/features/*.safetensors",),
+        "home/features/*.partial/*.safetensors",
+    ),
+    "sample": Job(
+        "sample --weights {w}/run -n 12 --batch-size 4 --steps 4 --device cpu --out {w}/drawn",
+        ("drawn/class*",),
+    ),
+    "train": Job(
+        f"train --data {{w}}/data --out {{w}}/run --steps 24 --batch-size 8 {' '.join(OPTIONS)}",
+        ("run/checkpoints/step-0000024/*",),
+    ),
+    "curves": Job("curves {w}/run"),
+    "info": Job("info {w}/run"),
+    "prune": Job("runs prune {w}/run --keep-every 16"),
+    "draw from the run": Job(
+        "sample --weights {w}/run -n 2 --steps 1 --device cpu --out {w}/other"
+    ),
+    "encode --verify": Job("encode --verify --out {w}/shards"),
+    "train on the shards": Job(
+        "train --data {w}/shards --variant demo --layers 1,1 --dims 8,8 --heads 1 --steps 1 "
+        "--batch-size 2 --workers 0 --device cpu --sample-every 0 --out {w}/on-shards"
+    ),
+    "measure the set": Job(
+        "eval is {w}/set.npz --inception {w}/inception.pth --device cpu --batch-size 4"
+    ),
+    "convert": Job("convert {w}/run {w}/converted.safetensors", ("converted.safetensors",)),
+}
+KILLED = ("encode", "sample --npz", "eval")
+OTHER_SEEDS = Job(JOBS["sample --npz"].words + " --seed 7", ("set.npz", "set.json"))
+PAIRS = [
+    *((name, name) for name in ("encode", "sample --npz", "eval", "sample", "train", "convert")),
+    ("sample --npz", "other seeds"),
+    *(("train", name) for name in ("curves", "info", "prune", "draw from the run", "convert")),
+    ("encode", "encode --verify"),
+    ("encode", "train on the shards"),
+    ("sample --npz", "measure the set"),
+]
+JOBS["other seeds"] = OTHER_SEEDS
+
+
+def run_job(job, world, processes=1):
+    """Start a job as `processes` processes."""
+    words = [sys.executable, "-m"]
+    if processes > 1:
+        words += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    words += ["cli", *job.words.format(w=world).split()]
+    return subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DIMR_HOME": str(world / "home")},
+        start_new_session=True,
+    )
+
+
+def make_world(folder):
+    """Images, a run and random Inception weights, that each round copies."""
+    write_images(folder / "data")
+    for i in range(48):
+        path = folder / "large" / f"{i:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (200, 200, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    work = JOBS["train"].words.replace("--steps 24", "--steps 16").format(w=folder)
+    subprocess.run([sys.executable, "-m", "cli", *work.split()], check=True, capture_output=True)
+    torch.save(random_inception(), folder / "inception.pth")
+    return folder
+
+
+def random_inception():
+    """Tensors as pytorch-fid's file has them, drawn so that variance is about kept."""
+    network = fid.Inception()
+    tensors = {"fc.weight": network.fc.weight, "fc.bias": torch.zeros(fid.LOGITS)}
+    generator = torch.Generator().manual_seed(0)
+    for name, module in network.named_modules():
+        if isinstance(module, fid.Conv):
+            shape = module.weight.shape
+            scale = (2 / shape[1:].numel()) ** 0.5
+            tensors[f"{name}.conv.weight"] = torch.randn(shape, generator=generator) * scale
+            ones = torch.ones(len(module.weight))
+            for part, value in zip(fid.NORM, (ones, 0 * ones, 0 * ones, ones), strict=True):
+                tensors[f"{name}.{part}"] = value
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def copied(world, folder):
+    """A fresh copy at the same place each time: paths stand in what is written."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return shutil.copytree(world, folder)
+
+
+def written(job, world):
+    """Name → SHA-256 of what a job writes."""
+    found = {}
+    for pattern in job.written:
+        for path in sorted(world.glob(pattern)):
+            if path.is_file() and not path.name.startswith("."):
+                found[path.name] = storage.sha256(path)
+    return found
+
+
+def ended(process):
+    """(exit status, stderr) of a process, which has to say foreseen things alone."""
+    try:
+        _, stderr = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"hangs: {process.args}") from None
+    assert "Traceback" not in stderr, f"{process.args}: {stderr[-3000:]}"
+    return process.returncode, stderr
+
+
+def kills_of(name, world, place, count, rng):
+    """Kill a job `count` times, each life on another number of processes, and let it end."""
+    job = JOBS[name]
+    copied(world, place)
+    assert ended(run_job(job, place))[0] == 0
+    expected = written(job, place)
+    assert expected, f"{name} wrote nothing"
+    copied(world, place)
+    killed = 0
+    while killed < count:
+        before = len(list(place.glob(job.begun)))
+        life = run_job(job, place, processes=1 + killed % 2)
+        until = time.monotonic() + PATIENCE
+        while life.poll() is None and time.monotonic() < until:
+            if len(list(place.glob(job.begun))) > before:
+                break
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.2))
+        if life.poll() is not None:  # it was faster
+            ended(life)
+            assert written(job, place) == expected, f"{name} after {killed} kills"
+            copied(world, place)
+            continue
+        os.killpg(life.pid, signal.SIGKILL)
+        life.communicate()
+        killed += 1
+    status, stderr = ended(run_job(job, place, processes=1 + killed % 2))
+    assert status == 0, stderr
+    assert written(job, place) == expected, f"{name} after {killed} kills: another outcome"
+    return killed
+
+
+def pair(names, world, place, alone, rng):
+    """Start two jobs at about the same time. Returns how many of them ended well."""
+    copied(world, place)
+    lives = []
+    for name in names:
+        lives.append(run_job(JOBS[name], place))
+        time.sleep(rng.uniform(0, 0.5))
+    well = []
+    for name, life in zip(names, lives, strict=True):
+        status, stderr = ended(life)
+        if status == 0:
+            well.append(name)
+        else:
+            line = stderr[stderr.find("Error:") :].strip()
+            assert line.startswith("Error:") and line.count("\n") == 0, f"{names}: {stderr}"
+    outcomes = {}  # of those that write the same
+    for name in names:
+        outcomes.setdefault(JOBS[name].written, []).append(name)
+    for group in outcomes.values():
+        there = [name for name in group if name in well]
+        if there and JOBS[there[0]].written:
+            found = written(JOBS[there[0]], place)
+            assert found in [alone[name] for name in there], f"{names}: {found}"
+    return len(well)
+
+
+def other_jobs(options, count, rng):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        world = make_world(folder / "world")
+        place = folder / "place"
+        # paths of the run stand in what is drawn from it
+        for job in KILLED if options.kills else ():
+            count[f"{job}: kills survived"] += kills_of(job, world, place, options.kills, rng)
+            print(f"{job}: {options.kills} kills", file=sys.stderr)
+        alone = {}
+        for job in dict.fromkeys(sum(PAIRS, ())) if options.pairs else ():
+            copied(world, place)
+            if JOBS[job].written:
+                assert ended(run_job(JOBS[job], place))[0] == 0
+                alone[job] = written(JOBS[job], place)
+        for _ in range(options.pairs):
+            for names in PAIRS:
+                well = pair(names, world, place, alone, rng)
+                print(f"{' + '.join(names)}: {well} of 2 ended well", file=sys.stderr)
+                count[f"{' + '.join(names)}: pairs"] += 1
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -407,6 +639,8 @@ def main():
     parser.add_argument("--steps", type=int, default=2000, help="of each round")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--kills", type=int, default=0, help="of each of the other jobs, instead")
+    parser.add_argument("--pairs", type=int, default=0, help="times each pair, instead")
     options = parser.parse_args()
     rng, count, deadline, number = (
         random.Random(options.seed),
@@ -414,6 +648,10 @@ def main():
         time.monotonic() + 60 * options.minutes,
         0,
     )
+    if options.kills or options.pairs:
+        other_jobs(options, count, rng)
+        print(json.dumps(count, indent=2))
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         work = Work(write_images(folder / "data"), options.steps, options.processes)
