@@ -212,6 +212,7 @@ def test_a_missing_package_is_one_line_that_says_how_to_install_it(tmp_path, mon
             loggers.sinks([name])
 
 
+@pytest.mark.slow
 def test_a_folder_of_that_name_is_no_package(tmp_path):
     """wandb leaves folders called wandb/ where people work."""
     (tmp_path / "wandb").mkdir()
