@@ -363,6 +363,7 @@ def test_a_killed_run_loses_and_doubles_nothing_in_tensorboard(digits, tmp_path)
     process.wait()
     done = dimr_command(*line)
     assert f"log      tensorboard: tensorboard --logdir {out}/tensorboard" in done.stderr
+    assert "is told of steps" not in done.stderr  # it had all up to the checkpoint
     check_events(out, 60)
     assert len(list((out / "tensorboard").glob("events*"))) == 2
 

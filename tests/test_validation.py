@@ -90,6 +90,7 @@ class Nothing(torch.nn.Module):
         return dimr.DiMR.time(self, schedule, t)
 
     def forward(self, x, tau, labels):
+        assert not torch.is_grad_enabled()
         self.seen.append((x, tau, labels))
         return x.new_zeros(len(x), 1, 4, 4), x.new_zeros(len(x), 1, 8, 8)
 
@@ -105,6 +106,7 @@ def test_each_level_is_a_stretch_of_the_time_and_labels_are_numbered_as_in_train
     for number, (_, tau, _) in enumerate(seen):
         level = number % LEVELS  # τ falls with time, from little noise to much
         assert (edges[level] + 1e-6 >= tau).all() and (tau >= edges[level + 1] - 1e-6).all()
+        assert len(tau.unique()) == len(tau)
     labels = torch.cat([labels for _, _, labels in seen[::LEVELS]])[:70]
     counts = [len(list((others / name).iterdir())) for name in "23456789"]
     assert torch.bincount(labels, minlength=10).tolist() == [0, 0, *counts]
@@ -138,6 +140,23 @@ def test_nothing_but_weights_and_images_changes_it(digits, others):
     assert all(parameter.grad is None for parameter in again.parameters.values())
     assert again.network.training == new_state().network.training
     assert measured(new_state(seed=1), held) != first
+
+
+def test_nothing_is_compiled_for_it(digits, others):
+    def backend(graph, inputs):
+        raise AssertionError("compiled")
+
+    held = held_out(digits, others)
+    state = new_state()
+    state.network.compile(backend=backend)
+    assert measured(state, held) == measured(new_state(), held)
+
+
+def test_what_is_noted_at_one_step_is_noted_together(tmp_path):
+    log = journal.Journal(tmp_path, new_state(), print, {})
+    log.remark(lambda: {"fid": 1.0})
+    log.remark(lambda: {"validation_loss": 2.0})
+    assert log.remarks == {"fid": 1.0, "validation_loss": 2.0}
 
 
 def test_the_size_of_a_batch_changes_only_rounding(digits, others):
