@@ -1991,8 +1991,11 @@ def refuse_contradictions(samples, values):
 
 def is_network(source):
     """Whether one of SAMPLES is a run or weights, which are to draw, and no set of images."""
+    import downloads
     import runfolder
 
+    if source in downloads.ASSETS and not Path(source).exists():
+        return not downloads.ASSETS[source].file.endswith(".npz")
     path, step = runfolder.run_and_step(source)
     return (
         step is not None

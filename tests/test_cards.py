@@ -56,6 +56,15 @@ def test_a_card_of_a_set_makes_the_set_again(trained, digits):
     assert again(one["repeat"])["fid"] == one["values"]["fid"]["value"]
 
 
+def test_a_card_of_a_folder_says_how_it_was_made_and_measures_it_again(trained, digits):
+    sample = f"sample --weights {trained} -n 25 --steps 3 --device cpu --out pngs"
+    assert CliRunner().invoke(cli.main, sample.split()).exit_code == 0
+    card = card_of("fid", "pngs", "--ref", digits, *PLAIN)
+    (one,) = card["sets"].values()
+    assert one["made"]["steps"] == 3 and "3" in Path("card.md").read_text()
+    assert again(one["repeat"])["fid"] == one["values"]["fid"]["value"]
+
+
 def test_a_card_says_for_people_what_it_says_for_programs(digits):
     save_npz("a.npz", photographs(40, 8, seed=1))
     save_npz("b.npz", photographs(40, 8, seed=2))

@@ -157,11 +157,11 @@ BAD_SETS = {
     ),
     "a flipped bit": (
         lambda p: damaged_in_the_middle(save_npz(p, photographs(64, 32))),
-        "is damaged",
+        "is not a whole .npz (Bad CRC-32",
     ),
     "a flipped bit, compressed": (
         lambda p: damaged_in_the_middle(save_npz(p, photographs(64, 32), True)),
-        "is damaged",
+        "is not a whole .npz (Bad CRC-32",
     ),
 }
 
