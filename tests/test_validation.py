@@ -171,7 +171,7 @@ def test_the_size_of_a_batch_changes_only_rounding(digits, others):
 @pytest.mark.slow
 def test_any_number_of_processes_measures_the_same_to_the_byte(digits, others, tmp_path):
     said = set()
-    for count in (1, 2, 3):
+    for count in (1, 3):
         with Ranks(count, tmp_path, validate, digits, others) as ranks:
             for status, line in ranks.end():
                 assert status == 0, line
