@@ -191,6 +191,7 @@ class Listed:
         if isinstance(file, io.BytesIO):
             return file.getvalue()
         try:
+            storage.check_file(file)
             return Path(file).read_bytes()
         except OSError as error:
             raise _blame(file, file, error) from None
@@ -331,6 +332,8 @@ class Images(Listed):
                 failure = error
                 continue
             try:
+                if not isinstance(file, io.BytesIO):
+                    storage.check_file(file)
                 with Image.open(file, formats=FORMATS) as image:
                     examples[image.size] = place
                     grey &= image.mode in GREY
