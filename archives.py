@@ -73,6 +73,7 @@ class File:
         self.path = Path(path)
         self.handle = None
         try:
+            storage.check_file(self.path)
             found = os.stat(self.path)
         except OSError as error:
             raise self.unreadable(error) from None

@@ -687,7 +687,10 @@ class ClassNames(click.ParamType):
         if isinstance(value, tuple):
             return value
         if Path(value).is_file():
-            lines = Path(value).read_text(errors="surrogateescape").splitlines()
+            try:
+                lines = Path(value).read_text(errors="surrogateescape").splitlines()
+            except OSError as error:
+                self.fail(f"{value} can't be read ({error.strerror})", param, context)
         else:
             lines = value.split(",")
         names = tuple(line.strip() for line in lines if line.strip())

@@ -6,6 +6,7 @@ import ours
 
 import csv
 import dataclasses
+import io
 import statistics
 import tempfile
 from pathlib import Path
@@ -22,7 +23,7 @@ import imagesets
 import parallel
 import pictures
 import vit
-from storage import UserError, as_float32, load_tensors, sha256, writing
+from storage import UserError, as_float32, load_tensors, read_text, sha256, writing
 
 THRESHOLD = 0.2  # an intended class less probable than this marks low fidelity
 SHEET = 64  # images on a contact sheet
@@ -413,9 +414,8 @@ def rate_of(votes: dict[str, dict[str, float]]) -> dict:
 def read_key(path: str | Path) -> dict[str, str]:
     """Image → set, of a key that `compare` wrote. Raises UserError."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    except (UserError, csv.Error) as error:
         raise UserError(f"{path} can't be read as a key ({error})") from None
     if not rows or not {"image", "set"} <= rows[0].keys():
         raise UserError(
@@ -455,19 +455,19 @@ def _interval(rate, shares):
 def read_votes(path: str | Path) -> dict[str, dict[str, float]]:
     """person → image → 1.0 if distorted, else 0.0. Raises UserError naming the line at fault."""
     votes = {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            for place, image, person, vote in _votes(path, csv.DictReader(file)):
-                judged = votes.setdefault(person, {})
-                if image in judged:
-                    raise UserError(f"{place}: {person} has judged {image} before; keep one vote")
-                judged[image] = float(vote)
-    except FileNotFoundError:
+    if not Path(path).exists():
         raise UserError(
             f"{path} does not exist; expected a CSV with the columns {', '.join(COLUMNS)}"
-        ) from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no CSV in UTF-8 ({error})") from None
+        )
+    rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    try:
+        for place, image, person, vote in _votes(path, rows):
+            judged = votes.setdefault(person, {})
+            if image in judged:
+                raise UserError(f"{place}: {person} has judged {image} before; keep one vote")
+            judged[image] = float(vote)
+    except csv.Error as error:
+        raise UserError(f"{path} is no CSV ({error})") from None
     if not votes:
         raise UserError(f"{path} holds no votes; expected a line per image and person")
     return votes

@@ -6,6 +6,7 @@ import ours
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,10 +19,13 @@ import networks
 import parallel
 import recipes
 import sampling
+import schema
 import space
 import vae
+from schema import anything, fields, many, real, text
 from storage import UserError, read_json
 
+ROWS = many(fields({"name": text(), "throughput": real(0)}, {"machine": anything}))  # bench.py's
 SHARE = 0.32  # of an A100's peak: the paper's own training
 IMAGENET = 1_281_167
 DRAWN = 50_000
@@ -109,8 +113,12 @@ def read_rows(paths, card):
     found = []
     for path in paths:
         rows = read_json(path)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{path} holds no results; expected what tools/bench.py --json printed")
+        try:
+            schema.check(rows, ROWS)
+        except schema.Misfit as misfit:
+            raise UserError(
+                f"{path} holds no results ({misfit}); expected what tools/bench.py --json printed"
+            ) from None
         found += [row for row in rows if is_of(row.get("machine"), card)]
     return found
 
@@ -145,7 +153,10 @@ def per_image(part, name, config):
     """Operations of an image in a row of bench.py: a training step, or guided sampling."""
     if part == "training step":
         return 6 * sum(config.macs)
-    evaluations = int(name.split(" NFE")[0].split()[-1])
+    found = re.search(r"(\d{1,6}) NFE", name)
+    if not found:
+        raise UserError(f"{name!r} is no row of bench.py's sampling; make it anew")
+    evaluations = int(found[1])
     return 2 * sum(config.macs) * evaluations * (1 + config.null_class)
 
 

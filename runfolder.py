@@ -33,7 +33,7 @@ import downloads
 import networks
 import peers
 import schema
-from schema import SHA256, fields, flag, many, maybe, one_of, real, table, text, whole
+from schema import SHA256, anything, fields, flag, many, maybe, one_of, real, table, text, whole
 from storage import (
     UserError,
     as_float32,
@@ -96,7 +96,7 @@ CONFIG_NOTES = {
     "validation": fields({"path": text()}, {"every": maybe(whole(1))}),
     "processes": whole(1),
     "device": text(),
-    "history": many(fields({})),
+    "history": many(fields({"step": whole(), "changed": table(many(anything, 2, 2))})),
     "versions": fields({}),
     "command": many(text()),
 }

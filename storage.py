@@ -109,6 +109,20 @@ def read_json(
     return value
 
 
+def read_text(path: str | Path, longest: int = schema.LONGEST) -> str:
+    """What a text file in UTF-8 holds, without the mark at its beginning that some editors leave.
+    Raises UserError where it can't be read, or has more than `longest` bytes."""
+    try:
+        content = _content(path, longest + 1)
+        if len(content) > longest:
+            raise UserError(f"{path} has more than {longest:,} bytes, which is no such file")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 ({error})") from None
+
+
 def _content(path, most):
     """The first `most` bytes of a file. Raises OSError."""
     check_file(path)

@@ -357,4 +357,4 @@ def test_no_votes_file_and_no_text_are_errors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "does not exist" in run("distortion", "votes.csv", status=1).stderr
     Path("votes.csv").write_bytes(b"\xff\xfe\x00\x81")
-    assert "no CSV in UTF-8" in run("distortion", "votes.csv", status=1).stderr
+    assert "no text in UTF-8" in run("distortion", "votes.csv", status=1).stderr

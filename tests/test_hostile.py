@@ -561,5 +561,23 @@ def test_a_pipe_in_a_file_s_place_is_not_waited_for(run, pictures, tmp_path):
         path.write_bytes(content)
 
 
+@pytest.mark.parametrize("name", ["votes.csv", "key.csv"])
+def test_tables_of_votes_may_be_anything(tmp_path, name):
+    (tmp_path / "votes.csv").write_text("image,person,distorted\ni0,Ann,1\n")
+    (tmp_path / "key.csv").write_text("image,set\ni0,a\n")
+    path = tmp_path / name
+    for make in (
+        lambda: path.symlink_to("/proc/self/mem"),
+        lambda: os.mkfifo(path),
+        lambda: path.mkdir(),
+        lambda: path.touch() or os.truncate(path, 2**28),
+        lambda: path.write_bytes(b"\0\0\xff"),
+    ):
+        path.unlink() if path.is_symlink() or not path.is_dir() else path.rmdir()
+        make()
+        words = ("eval", "distortion", tmp_path / "votes.csv", "--key", tmp_path / "key.csv")
+        refused(dimr(*words), name)
+
+
 def train_words(data, out):
     return ("train", "--data", data, "--out", out, "--steps", 1, *TINY)

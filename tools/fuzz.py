@@ -457,6 +457,13 @@ def judged(w):
         csv.writer(file).writerows(rows)
 
 
+def benched(w):
+    rows = []
+    for name in ("training step demo, dimr", "guided sampling demo, 25 NFE, dimr"):
+        rows.append({"name": name, "throughput": 3.5, "machine": "NVIDIA H100 80GB HBM3"})
+    (w / "results.json").write_text(as_text(rows))
+
+
 def classified(w):
     pictures(w)
     torch.manual_seed(0)
@@ -649,6 +656,13 @@ FORMATS = {
     ),
     "votes": Format(judged, "votes.csv", table_file, COUNTED, said),
     "key": Format(judged, "key.csv", table_file, COUNTED, said),
+    "results of bench.py": Format(
+        benched,
+        "results.json",
+        json_file,
+        "info --variant demo --gpus 1 --gpu h100 --bench {w}/results.json --json",
+        said,
+    ),
     "classifier": Format(
         classified,
         "vit.pth",
