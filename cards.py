@@ -111,7 +111,8 @@ def repeat(metrics: str, result: dict, options: Mapping[str, object]) -> list[st
     made = result["made"]
     measuring = ["dimr", "eval", metrics]
     how = _options(options, ("ref", "res", "inception", "dinov2", "features", "adm"))
-    if not made.get("weights") or not made.get("seeds"):  # of a folder, or of an earlier version
+    # a folder and a set of an earlier version don't tell their seeds
+    if not made.get("weights") or not (made.get("seeds") or made.get("drawn_here")):
         return [shlex.join([*measuring, result["samples"]["source"], *how])]
     drawing = _drawing(made)
     if made.get("drawn_here"):

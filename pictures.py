@@ -359,12 +359,14 @@ def heat_map(
     title: str,
     axes: tuple[str, str],
     marked: Sequence[tuple[int, int]] = (),
+    span: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """A PIL table of coloured cells (row, column) → (value, text), the lowest dark. Those `marked`
-    have a frame; where a cell is missing, paper shows."""
+    """A PIL table of coloured cells (row, column) → (value, text), the lowest dark, by the lowest
+    and highest of these, or of all charts, their `span`. Those `marked` have a frame; where a cell
+    is missing, paper shows."""
     values = [value for value, _ in cells.values()]
-    low = min(values)
-    reach = (max(values) - low) or 1.0
+    low, highest = span or (min(values), max(values))
+    reach = (highest - low) or 1.0
     font = ImageFont.load_default(13)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
     left = math.ceil(max(measure(text, font) for text in [*rows, axes[1]])) + 20

@@ -123,7 +123,7 @@ def text_of(value: object) -> str:
     if value is None:
         return NONE
     if isinstance(value, tuple | list):
-        return "–".join(f"{part:g}" for part in value)
+        return " to ".join(f"{part:g}" for part in value)
     return f"{value:g}"
 
 
@@ -199,11 +199,12 @@ def run(
     of, against = evaluation.references(sweep.metric, sweep.generation(points[0]), extractors, how)
     folder = Folder(out, plan_of(sweep, extractor, against[sweep.row.extractor]))
     with folder.held():
-        known = parallel.broadcast(folder.begin() if parallel.is_main() else None)
+        known = set(parallel.broadcast(folder.begin() if parallel.is_main() else None))
         for number, settings in enumerate(points, 1):
             name = name_of(settings)
             if name in known:
                 continue
+            known.add(name)
             say(f"point {number} of {len(points)}: {describe(sweep, settings)}")
             generation = sweep.generation(settings)
             found = evaluation.evaluated(sweep.metric, generation, extractors, against, how)
@@ -224,7 +225,11 @@ def say(line):
 
 
 def name_of(settings: sampling.Settings) -> str:
-    """What tells a point apart in its folder."""
+    """What tells a point apart in its folder. Where nothing guides, it matters not when."""
+    if settings.cfg == 1 and settings.guide_scale in (None, 1):
+        settings = dataclasses.replace(
+            settings, cfg_interval=None, cfg_power=None, cfg_channels=None
+        )
     return " ".join(cards.settings_words(dataclasses.asdict(settings)))
 
 
@@ -404,6 +409,7 @@ def picture(sweep: Sweep, points: Sequence[sampling.Settings], result: dict):
         return pictures.error_bars(names, values, title, axes, marked)
     varied.sort(key=lambda name: -len(sweep.axes[name]))
     across, down, *others = varied
+    span = min(row[sweep.key] for row in rows), max(row[sweep.key] for row in rows)
     charts = []
     for choice in itertools.product(*(sweep.axes[name] for name in others)):
         fixed = dict(zip(others, choice, strict=True))
@@ -425,6 +431,7 @@ def picture(sweep: Sweep, points: Sequence[sampling.Settings], result: dict):
                 f"{title}; {told}" if told else title,
                 (AXES[across].word, AXES[down].word),
                 frames,
+                span,
             )
         )
     return pictures.stacked(charts)
