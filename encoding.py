@@ -413,7 +413,9 @@ def _has_index(job):
     made = shards.make_index(job.out, job.plan, _rows(job))
     derived = ("classes", "items", "counts", "skipped", "shards")
     mended = {**found, **{name: made[name] for name in derived}}
-    mended["source"] = {**found["source"], "items": made["source"]["items"]}
+    mended["source"] = dict(made["source"])
+    if found["source"].keys() == made["source"].keys() - {"sample"}:
+        del mended["source"]["sample"]  # as 0.1 wrote it
     if mended != found and parallel.is_main():
         wrong = ", ".join(name for name in mended if mended[name] != found[name])
         tqdm.write(
