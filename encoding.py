@@ -355,6 +355,8 @@ def _check_same(out, old, new):
 
 def _check_room(job, todo, quiet):
     """Say in a line what there is to do. Raises UserError if it does not fit."""
+    need = job.images(todo) * shards.item_bytes(job.plan) + len(todo) * shards.HEADER
+    free = storage.check_room(job.out, need, f"encoding {job.images(todo):,} images")
     at_once = max(map(len, job.batches(0)), default=0)
     parallel.check_memory(
         at_once * job.folder.item_bytes,
@@ -362,8 +364,6 @@ def _check_room(job, todo, quiet):
         "give a smaller --batch-size",
         torch.device("cpu"),
     )
-    need = job.images(todo) * shards.item_bytes(job.plan) + len(todo) * shards.HEADER
-    free = storage.check_room(job.out, need, f"encoding {job.images(todo):,} images")
     count = str(len(job.stretches))
     if len(todo) < len(job.stretches):
         count = f"{len(todo)} of {count}"
