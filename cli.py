@@ -2050,7 +2050,15 @@ def set_of(source, settings, values, options, keep):
     generation = extraction.Generation(generator, count, settings, values["batch_size"], labels)
     if not keep:
         return generation
+    if not values["keep"]:
+        aloud("Inception and DINOv2 both look at the images, so they are written first")
     return imagesets.open_set(draw_set(generation), values["res"])
+
+
+def aloud(line):
+    """Say a line on stderr, on rank 0."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        click.echo(line, err=True)
 
 
 def count_of(labels):

@@ -118,8 +118,9 @@ def blocks(
     draw = np.random.default_rng(seed)
     order = draw.permutation(count)
     if labels is not None and is_balanced(labels):
-        places = draw.permutation(int(np.max(labels)) + 1)  # of the classes, in the dealing
-        order = order[np.argsort(places[np.asarray(labels)[order]], kind="stable")]
+        known, classes = np.unique(labels, return_inverse=True)
+        places = draw.permutation(len(known))  # of the classes, in the dealing
+        order = order[np.argsort(places[classes[order]], kind="stable")]
     owners = np.empty(count, np.int64)
     owners[order] = np.arange(count) % number
     return owners

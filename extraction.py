@@ -285,7 +285,7 @@ class Measured:
                 raise UserError(f"{path} is damaged: its {name} holds values that are not finite")
         if self.labels is not None:
             whole = not self.labels.is_floating_point() and self.labels.shape == (self.count,)
-            if not whole or int(self.labels.min()) < 0:
+            if not whole:
                 raise UserError(f"{path} is damaged: its labels are not {self.count} classes")
 
 

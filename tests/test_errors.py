@@ -48,6 +48,12 @@ def test_a_block_holds_as_many_of_each_class_of_a_balanced_set_as_it_can():
     assert (errors.blocks(280, labels, seed=1) != owners).any()
 
 
+def test_classes_may_have_any_numbers():
+    labels = np.array([-1, 2**60] * 20)
+    owners = errors.blocks(40, labels)
+    assert (np.bincount(owners[labels < 0]) == 1).all()
+
+
 def test_blocks_of_few_images_a_class_and_of_random_labels_are_of_one_size():
     draw = np.random.default_rng(0)
     for labels in (np.arange(1003) % 301, draw.integers(0, 7, 1003), None):

@@ -320,6 +320,27 @@ def test_all_takes_in_dinov2_where_its_weights_are_there(oracle, inception_file,
     assert any("DINOv2 of OTHER size" in line for line in cached["remarks"])
 
 
+@pytest.mark.slow
+def test_what_two_networks_look_at_is_drawn_once(trained, digits, inception_file):
+    arguments = (
+        "all",
+        "--weights",
+        trained,
+        "-n",
+        6,
+        "--steps",
+        1,
+        "--ref",
+        digits,
+        "--device",
+        "cpu",
+    )
+    done = run(*arguments, "--inception", inception_file, "--dinov2", dinov2_file(), "--json")
+    found = json.loads(done.stdout)
+    assert "written first" in done.stderr
+    assert found["samples"]["source"].endswith("balanced-6.npz") and found["fdd"] > 0
+
+
 def test_statistics_of_dinov2_serve_as_reference_and_inceptions_do_not(
     oracle, inception_file, standard
 ):
