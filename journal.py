@@ -21,7 +21,7 @@ import pictures
 import runfolder
 import schema
 from schema import fields, many, maybe, real, whole
-from storage import UserError, shown, writing
+from storage import UserError, shown, unreadable, writing
 
 SMOOTH = 50  # steps that a point of loss.png is the mean of
 LONGEST = 2**20  # bytes of a line of metrics.jsonl
@@ -296,8 +296,11 @@ def metrics(out: Path) -> Iterator[tuple[dict, bytes]]:
 
 
 def _lines(file):
-    """The lines of a file; one that is too long to be ours in parts."""
-    return iter(lambda: file.readline(LONGEST + 1), b"")
+    """The lines of a file; one that is too long to be ours in parts. Raises UserError."""
+    try:
+        yield from iter(lambda: file.readline(LONGEST + 1), b"")
+    except OSError as error:
+        raise unreadable(file.name, error) from None
 
 
 def parsed(path, number, text):

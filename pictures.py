@@ -16,6 +16,7 @@ FRAME = 2  # pixels of white around each
 CAPTION = 14  # pixels of height
 PALE = 235  # mean grey of an edge from which an image gets a hairline around it
 HAIRLINE = "#bbbbbb"
+HIGHEST = 1e200  # of a value that is drawn
 FEW = 20  # points of a curve, up to which each is marked
 
 
@@ -193,12 +194,13 @@ def _smoothed(steps, values, window):
     """Steps and running means of the values that have a logarithm."""
     steps = np.asarray(steps)
     values = np.asarray(values, float)
-    keep = np.isfinite(values) & (values > 0)
+    keep = (values > 0) & (values < HIGHEST)
     steps = steps[keep]
-    sums = np.concatenate([[0.0], np.cumsum(values[keep])])
-    ends = np.arange(1, len(steps) + 1)
-    starts = np.maximum(0, ends - window)
-    return steps, (sums[ends] - sums[starts]) / (ends - starts)
+    values = values[keep]
+    sums = np.zeros(len(values))
+    for back in range(min(window, len(values))):  # differences of one sum would lose small values
+        sums[back:] += values[: len(values) - back]
+    return steps, sums / np.minimum(np.arange(1, len(values) + 1), window)
 
 
 def round_ticks(low: float, high: float, most: int = 6) -> list[float]:

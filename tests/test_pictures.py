@@ -124,3 +124,13 @@ def test_one_grid_makes_no_strip(tmp_path):
     imagesets.save_grid(tmp_path / "step-0000001.png", [np.zeros((8, 8, 1), np.uint8)], ["a · 0"])
     imagesets.save_strip(tmp_path, ["a · 0"], 1)
     assert not (tmp_path / "strip.png").exists()
+
+
+def test_curves_outlive_a_loss_that_explodes():
+    """A running mean that were a difference of sums would be 0 behind it, which has no
+    logarithm."""
+    values = [2.0] * 30 + [1e30, 1e308, float("inf"), float("nan"), -1.0, 0.0] + [1e-3] * 200
+    picture = pictures.curves({"loss": (range(len(values)), values)}, "exploded")
+    assert picture.size == (900, 480)
+    steps, means = pictures._smoothed(range(len(values)), values, 50)
+    assert len(steps) == 231 and means[-1] == pytest.approx(1e-3)
