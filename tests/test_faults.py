@@ -186,6 +186,9 @@ def world(trained, tmp_path_factory):
     np.savez(w / "threes.npz", arr_0=np.zeros((7, 8, 8, 3), np.uint8), arr_1=np.full(7, 3))
     (w / "threes.json").write_text('{"num_classes": 10}')
     np.save(w / "three.npy", [1, 2, 3])
+    for name, text in (("oddsweep", '{"plan": {}, "points": 3}'), ("cutsweep", '{"plan"')):
+        (w / name).mkdir()
+        (w / name / "sweep.json").write_text(text)
     np.save(w / "wide.npy", [1, 10])
     (w / "cut.npz").write_bytes((w / "images.npz").read_bytes()[:500])
     before = digest(w)
@@ -494,6 +497,10 @@ TABLE = [  # command line, exit status, words of the message
     ("sweep --weights {run} --ref {images.npz} --guide-scale 1,2", 1, "--guide"),
     ("sweep --weights {run} --cfg 1,2 --ref {missing}", 1, "missing"),
     ("sweep --weights {run} --cfg 1,2 -n 19", 2, "20"),
+    *[
+        (f"sweep --weights {{run}} --ref {{images.npz}} --cfg 1,2 --out {out}", 1, words)
+        for out, words in [("{oddsweep}", "sweep.json"), ("{cutsweep}", "sweep.json"), *PLACES]
+    ],
     *[
         (f"sweep --ref {{images.npz}} --cfg 1,2 --weights {weights}", 1, words)
         for weights, words in NETWORKS
