@@ -300,8 +300,12 @@ def approach(averages, tensors, share, skipped):
     """averages += share · (tensors − averages), both name → tensor in one order; nothing where
     `skipped`, on the device, is 1.
 
-    It is a step of fused SGD down (averages − tensors)² / 2, which is a few kernels for all instead
-    of one for each, and has the bits of `lerp_` for shares below a half."""
+    On GPUs it is a step of fused SGD down (averages − tensors)² / 2, which is a few kernels for all
+    instead of one for each, and has the bits of `lerp_` for shares below a half."""
+    if skipped.device.type not in dimr.GPUS:
+        for name, average in averages.items():
+            average.lerp_(tensors[name], share * (1 - skipped))
+        return
     averages = list(averages.values())
     torch._fused_sgd_(
         averages,

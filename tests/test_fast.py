@@ -73,7 +73,8 @@ def inputs(config, batch=4):
 
 
 @pytest.mark.parametrize("decay", [0.9999, 0.998, 0.9, 0.51])
-def test_the_average_of_the_weights_has_lerps_bits(decay):
+def test_the_average_of_the_weights_has_lerps_bits(monkeypatch, decay):
+    monkeypatch.setattr(dimr, "GPUS", {"cpu"})
     torch.manual_seed(0)
     shapes = [(1000,), (7,), (33, 65), (3, 3, 7, 7), (1,)]
     tensors = {str(shape): torch.randn(shape) for shape in shapes}
@@ -90,8 +91,9 @@ def test_the_average_of_the_weights_has_lerps_bits(decay):
         assert moved == (not skipped)
 
 
-def test_a_step_outside_the_network_is_a_few_kernels():
+def test_a_step_outside_the_network_is_a_few_kernels(monkeypatch):
     """However many tensors there are: the average alone was one for each."""
+    monkeypatch.setattr(dimr, "GPUS", {"cpu"})
     counts = []
     for layers in ((1, 1), (7, 6)):
         state = training.State(network(small(layers=layers)), Recipe(), CPU)
@@ -182,6 +184,18 @@ def test_heads_padded_to_a_multiple_of_eight_compute_the_same(monkeypatch, width
         assert seen == [(-(-width // 8) * 8, {"scale": width**-0.5})]
     for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_padded_heads_and_joined_features_leave_the_graph_whole(monkeypatch):
+    monkeypatch.setattr(dimr, "GPUS", {"cpu"})
+    model = network(small(dims=(24, 16)))  # heads of 6 numbers
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), parallel.autocast(CPU, "bf16"):
+        for one, other in zip(
+            compiled(*inputs(model.config)), model(*inputs(model.config)), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
 
 
 def test_joined_features_are_as_narrow_as_the_linear_layer_takes_them():
