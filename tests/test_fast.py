@@ -187,15 +187,14 @@ def test_heads_padded_to_a_multiple_of_eight_compute_the_same(monkeypatch, width
 
 
 @pytest.mark.slow
-def test_padded_heads_and_joined_features_leave_the_graph_whole(monkeypatch):
+def test_padded_heads_leave_the_graph_whole(monkeypatch):
     monkeypatch.setattr(dimr, "GPUS", {"cpu"})
-    model = network(small(dims=(24, 16)))  # heads of 6 numbers
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad(), parallel.autocast(CPU, "bf16"):
-        for one, other in zip(
-            compiled(*inputs(model.config)), model(*inputs(model.config)), strict=True
-        ):
-            torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+    layer = dimr.Attention(24, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(2, 5, 24)
+    assert torch.equal(compiled(x), layer(x))
+    with parallel.autocast(CPU, "bf16"):
+        assert torch.equal(compiled(x), layer(x))
 
 
 def test_joined_features_are_as_narrow_as_the_linear_layer_takes_them():
