@@ -440,7 +440,8 @@ class Branch(nn.Module):
         Returns the noise at this resolution (B, C, h, w) and this branch's features, blocks + 1 of
         (B, h·w, D)."""
         if self.embedder:
-            condition = condition._replace(embedding=self.embedder(condition.tau))
+            embedding = self.embedder(condition.tau)
+            condition = Condition(condition.tau, condition.y, embedding, condition.vectors)
         x = self.patchify(image).flatten(2).transpose(1, 2)  # (B, h·w, D)
         x = x.contiguous() + self.position  # channels last for good
         if self.tokens:
