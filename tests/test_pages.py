@@ -48,6 +48,7 @@ ELSEWHERE = {
     # snapshots of a whole run
     "dimr ema": "tests/test_averages.py",
     "dimr sample --weights runs/xl2r --ema-width": "tests/test_averages.py",
+    "dimr sample --weights runs/xl2r --guide": "tests/test_autoguidance.py",
     # latents that another project made
     "dimr encode --from-latents": "tests/test_containers.py",
     # 60,000 images that a package brings
