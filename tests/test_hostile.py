@@ -260,6 +260,7 @@ def test_statistics_are_checked(tmp_path):
 # what only draws or tells
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a\nb", "tab\tand\x1b[31mred", "\udcff", "e\u0301\u202e"])
 def test_odd_names_of_classes_are_shown_escaped_and_end_nothing(pictures, tmp_path, name):
     os.rename(pictures / "a", os.path.join(pictures, name))
@@ -280,6 +281,7 @@ def test_odd_names_of_classes_are_shown_escaped_and_end_nothing(pictures, tmp_pa
         assert "\x1b" not in done.output and "\u2028" not in done.output
 
 
+@pytest.mark.slow
 def test_what_draws_may_raise_anything_and_it_is_said_once(pictures, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise ZeroDivisionError("in a picture")
@@ -385,6 +387,7 @@ def test_the_largest_seed_is_one(run, tmp_path):
 # paths
 
 
+@pytest.mark.slow
 def test_long_paths_and_links_in_a_circle_are_one_line(run, pictures, tmp_path):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     for place in ("x" * 300, f"{'y' * 300}/z", tmp_path / "circle"):
@@ -539,6 +542,7 @@ def test_a_png_s_own_text_may_hold_anything(run, tmp_path):
     assert drawn.exit_code == 0, drawn.output
 
 
+@pytest.mark.slow
 def test_a_pipe_in_a_file_s_place_is_not_waited_for(run, pictures, tmp_path):
     out = tmp_path / "shards"
     encode = ("encode", "--data", pictures, "--out", out, "--pixels", "--res", 8, "--workers", 0)
