@@ -36,6 +36,7 @@ from storage import UserError
 FORMATS = ("JPEG", "PNG", "WEBP")  # told by content, not by extension
 GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}  # Pillow's, without colour
 PROBED = 64  # images whose headers tell size and channels of a folder
+MOST_LATENT = 2**26  # bytes of a file of latents
 SAMPLED = 256  # items of a folder whose contents are hashed at each start
 MOST_WORKERS = 8  # reading processes, unless told otherwise
 NPY = {  # by the file format's version
@@ -395,8 +396,10 @@ class LatentFiles(Listed):
 
     def moments(self, index: int) -> np.ndarray:
         """Means and deviations of latent `index` as its file has them. Raises BadImage."""
-        file = io.BytesIO(self.content(index))
         place = self.place(index)
+        if self.listing.size(index) > MOST_LATENT:
+            raise BadImage(place, f"has more than {MOST_LATENT:,} bytes, which is no latent")
+        file = io.BytesIO(self.content(index))
         try:
             shape, fortran, dtype = NPY[np.lib.format.read_magic(file)](file)
         except Exception:  # whatever an untrusted file makes the parser raise, it is at fault

@@ -118,6 +118,11 @@ OF_THE_RUN = {*MAY_CHANGE, "precision", "seed", "ema_profiles", "ema_every"}
 # ------------------------------------------------------------------------------------ configuration
 
 
+ALWAYS = (  # of a recipe, fields that every dimr has written
+    *("lr", "steps", "batch_size", "micro_batch", "warmup", "weight_decay", "betas", "ema"),
+    *("label_dropout", "flip", "grad_clip", "target_scale", "precision", "compile"),
+    *("checkpoint_blocks", "seed"),
+)
 SAMPLE = "data's contents (by a sample, names and sizes being the same)"
 
 
@@ -308,6 +313,12 @@ def first_config(before, initial, variant, data, network):
 def first_recipe(before, initial, variant, config, images, given):
     """(whose it is, values of Recipe) before what the user says, `given`, is put in."""
     if before:
+        missing = [name for name in ALWAYS if name not in before["recipe"]]
+        if missing:
+            raise UserError(
+                f"the run's config.json is damaged (recipe.{missing[0]} is missing); restore it, "
+                "or choose another --out"
+            )
         return "as before", before["recipe"]
     if variant:
         return f"{variant}'s", dataclasses.asdict(RECIPES[variant])

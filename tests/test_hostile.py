@@ -228,6 +228,14 @@ def test_a_damaged_file_of_a_run_is_named(run, digits, name, text, words):
     refused(done, name, words)
 
 
+def test_a_recipe_that_lacks_something_is_not_filled_up(run, digits):
+    record = json.loads((run / "config.json").read_text())
+    steps = record["recipe"].pop("steps")
+    (run / "config.json").write_text(json.dumps(record))
+    refused(dimr("train", "--data", digits, "--out", run), "recipe.steps is missing")
+    assert steps == 12
+
+
 def test_a_damaged_manifest_costs_its_checkpoint_alone(run, capsys):
     newest = runfolder.checkpoints(run)[-1]
     for text in (DEEP, "[]", '{"../../config.json": "x"}', "{}"):
