@@ -179,21 +179,21 @@ def step_of(checkpoint: Path) -> int:
 
 def save_checkpoint(run: Path, step: int, files: dict, state: dict, keep: int) -> None:
     """Write `files` (name → (tensors, metadata)) and `state` as a checkpoint folder, and delete all
-    but the newest `keep` (0 keeps all). Everything is synced before the folder's rename."""
+    but the newest `keep` (0 keeps all). Everything is synced before the folder's rename. Raises
+    OSError; so too where the run's folder is moved or deleted meanwhile, which is not made again.
+    """
     folder = Path(run) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     final = folder / f"step-{step:07d}"
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         for name, (tensors, metadata) in files.items():
-            save_tensors(temporary / f"{name}.safetensors", tensors, metadata)
-        write_json(temporary / "state.json", state)
-        write_json(
-            temporary / "manifest.json",
-            {path.name: sha256(path) for path in sorted(temporary.iterdir())},
-        )
+            save_tensors(temporary / f"{name}.safetensors", tensors, metadata, parents=False)
+        write_json(temporary / "state.json", state, parents=False)
+        hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / "manifest.json", hashes, parents=False)
         sync_folder(temporary)
         discard(final)
         os.replace(temporary, final)

@@ -43,11 +43,12 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def writing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+def writing(path: str | Path, mode: str = "wb", parents: bool = True) -> Iterator[IO]:
     """Open a temporary file beside `path`; on leaving it is synced and renamed to `path`, or
-    removed if anything was raised. The parent folder is made if need be."""
+    removed if anything was raised. The parent folder is made if need be, but for `parents`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
@@ -82,9 +83,9 @@ def sweep(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as JSON, whole or not at all."""
-    with writing(path, "w") as file:
+def write_json(path: str | Path, value: Any, parents: bool = True) -> None:
+    """Write `value` as JSON, whole or not at all; `parents` as in `writing`."""
+    with writing(path, "w", parents) as file:
         json.dump(value, file, indent=2)
         file.write("\n")
 
@@ -278,10 +279,11 @@ def save_tensors(
     path: str | Path,
     tensors: dict[str, "torch.Tensor"],
     metadata: dict[str, str] | None = None,
+    parents: bool = True,
 ) -> None:
-    """Write name → tensor as safetensors, whole or not at all. `metadata` maps str to str. The same
-    content gives the same bytes, and no copy of it is made: the library's own writer shuffles
-    metadata and holds the file in memory."""
+    """Write name → tensor as safetensors, whole or not at all; `parents` as in `writing`.
+    `metadata` maps str to str. The same content gives the same bytes, and no copy of it is made:
+    the library's own writer shuffles metadata and holds the file in memory."""
     import torch
 
     def place(item):  # the widest first, so that all are aligned
@@ -303,7 +305,7 @@ def save_tensors(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with writing(path) as file:
+    with writing(path, parents=parents) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
