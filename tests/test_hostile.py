@@ -462,6 +462,20 @@ def test_a_damaged_sidecar_is_told_and_another_s_is_not_looked_at(run, tmp_path)
     assert "set.json" not in done.output
 
 
+def test_damaged_images_of_an_unfinished_set_are_one_line(run, tmp_path):
+    assert sets_command(run, tmp_path / "set.npz").exit_code == 0
+    work = tmp_path / "set.npz.partial"
+    work.mkdir()
+    plan = json.loads((tmp_path / "set.json").read_text())["plan"]
+    (work / "plan.json").write_text(json.dumps(plan))
+    for name in ("set.npz", "set.json", "set.png"):
+        (tmp_path / name).unlink()
+    head = b"\x93NUMPY\x01\x00\x76\x00"
+    for content in (b"", head + b"{'descr': (", head + b"{", b"x" * 500):
+        (work / "images.npy").write_bytes(content)
+        refused(sets_command(run, tmp_path / "set.npz"), "images.npy is damaged; delete")
+
+
 def zipped(path, **members):
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
