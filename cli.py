@@ -1623,10 +1623,11 @@ def encode(data, from_latents, out, res, pixels, channels, verify, as_json, **op
         return
     if channels is not None:
         channels = int(channels)
+    source = from_latents or data or images_to_encode()
     if not pixels and options["vae_weights"] == VAE:
         downloads.ask(VAE)
     result = encoding.encode(
-        from_latents or data or images_to_encode(),
+        source,
         out,
         res,
         pixels=pixels,

@@ -68,7 +68,7 @@ def next_commands(out) -> list[str]:
         f"dimr sample --weights {run} --class 3",
         f"dimr sample --weights {run} -n 100 --cfg 3",
         f"dimr eval fid {samples} --ref {kept}",
-        f"dimr train --data {train} --steps 2000",
+        f"dimr train --data {train} --steps 2000 --out runs/digits",
     ]
 
 

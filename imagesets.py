@@ -48,6 +48,7 @@ SAMPLE = re.compile(r"class(\d+)-(?:.+-)?seed\d+\.png")  # how `sample` names an
 UNFIT = re.compile(r"[^\w .,&+()'!-]")  # what does not stand in the names of our files
 LONGEST = 60  # characters of a class in such a name
 GRID = "grid.png"  # and the picture it leaves beside them
+FILM = ("film.png", "film-animated.png")  # how they came about
 SHOWN = 64  # images in that picture, at most
 ELSEWHERE = ("source", "guide_source", "torch")  # what two sets that are the same may differ in
 STRIP = (12, 8)  # columns and rows of a strip, at most
@@ -377,7 +378,11 @@ class Folder:
         for path in walk(self.path):
             name = path.relative_to(self.path).as_posix()
             hidden = re.search(r"(^|/)\.", name)
-            if name.lower().endswith(containers.EXTENSIONS) and not hidden and path.name != GRID:
+            if (
+                name.lower().endswith(containers.EXTENSIONS)
+                and not hidden
+                and path.name not in (GRID, *FILM)
+            ):
                 yield name
 
     def __len__(self):
@@ -689,7 +694,7 @@ def save_strip(folder: str | Path, captions: Sequence[str], count: int):
     sheets = []
     for number in chosen:
         with Image.open(grids[number]) as image:
-            sheets.append((int(grids[number].stem[5:]), image.convert("RGB")))
+            sheets.append((f"{int(grids[number].stem[5:]):,}", image.convert("RGB")))
     sheets = [sheet for sheet in sheets if sheet[1].size == sheets[-1][1].size]
     if len(sheets) < 2:
         return

@@ -319,6 +319,14 @@ def divide(total: int, done: Callable[[], set[int]]) -> tuple[list[int], list[in
     return missing, missing[rank() :: world_size()]
 
 
+def is_busy() -> bool:
+    """Whether more wants to run on this machine's processor than it has cores; False where that is
+    not told."""
+    if not hasattr(os, "getloadavg"):
+        return False
+    return os.getloadavg()[0] > 1.5 * os.cpu_count()
+
+
 # What a device can do
 
 PEAK_FLOPS = {  # dense bf16, vendors' data sheets

@@ -84,11 +84,11 @@ def is_pale(image: Image.Image) -> bool:
 
 
 def strip(
-    sheets: Sequence[tuple[int, Image.Image]],
+    sheets: Sequence[tuple[str, Image.Image]],
     captions: Sequence[str],
     count: int,
 ) -> Image.Image:
-    """One PIL image of how pictures change: a column for each (step, sheet) of `sheets`, which
+    """One PIL image of how pictures change: a column for each (name, sheet) of `sheets`, which
     `grid` made of `count` images each, and a row for each of the first ones, as many as there are
     `captions`."""
     columns = math.ceil(count**0.5)
@@ -104,9 +104,9 @@ def strip(
         "RGB", (left + len(sheets) * cell, CAPTION + 4 + len(captions) * cell), "white"
     )
     draw = ImageDraw.Draw(picture)
-    for column, (step, sheet) in enumerate(sheets):
+    for column, (name, sheet) in enumerate(sheets):
         x = left + column * cell
-        draw.text((x + FRAME, 2), f"{step:,}", "black", font)
+        draw.text((x + FRAME, 2), name, "black", font)
         for row in range(len(captions)):
             corner = (row % columns * cell, row // columns * height)
             # the hairline of pale images too

@@ -224,7 +224,8 @@ class Generator:
         if "ema_width" in self.record and path.parent.name == "averages":
             return f"{path.parents[1].name}-ema{self.record['ema_width']:g}"
         if path.parent.parent.name == "checkpoints":
-            return path.parents[2].name
+            raw = "-raw" if path.stem == "weights" else ""
+            return path.parents[2].name + raw
         return path.stem
 
     @property
@@ -591,10 +592,12 @@ def save_film(
     frames = film_frames(
         generator, drawing.classes[:count], drawing.seeds[:count], settings, chosen
     )
-    sheets = [(number, pictures.grid(images)) for number, images in frames]
+    sheets = [(str(number), pictures.grid(images)) for number, images in frames]
+    sheets[-1] = ("image", sheets[-1][1])
     strip = pictures.strip(sheets, drawing.captions(count), count)
     info = imagesets.png_info({"Description": imagesets.GENERATED})
-    paths = {"film": Path(out) / "film.png", "animation": Path(out) / "film-animated.png"}
+    strip_name, animation_name = imagesets.FILM
+    paths = {"film": Path(out) / strip_name, "animation": Path(out) / animation_name}
     pictures.save(strip, paths["film"], pnginfo=info)
     first, *others = [sheet for _, sheet in sheets]
     pictures.save(

@@ -854,7 +854,15 @@ def introduction(out, plan, state, division):
     )
     yield from recipes.warnings_of(recipe)
     compiled = ", compiled" if recipe.compile else ""
-    yield f"device   {state.device}, {recipe.precision}{compiled}"
+    threads = ""
+    if state.device.type == "cpu":
+        threads = f", threads {torch.get_num_threads()}"
+    yield f"device   {state.device}, {recipe.precision}{compiled}{threads}"
+    if threads and parallel.is_busy():
+        yield (
+            "         WARNING: this machine has more to do than cores; threads then wait for each "
+            "other, and OMP_NUM_THREADS=1 may be many times faster"
+        )
     begun = f"goes on from step {state.step:,}" if state.step else "a new run"
     yield f"run      {out}: {begun}; config.json keeps all this"
     for name, (before, now) in plan.changed.items():

@@ -11,6 +11,7 @@ from conftest import DATA, dimr_command
 from PIL import Image
 
 import diffusion
+import imagesets
 import networks
 import sampling
 from storage import UserError
@@ -194,6 +195,7 @@ def test_the_command_draws_guided_images_and_their_film(tmp_path):
         last = np.asarray(animation.convert("L"))
         animation.seek(animation.n_frames - 1)
         assert not np.array_equal(last, np.asarray(animation.convert("L")))
+    assert len(imagesets.open_set(tmp_path / "film")) == 3  # films are no samples
     plain = json.loads(dimr_command(*common, *guide, "--out", tmp_path / "plain").stdout)
     assert "film" not in plain and not (tmp_path / "plain" / "film.png").exists()
     for image in sorted((tmp_path / "plain").glob("class*.png")):

@@ -1,16 +1,16 @@
 """tools/fashion_mnist.py, on digits in Fashion-MNIST's place: the package need not be installed."""
 
-import json
 import shutil
 
 import fashion_mnist
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 pytestmark = pytest.mark.slow
 
 
-def test_the_judge_recognises_real_images_and_no_noise(digits, tmp_path, capsys):
+def test_the_judge_recognises_real_images_and_no_noise(digits, tmp_path):
     shutil.copytree(digits, tmp_path / "train")
     shutil.copytree(digits, tmp_path / "test")
     real = fashion_mnist.read(tmp_path / "test")
@@ -19,7 +19,16 @@ def test_the_judge_recognises_real_images_and_no_noise(digits, tmp_path, capsys)
     shares = {}
     for name, made in (("real", images), ("noise", noise)):
         np.savez(tmp_path / f"{name}.npz", arr_0=made, arr_1=real.labels)
-        fashion_mnist.judge(tmp_path, tmp_path / f"{name}.npz")
-        shares[name] = json.loads(capsys.readouterr().out)["accuracy_generated"]
+        found = fashion_mnist.judge(tmp_path, tmp_path / f"{name}.npz")
+        shares[name] = found["accuracy_generated"]
     assert shares["real"] > 0.8
     assert shares["noise"] < 0.3
+
+
+def test_without_the_package_it_says_what_to_install(tmp_path):
+    done = CliRunner().invoke(
+        fashion_mnist.main, ["write", str(tmp_path / "out"), "--source", str(tmp_path)]
+    )
+    assert done.exit_code == 1
+    assert "dataset-fashion-mnist" in done.output and "Traceback" not in done.output
+    assert CliRunner().invoke(fashion_mnist.main, ["--help"]).exit_code == 0

@@ -95,7 +95,7 @@ def test_loss_png_says_what_it_shows(tmp_path, monkeypatch, extras):
     assert {"step", "loss (logarithmic)", "100", "0.1"} <= set(words)
     assert ("FID (logarithmic)" in words) == ("fid" in extras)
     assert ("FID 30" in words) == ("fid" in extras)
-    assert ("validation 0.25" in words) == ("validation_loss" in extras)
+    assert ("held out 0.25" in words) == ("validation_loss" in extras)
     assert (picture.height > 600) == ("fid" in extras)
     blue = np.asarray(picture.convert("RGB")) == (0x1B, 0x6C, 0xA8)
     columns = np.flatnonzero(blue.all(-1)[:480, :710].any(0))

@@ -13,8 +13,10 @@ import json
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
@@ -35,21 +37,38 @@ CLASSES = [
 ]
 
 
-def idx(name, header, source=SOURCE):
-    return np.frombuffer(gzip.decompress((source / name).read_bytes()), np.uint8, offset=header)
-
-
-def write(out):
-    for split, prefix in (("train", "train"), ("test", "t10k")):
-        images = np.pad(
-            idx(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2))
+def idx(source, name, header):
+    path = source / name
+    if not path.is_file():
+        raise click.ClickException(
+            f"no {path}: expected Fashion-MNIST as Debian's package dataset-fashion-mnist has it; "
+            "install that, or give the folder with --source"
         )
-        for i, (image, label) in enumerate(
-            zip(images, idx(f"{prefix}-labels-idx1-ubyte.gz", 8), strict=True)
-        ):
-            path = out / split / CLASSES[label] / f"{i:05d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
+    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+
+
+@click.group(
+    help=__doc__.replace("\n\n    apt", "\n\n\b\n    apt"),
+    context_settings={"max_content_width": 100},
+)
+def main():
+    pass
+
+
+@main.command("write")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--source", type=click.Path(path_type=Path), default=SOURCE, show_default=True)
+def write(out, source):
+    """Write 70,000 PNGs to OUT/train/CLASS and OUT/test/CLASS."""
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images = idx(source, f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+        images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+        labels = idx(source, f"{prefix}-labels-idx1-ubyte.gz", 8)
+        for name in CLASSES:
+            (out / split / name).mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(tqdm(images, split, unit="img")):
+            Image.fromarray(image).save(out / split / CLASSES[labels[i]] / f"{i:05d}.png")
+    click.echo(f"70,000 images of 10 classes -> {out}")
 
 
 def read(folder):
@@ -61,12 +80,20 @@ def read(folder):
     return digits_demo.Digits(images.numpy()[order], labels.numpy()[order], order)
 
 
+@main.command("judge")
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
+@click.argument("samples", type=click.Path(exists=True, path_type=Path))
+def judge_command(folder, samples):
+    """How good the images in SAMPLES, an .npz, are by the real ones in FOLDER, as JSON."""
+    print(json.dumps(judge(folder, samples)))
+
+
 def judge(out, samples):
+    """The demo's figures of samples, by the real images that `write` wrote."""
     with np.load(samples) as arrays:
         made = digits_demo.Digits(arrays["arr_0"][..., 0], arrays["arr_1"], None)
-    figures = digits_demo.judge(read(out / "test"), made, read(out / "train").images)
-    print(json.dumps(figures))
+    return digits_demo.judge(read(out / "test"), made, read(out / "train").images)
 
 
 if __name__ == "__main__":
-    {"write": write, "judge": judge}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    main()
