@@ -130,13 +130,13 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 @dataclasses.dataclass(frozen=True)
 class Rebuilt:
     """An average made of snapshots. `record`: what its weights file says besides the network;
-    `place`: where it is written to if not told otherwise; `facts`: how it was made, for
+    `place`: where it is written to if not told otherwise; `how`: how it was made, for
     programs."""
 
     model: networks.Network
     record: dict
     place: Path
-    facts: dict
+    how: dict
 
 
 def warn(line):
@@ -188,7 +188,7 @@ def rebuild(
             "averages may differ by little more; choose a width between the snapshots', or keep "
             "fp32"
         )
-    facts = {
+    how = {
         "width": width,
         "step": step,
         "snapshots": len(mix.snapshots),
@@ -198,7 +198,7 @@ def rebuild(
         "missing": [str(one.path) for one in missing],
     }
     place = folder(run) / f"ema-{width:g}-step-{step:07d}.safetensors"
-    return Rebuilt(model, {**record, "step": step, "ema_width": width}, place, facts)
+    return Rebuilt(model, {**record, "step": step, "ema_width": width}, place, how)
 
 
 def find_run(source: str | Path | None = None) -> Path:
@@ -300,9 +300,9 @@ def read_mix(mix, known):
     precisions = set()
 
     def read(snapshot):
-        tensors, about = read_snapshot(snapshot, config)
-        precisions.add(about.pop("dtype", None))
-        record.update(about)
+        tensors, said = read_snapshot(snapshot, config)
+        precisions.add(said.pop("dtype", None))
+        record.update(said)
         return tensors
 
     bar = tqdm(mix.snapshots, desc="averaging", unit="snapshot", leave=False, disable=None)
@@ -315,11 +315,11 @@ def read_snapshot(snapshot, config):
     """(tensors, what it says of itself besides network and width) of a snapshot of a network of
     `config`. Raises Damaged."""
     try:
-        tensors, about = load_tensors(snapshot.path)
-        about = runfolder.parsed(about)
-        theirs = networks.config_of(about.pop("config"))
-        content = about.pop("content")
-        itself = (about.pop("step"), about.pop("width"))
+        tensors, said = load_tensors(snapshot.path)
+        said = runfolder.parsed(said)
+        theirs = networks.config_of(said.pop("config"))
+        content = said.pop("content")
+        itself = (said.pop("step"), said.pop("width"))
     except (UserError, ValueError, TypeError, KeyError) as error:
         raise Damaged(snapshot, f"is not a whole snapshot ({error})") from None
     if theirs != config:
@@ -330,7 +330,7 @@ def read_snapshot(snapshot, config):
         raise Damaged(snapshot, "is damaged (its content's SHA-256 is not the one it names)")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise Damaged(snapshot, "holds values that are not finite")
-    return tensors, about
+    return tensors, said
 
 
 def write(
@@ -341,9 +341,9 @@ def write(
     say: Callable = warn,
 ) -> dict:
     """Make the average of `width` at `step` and write it to `out` (None: the run's averages/), a
-    weights file as `runfolder.write_weights` writes it. Returns `Rebuilt.facts` and `out`. Raises
+    weights file as `runfolder.write_weights` writes it. Returns `Rebuilt.how` and `out`. Raises
     UserError."""
     made = rebuild(run, width, step, say)
     out = Path(out or made.place)
     runfolder.write_weights(out, made.model, made.record)
-    return {**made.facts, "out": str(out)}
+    return {**made.how, "out": str(out)}

@@ -47,7 +47,7 @@ def card(metrics: str, result: dict, options: Mapping[str, object]) -> dict:
     `options` of `dimr eval`."""
     sets = result.get("sets") or {"": result}
     first = next(iter(sets.values()))
-    facts = {
+    record = {
         "format": FORMAT,
         "metric": metrics,
         "sets": {name: _set(metrics, one, options) for name, one in sets.items()},
@@ -66,8 +66,8 @@ def card(metrics: str, result: dict, options: Mapping[str, object]) -> dict:
         "command": shlex.join(sys.argv),
     }
     if "differences" in result:
-        facts["differences"] = result["differences"]
-    return facts
+        record["differences"] = result["differences"]
+    return record
 
 
 def _set(metrics, result, options):

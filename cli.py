@@ -508,12 +508,12 @@ def info(what, variant, kind, micro_batch, ema_profiles, as_json, **values):
     if what and variant:
         raise click.UsageError(f"{what} is a network already; leave out --variant, or {what}")
     variant = variant or DEFAULT_VARIANT
-    config, about = network_of(what, variant, kind, shape_options.given(values))
-    result = {"variant": what or variant, **costs(config), **about}
+    config, known = network_of(what, variant, kind, shape_options.given(values))
+    result = {"variant": what or variant, **costs(config), **known}
     lines = info_lines(result, config)
-    if about:
-        classes = shown(", ".join(about["classes"])) or "no names"
-        lines.append(f"  step {about['step']}, classes: {classes}")
+    if known:
+        classes = shown(", ".join(known["classes"])) or "no names"
+        lines.append(f"  step {known['step']}, classes: {classes}")
     asked = forecast_options.take(values)
     if asked["gpus"] or asked["gpu"]:
         result["forecast"], words = forecast_of(config, what, variant, micro_batch, asked)
@@ -530,15 +530,15 @@ def network_of(what, variant, kind, shape):
     import networks
     import runfolder
 
-    about = {}
+    known = {}
     config = networks.VARIANTS[variant]
     if what:
         path = runfolder.find_weights(what)
         model, record = runfolder.read_weights(path, shape.get("heads"), kind)
         config = model.config
-        about = {"step": record.get("step"), "classes": record.get("classes", [])}
+        known = {"step": record.get("step"), "classes": record.get("classes", [])}
     try:
-        return networks.changed(config, shape), about
+        return networks.changed(config, shape), known
     except ValueError as error:
         raise UserError(f"this network can't be built: {error}") from None
 

@@ -68,13 +68,13 @@ class BadImage(UserError):
 class Listing:
     """Images somewhere, class by class, each class's by sorted name.
 
-    `root`: the path or pattern. `about`: what it is, for people. `labels` int64 (N,). `names`: of
+    `root`: the path or pattern. `words`: what it is, for people. `labels` int64 (N,). `names`: of
     each image "class/name", or its name alone where there is one class and no folder: what a
     fingerprint is made of, so that the same images have the same names however they are packed.
     `members`: where the image lies below the root. A subclass says how it is `open`ed."""
 
     root: Path
-    about: str
+    words: str
     classes: list[str]
     labels: np.ndarray
     names: Names
@@ -312,7 +312,7 @@ def _class_folders(root, wanted, what):
         groups = [_list_class(root, folder) for folder in classes]
     names = Names([name for group in groups for name in group])
     labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-    return Folder(root, _about(what, classes, len(labels)), classes, labels, names, names)
+    return Folder(root, _words(what, classes, len(labels)), classes, labels, names, names)
 
 
 def _list(folder):
@@ -697,7 +697,7 @@ def _columns(path, gathered, classes, groups, wanted):
     members = Names([image[-1] for image in images])
     return {
         "root": path,
-        "about": _about(gathered.what, classes, len(images), wanted.noun) + _but(groups, gathered),
+        "words": _words(gathered.what, classes, len(images), wanted.noun) + _but(groups, gathered),
         "classes": classes,
         "labels": np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
         "names": names,
@@ -717,7 +717,7 @@ def _packed(path, gathered, archives, wanted):
     )
 
 
-def _about(what, classes, count, noun="images"):
+def _words(what, classes, count, noun="images"):
     return (
         f"{what}: {_count(len(classes), 'class', 'classes')}, "
         f"{_count(count, noun.removesuffix('s'), noun)}"

@@ -2,7 +2,7 @@
 shards, and reading ahead.
 
 `open_data` gives `Images` or `Shards` (shards.py), which look alike: `kind`, `size`,
-`channels`, `classes`, `labels`, `flips` (whether items can be mirrored), `fingerprint`, `about`
+`channels`, `classes`, `labels`, `flips` (whether items can be mirrored), `fingerprint`, `words`
 (what it is, in a line), `len` and `batch`. `loader` reads their batches
 ahead, in the order that it is given (randomness.Order)."""
 
@@ -166,7 +166,7 @@ class Listed:
     def __init__(self, listing: containers.Listing):
         self.listing = listing
         self.root = listing.root
-        self.about = f"{listing.root}: {listing.about}"
+        self.words = f"{listing.root}: {listing.words}"
         self.classes = listing.classes
         self.labels = listing.labels
 

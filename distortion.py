@@ -113,7 +113,7 @@ def check_classes(images, known: int):
             f"{images.path} doesn't say which class each image was meant to show; expected what "
             "sample wrote, an .npz with arr_1, or one folder per class"
         )
-    own = images.about.get("num_classes", known)
+    own = images.record.get("num_classes", known)
     if images.labels.max() >= known or own != known:
         raise UserError(
             f"{images.path} shows class {images.labels.max()} of {own} and the classifier knows "

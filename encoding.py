@@ -320,21 +320,21 @@ def _begin(out, plan):
         _remove(out, "plan.json", "shard-*", "preview.png")
         before = None
     if before:
-        _check_same(out, _facts(before), _facts(plan))
+        _check_same(out, _fixed(before), _fixed(plan))
     else:
         _remove(out, shards.ROW)  # of a set whose plan is gone
         write_json(out / "plan.json", plan)
 
 
-def _facts(plan):
+def _fixed(plan):
     """What has to be the same for an encode to go on, the most telling first. Classes and their
     images are behind the fingerprint; a VAE may lie elsewhere, its hash may not change."""
     source = plan["source"]
     images = {"fingerprint": source["fingerprint"], "sample": source.get("sample")}
-    facts = {"kind": plan["kind"], **plan["options"], **images, **plan}
+    fixed = {"kind": plan["kind"], **plan["options"], **images, **plan}
     for name in ("options", "source", "classes", "vae"):
-        facts.pop(name, None)
-    return facts
+        fixed.pop(name, None)
+    return fixed
 
 
 def _check_same(out, old, new):
@@ -368,7 +368,7 @@ def _check_room(job, todo, quiet):
     if len(todo) < len(job.stretches):
         count = f"{len(todo)} of {count}"
     if not quiet:
-        tqdm.write(job.folder.about, file=sys.stderr)
+        tqdm.write(job.folder.words, file=sys.stderr)
         tqdm.write(
             f"{len(job.folder):,} {job.folder.noun}; {count} shards to write, "
             f"{storage.size_text(need)}, with {storage.size_text(free)} free",

@@ -474,12 +474,12 @@ def check_extractor(metrics: str, extractor: Extractor):
 def check_fair(images):
     """Raise UserError if the images show but one of the classes that their network knows: no fair
     set."""
-    known = images.about.get("num_classes", 1)
+    known = images.record.get("num_classes", 1)
     if known > 1 and images.labels is not None and len(np.unique(images.labels)) == 1:
         raise UserError(
             f"{images.path} holds {len(images):,} images of class {images.labels[0]} alone, and "
             f"the reference has {known:,} classes; make a fair set: "
-            f"dimr sample --balanced -n {COUNT} --weights {images.about.get('source')}"
+            f"dimr sample --balanced -n {COUNT} --weights {images.record.get('source')}"
         )
 
 
@@ -775,7 +775,7 @@ def evaluated(
         "reference": describe(next(iter(against.values()))),
         "features": first.extractor,
         "identity": first.identity,
-        "extractors": {kind: extractor.about for kind, extractor in extractors.items()},
+        "extractors": {kind: extractor.record for kind, extractor in extractors.items()},
         "device": str(next(iter(extractors.values())).device),
         **averaged(samples),
         "remarks": notes,
@@ -788,7 +788,7 @@ def labels_of(samples) -> str | None:
     """How the classes of an image set or a Generation were chosen, where that is known."""
     if isinstance(samples, Generation):
         return samples.labels
-    return imagesets.labels_of(samples.about)
+    return imagesets.labels_of(samples.record)
 
 
 def made(samples) -> dict:
@@ -804,9 +804,9 @@ def made(samples) -> dict:
             **_vae_of(samples.generator),
             "drawn_here": True,
         }
-    plan = samples.about.get("plan")
+    plan = samples.record.get("plan")
     batch = {"batch_size": plan.get("batch_size")} if isinstance(plan, dict) else {}
-    return {k: v for k, v in samples.about.items() if k not in ("plan", "note")} | batch
+    return {k: v for k, v in samples.record.items() if k not in ("plan", "note")} | batch
 
 
 def _vae_of(generator):
@@ -826,8 +826,8 @@ def _fitting(samples):
         known = samples.generator.config.num_classes
         size = samples.generator.pixels
     else:
-        source = samples.about.get("source")
-        known = samples.about.get("num_classes")
+        source = samples.record.get("source")
+        known = samples.record.get("num_classes")
         size = samples.size
     if not source:
         return fitting_reference(None, known, [], size=size)
@@ -840,12 +840,12 @@ def _fitting(samples):
 def check_comparable(sets: Sequence) -> None:
     """Raise UserError unless all sets have as many images of as many pixels: a distance falls as
     their number grows."""
-    facts = [_extent(samples) for samples in sets]
-    for name, count, size in facts[1:]:
-        if (count, size) != facts[0][1:]:
+    extents = [_extent(samples) for samples in sets]
+    for name, count, size in extents[1:]:
+        if (count, size) != extents[0][1:]:
             raise UserError(
-                f"{facts[0][0]} holds {facts[0][1]:,} images of {facts[0][2]} pixels and {name} "
-                f"{count:,} of {size}; metrics depend on both: compare sets of one size"
+                f"{extents[0][0]} holds {extents[0][1]:,} images of {extents[0][2]} pixels and "
+                f"{name} {count:,} of {size}; metrics depend on both: compare sets of one size"
             )
 
 
@@ -938,10 +938,10 @@ def _noise_lines(result):
 
 def averaged(samples):
     """{"ema_width": …} if the images are of an average made after the fact, else {}."""
-    about = samples.generator.record if isinstance(samples, Generation) else samples.about
-    if "ema_width" not in about:
+    record = samples.generator.record if isinstance(samples, Generation) else samples.record
+    if "ema_width" not in record:
         return {}
-    return {"ema_width": about["ema_width"]}
+    return {"ema_width": record["ema_width"]}
 
 
 def watch(

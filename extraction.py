@@ -41,7 +41,7 @@ STANDARD = "Inception of 2015"
 DINO = "DINOv2 ViT-L/14"
 KINDS = ("inception", "dinov2")  # of features
 FORMAT = 1  # of what is cached
-FACTS = fields(  # what a Measured's file says besides its tensors
+RECORD = fields(  # what a Measured's file says besides its tensors
     {"source": text(), "sha256": text(), "extractor": text(), "identity": text()},
     {
         "size": maybe(whole(1)),
@@ -96,7 +96,7 @@ class Extractor:
     resize: str = "its own affair"  # what it does to images first
 
     @property
-    def about(self) -> dict:
+    def record(self) -> dict:
         return {"name": self.name, "identity": self.identity, "resize": self.resize}
 
     @property
@@ -242,23 +242,23 @@ class Measured:
 
     def save(self, path: str | Path):
         tensors = {}
-        about = {}
+        texts = {}
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 tensors[name] = value
             elif name not in LATER or value:
-                about[name] = json.dumps(value)
-        save_tensors(path, tensors, about)
+                texts[name] = json.dumps(value)
+        save_tensors(path, tensors, texts)
 
     @staticmethod
     def load(path: str | Path) -> "Measured":
         """Raises UserError for a file that holds something else."""
-        tensors, about = load_tensors(path)
-        about.pop("format", None)
+        tensors, texts = load_tensors(path)
+        texts.pop("format", None)
         try:
-            facts = {name: schema.parse(value) for name, value in about.items()}
-            schema.check(facts, FACTS)
-            found = Measured(**{k: v for k, v in facts.items() if k not in TENSORS}, **tensors)
+            record = {name: schema.parse(value) for name, value in texts.items()}
+            schema.check(record, RECORD)
+            found = Measured(**{k: v for k, v in record.items() if k not in TENSORS}, **tensors)
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{path} holds no statistics ({error}); expected a file that dimr eval stats wrote"
@@ -344,8 +344,8 @@ class Collector:
             statistics.to("cpu")
         return self
 
-    def measured(self, **about) -> Measured:
-        """What all images come to; `about`: the other fields of `Measured`."""
+    def measured(self, **record) -> Measured:
+        """What all images come to; `record`: the other fields of `Measured`."""
         moments = {}
         with foreseen():
             for name, statistics in self.statistics.items():
@@ -365,7 +365,7 @@ class Collector:
             spatial=_joined(self.spatial) if self.spatial else None,
             **moments,
             **scored,
-            **about,
+            **record,
         )
 
 
@@ -385,7 +385,7 @@ def _sortedness(classes):
     return (neighbours - by_chance) / (1 - by_chance)
 
 
-def _collect(collector, items, bar, about):
+def _collect(collector, items, bar, record):
     """Feed this process's `items` (numbers, features), join with the others'; `Measured` on rank 0,
     else None. `bar` counts batches as if every process had one of that size."""
     with bar:
@@ -399,7 +399,7 @@ def _collect(collector, items, bar, about):
         return None
     for other in found[1:]:
         collector.merge(other)
-    return collector.measured(**about)
+    return collector.measured(**record)
 
 
 def _bar(total, what, quiet):
@@ -471,7 +471,7 @@ def measure(
     digest = parallel.broadcast(images.digest if parallel.is_main() else None)
     size = batch_size or BATCH_SIZE[extractor.device.type]
     check_batch(min(size, len(images)), images.size, extractor)
-    about = {
+    record = {
         "source": str(images.path),
         "sha256": digest,
         "size": images.size,
@@ -479,18 +479,18 @@ def measure(
         "identity": extractor.identity,
     }
     if keep is None and images.labels is not None:
-        about["labels"] = torch.as_tensor(images.labels)
+        record["labels"] = torch.as_tensor(images.labels)
     if keep is None:
-        about["drawn"] = imagesets.drawn_of(images)
+        record["drawn"] = imagesets.drawn_of(images)
 
     path = _place(["images", FORMAT, digest, images.size, keep, extractor.identity])
     if extractor.cached:
-        there, found = _find(path, about["source"], keep)
+        there, found = _find(path, record["source"], keep)
         if there:
             return found
     collector = Collector(len(images), extractor.device, keep, mixed=not images.ordered)
     bar = _bar(len(images), "features", quiet)
-    found = _collect(collector, _features_of(images, extractor, size), bar, about)
+    found = _collect(collector, _features_of(images, extractor, size), bar, record)
     if extractor.cached:
         _keep(found, path)
     return found
@@ -595,7 +595,7 @@ def generate(
     interrupted call goes on, on any number of processes, and ends with the same numbers to the last
     bit."""
     generation = generation.resolved()
-    about = {
+    record = {
         "source": generation.source,
         "sha256": hashlib.sha256(generation.key.encode()).hexdigest(),
         "size": generation.generator.pixels,
@@ -608,11 +608,11 @@ def generate(
     if not (resumable and extractor.cached):
         _, mine = parallel.divide(generation.batches, set)
         bar = _bar(generation.count, "generating", quiet)
-        return _collect(collector, generation.features(extractor, mine), bar, about)
+        return _collect(collector, generation.features(extractor, mine), bar, record)
 
     path = _place(["generated", FORMAT, generation.key, extractor.identity])
     notes = Notes(path.with_suffix(".partial"), generation)
-    there, found = _find(path, about["source"])
+    there, found = _find(path, record["source"])
     if there:
         notes.discard()
         return found
@@ -624,7 +624,7 @@ def generate(
         if parallel.is_main():
             for numbers, features in notes.read(extractor.device, quiet):
                 collector.add(numbers, *features)
-            found = collector.measured(**about)
+            found = collector.measured(**record)
             _keep(found, path)
             notes.discard()
     return found
@@ -694,8 +694,8 @@ class Notes:
                     f"{self.path(k)} is missing: all processes must share the cache; set "
                     "DIMR_HOME to a folder that they can reach"
                 )
-            found, about = load_tensors(self.path(k))
-            if CONTENT in about and averaging.digest(found) != about[CONTENT]:
+            found, texts = load_tensors(self.path(k))
+            if CONTENT in texts and averaging.digest(found) != texts[CONTENT]:
                 self.path(k).unlink()
                 raise UserError(
                     f"{self.path(k)} is damaged and has been deleted; run the same again, which "

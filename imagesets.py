@@ -2,7 +2,7 @@
 (read alone) pixel shards that encode wrote.
 
 `open_set` gives one of four classes that look alike: `path`, `len`, `size` (side in pixels),
-`labels` (N,) or None, `about` (what `sample` noted of how they were made, else {}), `digest` (of
+`labels` (N,) or None, `record` (what `sample` noted of how they were made, else {}), `digest` (of
 the content), `ordered` (whether their order was somebody's choice), `name(index)`, and `batch`,
 which dataset.loader reads ahead.
 
@@ -48,12 +48,12 @@ SAMPLE = re.compile(r"class(\d+)-(?:.+-)?seed\d+\.png")  # how `sample` names an
 UNFIT = re.compile(r"[^\w .,&+()'!-]")  # what does not stand in the names of our files
 LONGEST = 60  # characters of a class in such a name
 GRID = "grid.png"  # and the picture it leaves beside them
-FILM = ("film.png", "film-animated.png")  # how they came about
+FILM = ("film.png", "film-animated.png")  # how they came record
 SHOWN = 64  # images in that picture, at most
 ELSEWHERE = ("source", "guide_source", "torch")  # what two sets that are the same may differ in
 STRIP = (12, 8)  # columns and rows of a strip, at most
 WORDS = {identifier: names[0] for identifier, names in imagenet_names.CLASSES}
-ABOUT = fields(  # what is noted of how images were made, as far as it is read again
+RECORD = fields(  # what is noted of how images were made, as far as it is read again
     {},
     {
         "plan": fields({}),
@@ -174,7 +174,7 @@ class Npz:
         return labels.astype(np.int64)
 
     @cached_property
-    def about(self) -> dict:
+    def record(self) -> dict:
         return read_sidecar(self.path)
 
     @cached_property
@@ -327,21 +327,21 @@ def read_sidecar(path: str | Path) -> dict:
     called so. Raises UserError where it is damaged."""
     if not sidecar(path).is_file():
         return {}
-    about = read_json(sidecar(path))
-    if not is_ours(about):
+    record = read_json(sidecar(path))
+    if not is_ours(record):
         return {}
     try:
-        schema.check(about, ABOUT)
+        schema.check(record, RECORD)
     except schema.Misfit as misfit:
         raise UserError(
             f"{sidecar(path)} is damaged ({misfit}); restore it, or delete it if need be"
         ) from None
-    return about
+    return record
 
 
-def is_ours(about: object) -> bool:
+def is_ours(record: object) -> bool:
     """Whether what stands in a JSON file is what `sample` notes of a set."""
-    return isinstance(about, dict) and bool({"plan", "num_classes", "balanced"} & about.keys())
+    return isinstance(record, dict) and bool({"plan", "num_classes", "balanced"} & record.keys())
 
 
 def walk(root: Path) -> Iterator[Path]:
@@ -439,8 +439,8 @@ class Folder:
         return np.unique(folders, return_inverse=True)[1]
 
     @cached_property
-    def about(self) -> dict:
-        return read_facts(self.path / self.names[0])
+    def record(self) -> dict:
+        return read_record(self.path / self.names[0])
 
     @cached_property
     def digest(self) -> str:
@@ -456,7 +456,7 @@ class Contained:
     """Images in a zip or tars, or those of some classes, class by class, cropped to `res`."""
 
     ordered = False
-    about: dict = {}
+    record: dict = {}
 
     def __init__(self, root: str | Path, res: int | None, exif: bool, classes):
         if res is None:
@@ -493,7 +493,7 @@ class Shards:
     """A pixel shard set, in RGB."""
 
     ordered = False
-    about: dict = {}
+    record: dict = {}
 
     def __init__(self, root: str | Path, classes: Sequence[str] | None = None):
         self.path = Path(root)
@@ -531,7 +531,7 @@ class Drawing:
     names: Sequence[str]  # of all classes; may be empty
     size: int  # side of an image in pixels
     batch_size: int
-    about: dict  # how they are made, as JSON can hold it
+    record: dict  # how they are made, as JSON can hold it
     labels: str | None = None  # how the classes were chosen, if not by hand
 
     def __len__(self):
@@ -550,7 +550,7 @@ class Drawing:
         name = self.class_name(i)
         if name in WORDS:
             return WORDS[name]
-        if not name and self.about.get("num_classes") == len(WORDS):
+        if not name and self.record.get("num_classes") == len(WORDS):
             return imagenet_names.CLASSES[self.classes[i]][1][0]
         return name
 
@@ -566,7 +566,7 @@ class Drawing:
     @cached_property
     def plan(self) -> dict:
         """What has to be equal in two sets that are the same (`same_plan`)."""
-        kept = {key: self.about[key] for key in self.about if key not in ELSEWHERE}
+        kept = {key: self.record[key] for key in self.record if key not in ELSEWHERE}
         plan = {"drawn": self.digests[0], "batch_size": self.batch_size, **kept}
         return json.loads(json.dumps(plan))  # as it reads back: tuples become lists
 
@@ -620,16 +620,16 @@ def seeds_text(seeds: Sequence[int]) -> str:
 
 def drawn_of(images) -> str | None:
     """The `digest_of` a set that `sample` wrote as one `.npz`, else None."""
-    plan = images.about.get("plan")
+    plan = images.record.get("plan")
     drawn = plan.get("drawn") if isinstance(plan, dict) else None
     return drawn if isinstance(drawn, str) else None
 
 
-def labels_of(about: dict) -> str | None:
+def labels_of(record: dict) -> str | None:
     """How the classes of a set were chosen, as its sidecar says; None where it does not."""
-    if isinstance(about.get("labels"), str):
-        return about["labels"]
-    return "balanced" if about.get("balanced") is True else None
+    if isinstance(record.get("labels"), str):
+        return record["labels"]
+    return "balanced" if record.get("balanced") is True else None
 
 
 def file_word(words: str) -> str:
@@ -646,14 +646,14 @@ def caption(name: str, index: int, seed: int) -> str:
     return f"{name or index} · {seed}"
 
 
-def read_facts(path: str | Path) -> dict:
+def read_record(path: str | Path) -> dict:
     """What `sample` noted in a PNG of how it was made, else {}."""
     try:
-        facts = schema.parse(png_texts(path).get("dimr", "{}"))
-        schema.check(facts, ABOUT)
+        record = schema.parse(png_texts(path).get("dimr", "{}"))
+        schema.check(record, RECORD)
     except ValueError:
         return {}
-    return facts
+    return record
 
 
 def png_texts(path: str | Path) -> dict[str, str]:
@@ -747,7 +747,7 @@ class PngWriter:
         for path in sorted(self.out.glob("class*-seed*.png")):
             if not SAMPLE.fullmatch(path.name):
                 continue
-            theirs = read_facts(path)
+            theirs = read_record(path)
             for key, value in self.drawing.how.items():
                 if theirs.get(key, value) != value:
                     raise UserError(
@@ -766,16 +766,16 @@ class PngWriter:
             pictures.save(pictures.to_image(image), self.path(i), pnginfo=info)
 
     def _texts(self, i):
-        facts = {
+        record = {
             "class": self.drawing.classes[i],
             "class_name": self.drawing.class_name(i),
             "seed": self.drawing.seeds[i],
-            **self.drawing.about,
+            **self.drawing.record,
         }
         return {
             "Description": GENERATED,
             "Software": f"dimr {VERSION}",
-            "dimr": json.dumps(facts),
+            "dimr": json.dumps(record),
             "Command": self.command,
         }
 
@@ -918,16 +918,16 @@ class NpzWriter:
                 f"{self.work} lacks batch {missing[0]} ({len(missing)} in all): all processes "
                 "must share that folder; choose an --out that they can reach"
             )
-        facts = {
+        record = {
             "balanced": self.drawing.balanced,
             "labels": self.drawing.labels,
             "n": len(self.drawing),
             "seeds": seeds_text(self.drawing.seeds),
             "plan": self.drawing.plan,
-            **self.drawing.about,
+            **self.drawing.record,
             "note": GENERATED,
         }
-        write_json(sidecar(self.target), facts)
+        write_json(sidecar(self.target), record)
         self._write_arrays()
         shown = min(len(self.drawing), SHOWN)
         save_grid(self.picture, self.images[:shown], self.drawing.captions(shown))

@@ -41,7 +41,7 @@ def row(run: Path) -> dict:
     """A run in figures: `loss` is the mean of the newest journal.SMOOTH steps, `fid` the newest
     that was watched, `checkpoints` the steps that RUN@STEP takes; null where there is none."""
     grid = runfolder.newest_grid(run)
-    facts = {
+    found = {
         "run": str(run),
         "variant": None,
         "step": 0,
@@ -54,25 +54,25 @@ def row(run: Path) -> dict:
         "checkpoints": [runfolder.step_of(path) for path in runfolder.checkpoints(run)],
     }
     try:
-        facts |= progress(run)
+        found |= progress(run)
     except UserError as error:
-        facts["error"] = str(error)
-    return facts
+        found["error"] = str(error)
+    return found
 
 
 def progress(run):
     """What a run's configuration and metrics say of it. Raises UserError."""
     record = runfolder.read_config(run, ("variant", "recipe"))
-    facts = {"variant": record["variant"], "steps": record["recipe"].get("steps")}
+    found = {"variant": record["variant"], "steps": record["recipe"].get("steps")}
     lines = journal.newest(run, count=journal.SMOOTH)
     losses = [line["loss"] for line in lines if line["loss"] is not None]
     if lines:
-        facts["step"] = lines[-1]["step"]
+        found["step"] = lines[-1]["step"]
     if losses:
-        facts["loss"] = sum(losses) / len(losses)
+        found["loss"] = sum(losses) / len(losses)
     for line in journal.newest(run, "fid"):
-        facts |= {"fid": line.get("fid"), "fid_step": line["step"]}
-    return facts
+        found |= {"fid": line.get("fid"), "fid_step": line["step"]}
+    return found
 
 
 def size(folder: Path) -> int:

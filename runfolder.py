@@ -267,17 +267,17 @@ def read_weights(
     where nothing in the file tells them.
 
     Raises UserError when it is neither, doesn't fit, or holds values that are not finite."""
-    tensors, about = load_tensors(path)
+    tensors, texts = load_tensors(path)
     tensors = as_float32(path, tensors)
     try:
-        record = _record(about)
+        record = _record(texts)
         config = _config_of(record, tensors)
         if config and not any(name.startswith("stages.") for name in tensors):
             if kind not in (None, networks.kind(config)):
                 raise ValueError(f"--kind {kind}: it says that it is {networks.kind(config)}")
             model = networks.from_config(config, tensors)
         else:
-            kind = kind or kind_of(path, about)
+            kind = kind or kind_of(path, texts)
             model = networks.from_released(tensors, kind, heads, config)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} does not fit: {error}") from None
@@ -285,26 +285,26 @@ def read_weights(
     return model, record
 
 
-def kind_of(path: Path, about: dict) -> str | None:
+def kind_of(path: Path, texts: dict) -> str | None:
     """What is known of the kind of a network besides its tensors: from the name that its file was
     fetched by, or from the model's name in a training checkpoint ("DiT-XL/2")."""
     asset = downloads.asset_of(path)
     if asset and asset.kind:
         return asset.kind
-    family = about.get("model", "").partition("-")[0].lower()
+    family = texts.get("model", "").partition("-")[0].lower()
     return family if family in peers.RELEASED else None
 
 
-def _record(about):
+def _record(texts):
     """What a weights file's metadata say, {} for a file of another tool."""
-    if "config" not in about:
+    if "config" not in texts:
         return {}
-    return parsed(about)
+    return parsed(texts)
 
 
-def parsed(about: dict[str, str]) -> dict:
+def parsed(texts: dict[str, str]) -> dict:
     """The values that a file of ours says of itself. Raises ValueError."""
-    record = {name: schema.parse(value) for name, value in about.items() if name != "format"}
+    record = {name: schema.parse(value) for name, value in texts.items() if name != "format"}
     schema.check(record, RECORD)
     return record
 
@@ -345,9 +345,9 @@ def write_weights(path: Path, model: networks.Network, record: dict) -> None:
     released ones, so that their code loads it too. Both carry the configuration and `record`.
     Raises UserError for another extension, and for a network that the release has no names for."""
     path = Path(path)
-    about = metadata(model.config, **record)
+    texts = metadata(model.config, **record)
     if path.suffix == ".safetensors":
-        save_tensors(path, model.state_dict(), about)
+        save_tensors(path, model.state_dict(), texts)
     elif path.suffix == ".pth":
         if networks.kind(model.config) != "dimr":
             raise UserError(
@@ -358,7 +358,7 @@ def write_weights(path: Path, model: networks.Network, record: dict) -> None:
             state = OrderedDict(dimr.to_released(model))
         except ValueError as error:
             raise UserError(f"{error}; write {path.with_suffix('.safetensors')} instead") from None
-        state.metadata = about
+        state.metadata = texts
         with writing(path) as file:
             try:
                 torch.save(state, file)

@@ -493,7 +493,7 @@ def check_guide(generator: Generator) -> None:
 
 def describe(generator: Generator, settings: Settings) -> dict:
     """What an image's metadata says of how it was made, besides its class and seed."""
-    about = {
+    record = {
         "weights": generator.hash,
         "source": generator.source,
         "step": generator.record.get("step"),
@@ -506,14 +506,14 @@ def describe(generator: Generator, settings: Settings) -> dict:
         "torch": torch.__version__,
     }
     if generator.config.space == "latent":
-        about["vae_precision"] = generator.vae_precision
+        record["vae_precision"] = generator.vae_precision
     if "ema_width" in generator.record:
-        about["ema_width"] = generator.record["ema_width"]
+        record["ema_width"] = generator.record["ema_width"]
     if generator.guide is None:
-        del about["guide_scale"]  # sets without a guide are described as ever
+        del record["guide_scale"]  # sets without a guide are described as ever
     else:
-        about |= {"guide": generator.guide.hash, "guide_source": generator.guide.source}
-    return about
+        record |= {"guide": generator.guide.hash, "guide_source": generator.guide.source}
+    return record
 
 
 def sample(
@@ -549,7 +549,7 @@ def sample(
         names=generator.classes,
         size=generator.pixels,
         batch_size=batch_size,
-        about=describe(generator, settings),
+        record=describe(generator, settings),
         labels=labels,
     )
     with imagesets.writer(out, drawing, npz) as target, sampling_bar(len(seeds), quiet) as bar:
@@ -576,7 +576,7 @@ def sample(
         "seconds": round(seconds, 2),
         "images_per_second": round(len(seeds) / seconds, 3),
         "batch_size": drawing.batch_size,
-        **drawing.about,
+        **drawing.record,
     }
 
 

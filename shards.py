@@ -132,7 +132,7 @@ class Shards:
             labels.append(numbers)
         self.labels = np.concatenate(labels)
         self.starts = np.cumsum([0, *map(len, labels)])
-        self.about = f"{root}: {len(self.labels):,} {self.kind} that encode wrote"
+        self.words = f"{root}: {len(self.labels):,} {self.kind} that encode wrote"
         self.chosen = classes
         self.items = None  # which the labels are of; None: all
         if classes is not None:

@@ -241,11 +241,11 @@ def describe(sweep: Sweep, settings: sampling.Settings) -> str:
 
 def plan_of(sweep: Sweep, extractor: Extractor, against) -> dict:
     """What has to be equal in two sweeps whose points can be compared."""
-    facts = sampling.describe(sweep.generator, sweep.generator.resolved(sweep.settings))
+    record = sampling.describe(sweep.generator, sweep.generator.resolved(sweep.settings))
     kept = ("weights", "guide", "precision", "ema_width")
     generation = sweep.generation(sweep.settings)
     return {
-        **{name: facts[name] for name in kept if name in facts},
+        **{name: record[name] for name in kept if name in record},
         "drawn": generation.drawn,
         "n": sweep.count,
         "metric": sweep.metric,

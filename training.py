@@ -468,11 +468,11 @@ class Run:
             self.log.remark(self._validate)
 
     def _validate(self):
-        facts, bad = validation.measure(
+        found, bad = validation.measure(
             self.state, self.plan.held_out, workers=self.source.workers, on_bad=self.source.on_bad
         )
         self.skipped |= bad
-        return facts
+        return found
 
     def generator(self):
         """Draws images with the EMA's weights as they are now."""
@@ -774,7 +774,7 @@ def watch_fid(out, plan, extractor, watch):
 def begin(out, plan, device, say) -> State:
     """The state that a run goes on from: its newest whole checkpoint, else the initial weights,
     else fresh ones."""
-    say(plan.data.about)
+    say(plan.data.words)
     if not plan.data.flips:
         say("these latents are of the images alone: training goes without flips")
     state = State(new_network(plan.config, plan.recipe.seed), plan.recipe, device)

@@ -133,12 +133,12 @@ def measure(state, held: HeldOut, *, workers=None, on_bad="error") -> tuple[dict
     table = torch.cat([everyones[number] for number in sorted(everyones)], 2)
     means = table.double().mean(2)  # (LEVELS, 1 + R)
     loss, *branches = means.mean(0).tolist()
-    facts = {
+    found = {
         "validation_loss": loss,
         "validation_loss_branches": branches,
         "validation_loss_levels": means[:, 0].tolist(),
     }
-    return facts, skipped
+    return found, skipped
 
 
 def _share(held, size, workers, on_bad, device) -> Iterator[tuple]:

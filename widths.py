@@ -118,8 +118,8 @@ def of_loss(run: Path, judge: Judge, device: torch.device) -> Callable[[networks
 
     def measure(model):
         state.network.load_state_dict(model.state_dict())
-        facts, _ = validation.measure(state, plan.held_out, workers=0)
-        return facts["validation_loss"]
+        found, _ = validation.measure(state, plan.held_out, workers=0)
+        return found["validation_loss"]
 
     return measure
 

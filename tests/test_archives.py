@@ -39,7 +39,7 @@ def test_a_tar_is_walked_once(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(archives, "_walk_tar", None)
     again = dataset.Images(path, 16, 3)
     assert again.fingerprint == before.fingerprint
-    assert again.about == before.about
+    assert again.words == before.words
     assert (again.read(5) == before.read(5)).all()
     assert index_file(cache).read_bytes() == kept
 
@@ -395,7 +395,7 @@ def test_gnu_tars_formats_are_read(tmp_path, options):
     found = dataset.Images(path, 8, 3)
     assert found.fingerprint == dataset.Images(tmp_path / "images", 8, 3).fingerprint
     assert [found.read(i)[0, 0, 0] for i in range(9)] == list(range(9))
-    assert found.listing.about == "a tar: 1 class, 9 images"
+    assert found.listing.words == "a tar: 1 class, 9 images"
 
 
 def test_sizes_beyond_octal_and_pax_sizes_are_understood():

@@ -396,7 +396,7 @@ def test_a_run_s_rebuilt_average_is_the_one_tracked_beside(averaged, profiled, w
     assert distance(direct, made.model.state_dict()) < 0.01 * distance(direct, raw)
     assert made.record.keys() == {"step", "classes", "recipe", "ema_width"}
     assert made.record["step"] == 128 and made.record["ema_width"] == width
-    assert not said and 10 < made.facts["snapshots"] <= 128
+    assert not said and 10 < made.how["snapshots"] <= 128
 
 
 @slow
@@ -679,7 +679,7 @@ def test_a_damaged_snapshot_is_named_and_done_without(averaged, profiled, words,
     made = averaging.rebuild(profiled, 0.075, say=said.append)
     assert len(said) == 1 and str(path) in said[0] and "\n" not in said[0]
     assert words in said[0] or words == "(it is empty)"
-    assert made.facts["left_out"] == [str(path)]
+    assert made.how["left_out"] == [str(path)]
     direct, _ = load_tensors(averaging.snapshot_at(averaged, 128, 0.075).path)
     raw, _ = load_tensors(runfolder.checkpoints(averaged)[-1] / "weights.safetensors")
     assert distance(direct, made.model.state_dict()) < 0.01 * distance(direct, raw)
@@ -704,4 +704,4 @@ def test_missing_snapshots_are_said(profiled):
     made = averaging.rebuild(profiled, 0.075, say=said.append)
     names = "step-0000020-0.1.safetensors, step-0000040-0.1.safetensors, step-0000060-0.1"
     assert len(said) == 1 and "4 snapshots are missing: " in said[0] and names in said[0]
-    assert made.facts["missing"] == [str(snapshot.path) for snapshot in gone]
+    assert made.how["missing"] == [str(snapshot.path) for snapshot in gone]

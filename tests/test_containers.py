@@ -264,7 +264,7 @@ def test_the_same_images_give_the_same_shards_whatever_holds_them(
 @pytest.mark.parametrize("container", [*NAMED, *NUMBERED], ids=lambda f: f.__name__)
 def test_what_is_there_is_told_by_looking(photographs, tmp_path, container):
     path = container(photographs, tmp_path)
-    assert containers.find(path).about == (NAMED | NUMBERED)[container]
+    assert containers.find(path).words == (NAMED | NUMBERED)[container]
 
 
 def test_a_folders_fingerprint_is_0_1_0s(photographs):
@@ -300,7 +300,7 @@ def test_webdatasets_tars_without_labels_are_one_class(tmp_path):
     for i in range(2):
         make_tar(tmp_path / "set" / f"a-{i}.tar", {"x/0.png": png(i), "x/1.png": png(2)})
     found = containers.find(tmp_path / "set")
-    assert found.about == "WebDataset's 2 tars without labels: 1 class, 4 images"
+    assert found.words == "WebDataset's 2 tars without labels: 1 class, 4 images"
     assert found.classes == ["set"]
     assert list(found.names) == ["x/0.png", "x/0.png", "x/1.png", "x/1.png"]
     assert [found.place(i) for i in range(2)] == [
@@ -321,7 +321,7 @@ def test_edm2s_layout_may_lie_in_a_folder_of_the_zip(photographs, tmp_path):
     members = {f"imagenet/{name}": data for name, data in edm2s(photographs).items()}
     path = make_zip(tmp_path / "x.zip", {**members, "other.png": png()})
     found = containers.find(path)
-    assert found.about == "EDM2's zip of images: 3 classes, 6 images; 1 other member left out"
+    assert found.words == "EDM2's zip of images: 3 classes, 6 images; 1 other member left out"
     (tmp_path / "y").mkdir()
     plain = containers.find(edm2s_zip(photographs, tmp_path / "y"))
     assert list(found.names) == list(plain.names)
@@ -340,7 +340,7 @@ def test_numbered_classes_keep_their_numbers(tmp_path):
     found = containers.find(make_tar(tmp_path / "x.tar", members))
     assert found.classes == ["0", "1", "2", "3", "4"]
     assert found.labels.tolist() == [2, 4]
-    assert found.about == (
+    assert found.words == (
         "WebDataset's tar: 5 classes, 2 images; 3 classes have none; 1 other member left out"
     )
 
@@ -473,7 +473,7 @@ def test_the_two_lines_that_write_a_tar_do(tmp_path, monkeypatch):
     rows = [(png(value), value % 3) for value in range(5)]
     exec("import webdataset\n" + "\n    ".join(lines), {"rows": rows})
     found = dataset.Images("images.tar")
-    assert found.about.endswith("WebDataset's tar: 3 classes, 5 images")
+    assert found.words.endswith("WebDataset's tar: 3 classes, 5 images")
     assert found.classes == ["0", "1", "2"]
     images, labels = found.batch(range(5), [False] * 5)
     assert labels.tolist() == [0, 0, 1, 1, 2]

@@ -48,7 +48,6 @@ def test_what_came_of_a_command_is_told_apart(monkeypatch):
         "hang": endless,
         "memory": lambda: bytearray(fuzz.peak() + 2 * fuzz.MEMORY).find(1),
     }
-    monkeypatch.setattr(fuzz, "PATIENCE", 0.5)
     monkeypatch.setattr(fuzz, "MEMORY", 10**7)
     do = []
 
@@ -59,6 +58,7 @@ def test_what_came_of_a_command_is_told_apart(monkeypatch):
     row = fuzz.Format(fuzz.judged, "votes.csv", fuzz.any_file, "curves x", lambda *_: 1)
     monkeypatch.setitem(fuzz.FORMATS, "any", row)
     for outcome, what in wanted.items():
+        monkeypatch.setattr(fuzz, "PATIENCE", 0.5 if outcome == "hang" else 30)
         do[:] = [lambda: None]
         for number, found, _ in fuzz.fuzz("any", 0, 0, 2):
             if number:

@@ -559,7 +559,7 @@ def test_a_png_s_own_text_may_hold_anything(run, tmp_path):
         out.mkdir(exist_ok=True)
         info = imagesets.png_info({"dimr": words})
         Image.new("L", (8, 8)).save(out / "class0000-seed000001.png", pnginfo=info)
-        assert imagesets.read_facts(out / "class0000-seed000001.png") == {}
+        assert imagesets.read_record(out / "class0000-seed000001.png") == {}
     drawn = dimr("sample", "--weights", run, "-n", 2, "--steps", 1, "--out", out)
     assert drawn.exit_code == 0, drawn.output
 

@@ -21,13 +21,13 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-ABOUT = {"weights": "0a", "source": "run", "cfg": 1.5, "interval": (1, 2), "dimr": "0.2.0"}
+RECORD = {"weights": "0a", "source": "run", "cfg": 1.5, "interval": (1, 2), "dimr": "0.2.0"}
 
 
 def drawing(count=10, **changes):
     """Images of 10 classes in batches of 4."""
     classes = [i % 10 for i in range(count)]
-    plain = imagesets.Drawing(classes, range(count), (), 8, 4, ABOUT, "balanced")
+    plain = imagesets.Drawing(classes, range(count), (), 8, 4, RECORD, "balanced")
     return dataclasses.replace(plain, **changes)
 
 
@@ -182,8 +182,8 @@ def test_no_room_is_said_before_anything_is_drawn(out, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        {"about": {**ABOUT, "cfg": 2.0}},
-        {"about": {**ABOUT, "more": 1}},
+        {"record": {**RECORD, "cfg": 2.0}},
+        {"record": {**RECORD, "more": 1}},
         {"batch_size": 5},
         {"seeds": range(1, 11)},
         {"classes": [0] * 10},
@@ -353,13 +353,13 @@ def test_names_of_files_tell_the_class_in_words_and_are_read_again(tmp_path):
     ]
     found = imagesets.open_set(tmp_path)
     assert found.labels.tolist() == list(range(10))
-    assert found.about["cfg"] == 1.5
+    assert found.record["cfg"] == 1.5
 
 
 @pytest.mark.parametrize("names", [(), [identifier for identifier, _ in imagenet_names.CLASSES]])
 def test_imagenets_classes_are_told_in_words(tmp_path, names):
-    about = {**ABOUT, "num_classes": 1000}
-    wanted = dataclasses.replace(drawing(1, names=names, about=about), classes=[388])
+    record = {**RECORD, "num_classes": 1000}
+    wanted = dataclasses.replace(drawing(1, names=names, record=record), classes=[388])
     write_pngs(tmp_path, wanted)
     assert (tmp_path / "class0388-giant panda-seed000000.png").exists()
 
@@ -368,12 +368,12 @@ def test_images_drawn_otherwise_are_left_alone(tmp_path):
     write_pngs(tmp_path, drawing(names=NAMES))
     before = contents(tmp_path)
     for change in ({"cfg": 3.0}, {"weights": "0b"}, {"interval": (1, 3)}):
-        other = drawing(names=NAMES, about={**ABOUT, **change})
+        other = drawing(names=NAMES, record={**RECORD, **change})
         with pytest.raises(UserError, match="holds images drawn otherwise .*another --out"):
             write_pngs(tmp_path, other)
     assert contents(tmp_path) == before
     more = dataclasses.replace(drawing(names=NAMES), seeds=range(10, 20))
-    write_pngs(tmp_path, dataclasses.replace(more, about={**ABOUT, "dimr": "9", "source": "b"}))
+    write_pngs(tmp_path, dataclasses.replace(more, record={**RECORD, "dimr": "9", "source": "b"}))
     assert len(contents(tmp_path)) == 21
 
 

@@ -348,6 +348,7 @@ def save(run, step, keep):
         name: ({"a": torch.full((3,), float(step))}, {"step": str(step), "more": "x"})
         for name in ("weights", "ema", "optimizer")
     }
+    run.mkdir(exist_ok=True)
     return runfolder.save_checkpoint(run, step, files, {"step": step}, keep)
 
 

@@ -64,9 +64,9 @@ def test_each_average_has_the_loss_of_the_weights_that_dimr_ema_writes(run, held
     recipe = recipes.Recipe(**runfolder.read_config(run)["recipe"])
     state = training.State(model, recipe, CPU)
     data = recipes.open_data(training.Source(runfolder.read_config(run)["data"]["path"]), None)
-    facts, _ = validation.measure(state, validation.HeldOut(held, data), workers=0)
+    measured, _ = validation.measure(state, validation.HeldOut(held, data), workers=0)
     loss = {(point["step"], point["width"]): point["value"] for point in found["points"]}
-    assert loss[24, 0.12] == pytest.approx(facts["validation_loss"], rel=1e-6)
+    assert loss[24, 0.12] == pytest.approx(measured["validation_loss"], rel=1e-6)
     assert loss[24, 0.12] != loss[24, 0.075]
     assert json.loads((run / "averages" / "widths-loss.json").read_text()) == {
         key: found[key] for key in ("run", "judge", "points", "best", "outside")

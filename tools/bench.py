@@ -811,7 +811,7 @@ def machine(device):
     )
 
 
-def about():
+def help_text():
     """The text of --help: this file's, with its examples and the parts as they are."""
     examples = __doc__.replace("\n\n    python", "\n\n\b\n    python")
     parts = "\n".join(
@@ -821,7 +821,8 @@ def about():
 
 
 @click.command(
-    help=about(), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 130}
+    help=help_text(),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 130},
 )
 @click.argument("parts", nargs=-1, type=click.Choice(list(PARTS)), metavar="[PART]...")
 @click.option(
@@ -867,9 +868,9 @@ def main(parts, device, variant, batch, against, seconds, compiled, as_json):
             gc.collect()
     finally:
         if as_json:
-            about = {"machine": machine(bench.device)}
+            where = {"machine": machine(bench.device)}
             click.echo(
-                json.dumps([dataclasses.asdict(row) | about for row in bench.rows], indent=1)
+                json.dumps([dataclasses.asdict(row) | where for row in bench.rows], indent=1)
             )
 
 

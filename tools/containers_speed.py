@@ -129,7 +129,7 @@ def index(count):
             found = containers.find(path)
             print(
                 f"{what}: {time.monotonic() - begun:.0f} s, of a core "
-                f"{time.process_time() - processor:.0f} s; {found.about}"
+                f"{time.process_time() - processor:.0f} s; {found.words}"
             )
         (kept,) = (place / "home" / "indexes").iterdir()
         print(f"the index takes {kept.stat().st_size / 1e6:.1f} MB")
