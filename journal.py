@@ -376,7 +376,8 @@ def plot(out: Path) -> Path:
     if held_out:
         apart = _series(held_out, "branch", "held out")
         series["held out"] = apart.pop("held out")
-        charts.append(pictures.curves(apart, f"{name}: held-out loss by branch", 1))
+        title = f"{name}: held-out loss by branch"
+        charts.append(pictures.curves(apart, title, 1, first_colour=1))  # as in the first chart
         title = f"{name}: held-out loss by noise level, 1 the least"
         charts.append(pictures.curves(_series(levels, "level"), title, 1))
     if fid:
@@ -430,6 +431,12 @@ class Lenient:
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
+
+    def __eq__(self, other):
+        """So that tqdm knows the stream of its bar when a line is to come above it."""
+        return isinstance(other, Lenient) and self.stream is other.stream
+
+    __hash__ = None
 
     def write(self, text):
         with contextlib.suppress(OSError):

@@ -145,6 +145,7 @@ def curves(
     title: str,
     smooth: int = 50,
     axes: tuple[str, str] = ("step", "loss"),
+    first_colour: int = 0,
 ) -> Image.Image:
     """A PIL line chart with logarithmic heights, which it says. `series`: name → (steps, values); a
     running mean over the last `smooth` values is drawn (over fewer at the start), and where it ends
@@ -167,14 +168,15 @@ def curves(
         high=math.log10(max(values.max() for _, values in lines.values())) + 0.02,
     )
     _draw_axes(draw, font, chart, axes)
-    for i, (name, (steps, values)) in enumerate(lines.items()):
+    for i, (name, (steps, values)) in enumerate(lines.items(), first_colour):
         colour = COLOURS[i % len(COLOURS)]
         points = [(chart.x(s), chart.y(v)) for s, v in zip(steps, values, strict=True)]
         draw.line(points, colour, 2)
         if len(points) <= FEW:
             for x, y in points:
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-        place = (chart.width - chart.right + 8, chart.top + 18 * i)
+        row = i - first_colour
+        place = (chart.width - chart.right + 8, chart.top + 18 * row)
         draw.text(place, f"{name} {values[-1]:.4g}", colour, font)
     return picture
 

@@ -108,6 +108,7 @@ MAY_CHANGE = {"steps", "micro_batch", "compile", "checkpoint_blocks", "ema_preci
 
 
 HELD_OUT = "validation data's fingerprint"
+AS_BEFORE = "as before"
 MAY_BE_FORCED = {"lr", "grad_clip", HELD_OUT}  # with --force: they move no sample
 
 
@@ -319,7 +320,7 @@ def first_recipe(before, initial, variant, config, images, given):
                 f"the run's config.json is damaged (recipe.{missing[0]} is missing); restore it, "
                 "or choose another --out"
             )
-        return "as before", before["recipe"]
+        return AS_BEFORE, before["recipe"]
     if variant:
         return f"{variant}'s", dataclasses.asdict(RECIPES[variant])
     values = dataclasses.asdict(Recipe())
@@ -543,6 +544,19 @@ def recipe_words(recipe: Recipe) -> str:
 def average_span(recipe):
     """Steps that the average of the weights reaches back."""
     return 1 / (1 - recipe.ema)
+
+
+def outgrown(plan: Plan) -> Iterator[str]:
+    """A line on a run that goes on for much longer than its recipe was made for."""
+    if plan.chosen != AS_BEFORE or plan.record["variant"] != defaults.OWN:
+        return
+    fresh = defaults.recipe(plan.config, len(plan.data), plan.recipe.steps)
+    if 1 / (1 - fresh["ema"]) > 5 * average_span(plan.recipe):
+        yield (
+            "WARNING: warm-up and average of the weights were made for a shorter run and stay; a "
+            f"new one of {plan.recipe.steps:,} steps would have --warmup {fresh['warmup']:,} --ema "
+            f"{fresh['ema']:g} (another --out)"
+        )
 
 
 def warnings_of(recipe: Recipe) -> Iterator[str]:

@@ -853,6 +853,7 @@ def introduction(out, plan, state, division):
         f"{parallel.world_size()} × passes {division.passes} × micro-batch {division.micro:,}"
     )
     yield from recipes.warnings_of(recipe)
+    yield from recipes.outgrown(plan)
     compiled = ", compiled" if recipe.compile else ""
     threads = ""
     if state.device.type == "cpu":
@@ -860,8 +861,8 @@ def introduction(out, plan, state, division):
     yield f"device   {state.device}, {recipe.precision}{compiled}{threads}"
     if threads and parallel.is_busy():
         yield (
-            "         WARNING: this machine has more to do than cores; threads then wait for each "
-            "other, and OMP_NUM_THREADS=1 may be many times faster"
+            "         this machine has more to do than cores: threads wait for each other, and "
+            "OMP_NUM_THREADS=1 may be many times faster"
         )
     begun = f"goes on from step {state.step:,}" if state.step else "a new run"
     yield f"run      {out}: {begun}; config.json keeps all this"

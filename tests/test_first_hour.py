@@ -1,6 +1,7 @@
 """What a new user meets in the first hour, as they walk: training on their own folder, going on,
 starting from another run, drawing, looking."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,9 +16,11 @@ import cli
 import evaluation
 import imagesets
 import journal
+import recipes
 import runfolder
 import sampling
 import training
+import validation
 from storage import UserError, load_tensors, read_json
 
 pytestmark = pytest.mark.slow
@@ -86,6 +89,23 @@ def test_what_was_chosen_stays_when_the_run_grows(copied, capsys):
     assert after.pop("steps") == 30
     assert after == before
     assert "goes on from step 8" in capsys.readouterr().err
+
+
+def test_a_trial_that_becomes_a_long_run_is_told_that_its_average_stays_short(copied):
+    plan = recipes.make_plan(
+        copied,
+        recipes.Source(),
+        validation.Validation(),
+        variant=None,
+        recipe={"steps": 20_000},
+        network=None,
+        init=None,
+        device=torch.device("cpu"),
+    )
+    (line,) = recipes.outgrown(plan)
+    assert "--warmup 1,000 --ema 0.9995 (another --out)" in line
+    short = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, steps=9))
+    assert list(recipes.outgrown(short)) == []
 
 
 def test_a_run_that_is_further_than_it_is_to_go_says_so_and_is_left_alone(copied):
