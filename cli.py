@@ -1315,11 +1315,16 @@ def sampling_line(result):
     guide = ""
     if "guide" in result:
         guide = f"guide {result['guide_source']} {result['guide_scale']:g}, "
+    of_all = ""
+    if result.get("shown", result["n"]) < result["n"]:
+        of_all = f" (the first {result['shown']})"
+    if result.get("held", 0) > result["n"]:
+        of_all += f"; the folder holds {result['held'] - result['n']:,} more from before"
     film = f" and {result['film']}, {result['animation']}" if "film" in result else ""
     return (
         f"{result['n']:,} images from {result['source']} (cfg {result['cfg']:g}, {guide}"
         f"{result['solver']}, {result['steps']} NFE) in {result['seconds']:.1f} s -> "
-        f"{result['out']}, to look at: {result['picture']}{film}"
+        f"{result['out']}, to look at: {result['picture']}{film}{of_all}"
     )
 
 

@@ -793,6 +793,8 @@ class PngWriter:
             "out": str(self.out),
             "files": [str(self.path(i)) for i in range(len(self.drawing))],
             "picture": str(self.out / GRID),
+            "shown": min(len(self.drawing), SHOWN),
+            "held": sum(bool(SAMPLE.fullmatch(path.name)) for path in self.out.iterdir()),
         }
 
 

@@ -533,3 +533,12 @@ def test_the_name_of_a_folder_tells_how_its_images_were_drawn(trained):
         name(steps=10),
     }
     assert len(told) == 6
+
+
+@pytest.mark.slow
+def test_images_of_before_and_those_not_shown_are_told(trained, tmp_path):
+    common = ["sample", "--weights", trained, "--steps", "2", "--out", tmp_path / "set"]
+    first = dimr_command(*common, "-n", "70").stdout
+    assert "(the first 64)" in first and "from before" not in first
+    second = dimr_command(*common, "-n", "3", "--seed", "100", "--class", "1").stdout
+    assert "the folder holds 70 more from before" in second and "the first" not in second
