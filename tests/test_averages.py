@@ -484,6 +484,7 @@ def test_a_run_without_averages_can_not_begin_to_keep_them(trained, tmp_path):
     assert (tmp_path / "old" / "config.json").read_bytes() == before
 
 
+@pytest.mark.long
 @slow
 def test_a_snapshot_that_can_not_be_written_is_said_and_training_goes_on(digits, tmp_path):
     out = tmp_path / "run"
@@ -518,6 +519,7 @@ def test_a_full_disk_costs_a_snapshot_and_not_the_run(digits, tmp_path):
     assert not os.listdir(averaging.folder(out))
 
 
+@pytest.mark.long
 @slow
 def test_half_precision_snapshots_take_half_and_are_still_weights_files(digits, tmp_path):
     out = tmp_path / "run"
@@ -551,6 +553,7 @@ def test_recipes_of_before_keep_no_averages():
 # ----------------------------------------------------------------------------------------- dimr ema
 
 
+@pytest.mark.long
 @slow
 def test_dimr_ema_writes_weights_that_are_drawn_from(profiled, tmp_path):
     result = json.loads(dimr_command("ema", profiled, "--width", "0.12", "--json").stdout)
@@ -585,6 +588,7 @@ def test_an_earlier_step_s_average_is_made_of_what_was_there_then(averaged, prof
     assert distance(direct, made.model.state_dict()) < 0.05 * distance(direct, narrow)
 
 
+@pytest.mark.long
 @slow
 @pytest.mark.parametrize("keep", [(), ("--keep",)], ids=["memory", "set"])
 def test_an_average_is_measured_without_a_file(profiled, tmp_path, keep):

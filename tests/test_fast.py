@@ -223,6 +223,7 @@ def test_joined_features_are_as_narrow_as_the_linear_layer_takes_them():
 # --------------------------------------------------------------------------------------- compiled
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_processes_that_train_together_compile_a_graph_for_each_kind_of_block(tmp_path):
     """DistributedDataParallel would have the whole cut at each bucket of gradients: 21 graphs here,

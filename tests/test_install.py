@@ -82,7 +82,7 @@ def plain(tmp_path_factory):
     return installation
 
 
-@pytest.fixture(params=["editable", "plain"])
+@pytest.fixture(params=["editable", pytest.param("plain", marks=pytest.mark.long)])
 def installation(request):
     return request.getfixturevalue(request.param)
 

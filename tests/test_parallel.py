@@ -80,6 +80,7 @@ def outcome(run):
 # the same run
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_demo_has_the_same_losses_on_one_two_and_four_processes_and_two_nodes(digits, tmp_path):
     train = ["train", "--data", digits, "--batch-size", os.environ.get("DIMR_BATCH", 16)]

@@ -481,6 +481,7 @@ def test_a_step_never_waits_for_the_device():
 # a month
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_memory_stays_flat(digits, tmp_path, dimr_process):
     steps = int(os.environ.get("DIMR_MEMORY_STEPS", 1000))

@@ -359,6 +359,7 @@ def test_processes_share_the_work_and_write_the_same_set(trained, tmp_path):
     assert one == two
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_interrupted_set_goes_on_where_it_stopped(trained, tmp_path):
     command = [
