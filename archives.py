@@ -7,6 +7,7 @@ and encrypted members, names that lead out, and archives that are cut off are re
 
 import ours
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -141,7 +142,7 @@ WRONG = -2  # of one that should, and holds something else
 
 
 @dataclasses.dataclass(frozen=True)
-class Archive:
+class Archive(abc.ABC):
     """A tar or zip and those of its members that have to do with images, links and hidden ones left
     out. `offsets` and `sizes`, int64 (M,), are of members as they will be read; `values` are the
     labels that WebDataset's members hold. `others`: how many members are none of these."""
@@ -168,9 +169,9 @@ class Archive:
             raise ValueError(f"claims {size:,} bytes, and no image needs over {MOST_BYTES:,}")
         return self.content(item, size)
 
+    @abc.abstractmethod
     def content(self, item: int, size: int) -> bytes:
         """As `read`, `size` being known."""
-        raise NotImplementedError
 
 
 def member_name(path, name):

@@ -81,6 +81,17 @@ def snapshots(run) -> list[Snapshot]:
     return sorted(found, key=lambda one: (one.step, one.width))
 
 
+def some_snapshots(run: str | Path) -> list[Snapshot]:
+    """The same, one at least. Raises UserError."""
+    found = snapshots(run)
+    if not found:
+        raise UserError(
+            f"{run} holds no snapshots of averages; dimr train keeps them with "
+            "--ema-profiles 0.05,0.10"
+        )
+    return found
+
+
 def save(
     run: str | Path,
     held: averages.Averages,
@@ -159,12 +170,7 @@ def rebuild(
     elif named not in (None, step):
         raise UserError(f"{run}@{named} and --step {step} name two steps; give one")
     read_run(run)
-    found = snapshots(run)
-    if not found:
-        raise UserError(
-            f"{run} holds no snapshots of averages; dimr train keeps them with "
-            "--ema-profiles 0.05,0.10"
-        )
+    found = some_snapshots(run)
     known = runfolder.read_config(run, ("recipe",))
     step = choose_step(run, found, step)
     missing = missing_snapshots(run, known, step)

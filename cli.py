@@ -1342,7 +1342,7 @@ def sampling_line(result):
 @click.option("--step", type=POSITIVE, help="A snapshot's step [default: the last].")
 @click.option(
     "--plot",
-    type=click.Choice(["loss", "fid"]),
+    type=row_of("widths", "JUDGES"),
     help="Judge averages of many widths at several steps instead, by the loss on held-out images "
     "or by FID, and draw a table of it.",
 )
@@ -1384,7 +1384,8 @@ def ema(run, out, width, step, plot, as_json, **values):
         if width or step:
             raise click.UsageError("--plot takes widths and steps of its own; leave out the others")
         result = plot_widths(run, out, plot, values)
-        report(result, as_json, widths_line(result))
+        if result is not None:  # on rank 0
+            report(result, as_json, widths_line(result))
         return
     if width is None:
         raise click.UsageError("Missing option '--width' (or --plot)")

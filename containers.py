@@ -6,6 +6,7 @@ and what opens it. Nothing is unpacked (archives.py)."""
 
 import ours
 
+import abc
 import collections
 import dataclasses
 import difflib
@@ -65,7 +66,7 @@ class BadImage(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Listing:
+class Listing(abc.ABC):
     """Images somewhere, class by class, each class's by sorted name.
 
     `root`: the path or pattern. `words`: what it is, for people. `labels` int64 (N,). `names`: of
@@ -83,18 +84,18 @@ class Listing:
     def __len__(self):
         return len(self.labels)
 
+    @abc.abstractmethod
     def place(self, index: int) -> str:
         """What messages call image `index`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def size(self, index: int) -> int:
         """Bytes of image `index`'s file."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def open(self, index: int) -> str | io.BytesIO:
         """Path or bytes of image `index`. Raises BadImage where its member is damaged, UserError
         where its container is, or has changed."""
-        raise NotImplementedError
 
 
 class Folder(Listing):

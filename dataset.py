@@ -8,6 +8,7 @@ ahead, in the order that it is given (randomness.Order)."""
 
 import ours
 
+import abc
 import atexit
 import functools
 import hashlib
@@ -155,7 +156,7 @@ def _is_grey(image):
 # ----------------------------------------------------------------------------------- many of them
 
 
-class Listed:
+class Listed(abc.ABC):
     """What a listing (containers.py) names, as data: the classes, and items read one by one.
 
     A subclass has `kind`, `noun`, `size`, `channels`, the `shape` and `dtype` of an item, and what
@@ -238,10 +239,10 @@ class Listed:
             digest.update(f"{index} {content}\n".encode())
         return digest.hexdigest()
 
+    @abc.abstractmethod
     def read(self, index: int) -> np.ndarray:
         """Item `index`. Raises BadImage where its file is at fault, UserError where that can't be
         reached."""
-        raise NotImplementedError
 
     def batch(
         self,

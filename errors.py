@@ -166,10 +166,3 @@ def _double(features, members):
     """Yield the rows `members` in float64, CHUNK at a time."""
     for chosen in members.split(CHUNK):
         yield features[chosen.to(features.device)].double()
-
-
-def shares_without(values: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """The means (K,) of `values` (N,) without each block."""
-    sums = np.bincount(owners, weights=values)
-    counts = np.bincount(owners)
-    return (sums.sum() - sums) / (counts.sum() - counts)

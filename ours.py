@@ -18,8 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-# those that others of ours import: all but cli and this one
-MODULES = (
+# imports point down this list: what stands alone imports nothing of ours and may be copied out
+ALONE = (
     "dimr",
     "diffusion",
     "solver",
@@ -30,6 +30,8 @@ MODULES = (
     "peers",
     "averages",
     "schema",
+)
+PARTS = (
     "storage",
     "background",
     "parallel",
@@ -48,6 +50,9 @@ MODULES = (
     "networks",
     "space",
     "defaults",
+)
+# each may import those before it
+JOBS = (
     "encoding",
     "memory",
     "averaging",
@@ -68,6 +73,7 @@ MODULES = (
     "forecast",
     "digits_demo",
 )
+MODULES = (*ALONE, *PARTS, *JOBS)  # all that others of ours import: not cli, not this one
 
 
 class Finder(importlib.abc.MetaPathFinder):

@@ -25,7 +25,6 @@ from storage import UserError, shown, write_json
 
 WIDTHS = (0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25)
 STEPS = 6  # of the snapshots', evenly chosen, the last among them
-JUDGES = ("loss", "fid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +59,10 @@ def plot(
     UserError."""
     device = parallel.pick_device(device)
     run = Path(run)
-    known = sorted({one.step for one in averaging.snapshots(run)})
-    if not known:
-        raise UserError(
-            f"{run} holds no snapshots of averages; dimr train keeps them with --ema-profiles "
-            "0.05,0.10"
-        )
+    known = sorted({one.step for one in averaging.some_snapshots(run)})
     chosen = np.linspace(0, len(known) - 1, min(steps, len(known))).round().astype(int)
     points = [(known[k], width) for k in chosen for width in widths]
-    measure = (of_fid if judge.extractor else of_loss)(run, judge, device)
+    measure = JUDGES[judge.name](run, judge, device)
     found = []
     silent = quiet or not parallel.is_main()
     for step, width in tqdm(points, "averages", unit="average", disable=silent):
@@ -145,6 +139,9 @@ def of_fid(run: Path, judge: Judge, device: torch.device) -> Callable[[networks.
         return watch(dataclasses.replace(newest, model=ready)).get("fid", float("nan"))
 
     return measure
+
+
+JUDGES = {"loss": of_loss, "fid": of_fid}
 
 
 def picture(found: Sequence[dict], best: dict, judge: Judge, run: Path):

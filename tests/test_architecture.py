@@ -1,5 +1,5 @@
-"""Imports point one way: cli → jobs → parts → what stands alone. A new module gets its row here, in
-`ours.MODULES` and in pyproject.toml."""
+"""Imports point one way: cli → jobs → parts → what stands alone. A new module gets its row in
+`ours.py` and in pyproject.toml."""
 
 import ours
 
@@ -10,65 +10,9 @@ import tomllib
 import pytest
 from conftest import ROOT
 
-# what a user may copy out; imports nothing of ours
-ALONE = [
-    "dimr",
-    "diffusion",
-    "solver",
-    "vae",
-    "fid",
-    "errors",
-    "vit",
-    "peers",
-    "averages",
-    "schema",
-]
-# where our modules are; imports nothing of ours either, and everyone may import it but those above
-FIRST = ["ours"]
-PARTS = [
-    "storage",
-    "background",
-    "parallel",
-    "randomness",
-    "downloads",
-    "archives",
-    "containers",
-    "shards",
-    "dataset",
-    "imagesets",
-    "runfolder",
-    "journal",
-    "loggers",
-    "pictures",
-    "imagenet_names",
-    "networks",
-    "space",
-    "defaults",
-]
-# each may import those before it
-JOBS = [
-    "encoding",
-    "memory",
-    "averaging",
-    "inventory",
-    "sampling",
-    "extraction",
-    "evaluation",
-    "cards",
-    "verification",
-    "sweeping",
-    "distortion",
-    "analysis",
-    "validation",
-    "recipes",
-    "training",
-    "widths",
-    "audit",
-    "forecast",
-    "digits_demo",
-]
 FRONT = ["cli"]
-TABLE = [*ALONE, *FIRST, *PARTS, *JOBS, *FRONT]
+FIRST = ["ours"]  # everyone may import it but what stands alone
+TABLE = [*FIRST, *ours.MODULES, *FRONT]
 
 
 def imports(module):
@@ -84,12 +28,12 @@ def imports(module):
 
 
 def may_import(module):
-    if module in ALONE + FIRST:
+    if module in (*ours.ALONE, *FIRST):
         return set()
-    if module in PARTS:
-        return {*ALONE, *FIRST, *PARTS}
-    if module in JOBS:
-        return {*ALONE, *FIRST, *PARTS, *JOBS[: JOBS.index(module)]}
+    if module in ours.PARTS:
+        return {*ours.ALONE, *FIRST, *ours.PARTS}
+    if module in ours.JOBS:
+        return set(TABLE[: TABLE.index(module)])
     return set(TABLE)
 
 
@@ -104,7 +48,7 @@ def test_no_part_imports_itself_by_way_of_others():
 
 
 # what a user starts or imports by itself
-DOORS = [*FRONT, *JOBS, "dataset", "imagesets", "runfolder"]
+DOORS = [*FRONT, *ours.JOBS, "dataset", "imagesets", "runfolder"]
 
 
 @pytest.mark.parametrize("module", DOORS)
@@ -119,4 +63,3 @@ def test_every_module_is_in_the_table_the_package_and_the_finder():
     packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert present == sorted(TABLE)
     assert present == sorted(packaged["tool"]["setuptools"]["py-modules"])
-    assert present == sorted(["cli", "ours", *ours.MODULES])

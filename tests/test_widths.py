@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import DATA
+from conftest import DATA, dimr_command
 from PIL import Image
 
 import averaging
@@ -86,6 +86,14 @@ def test_the_command_judges_by_fid_too(run, digits, tmp_path):
     assert found["judge"] == "fid" and found["best"]["value"] > 0
     assert (tmp_path / "table.png").exists() and (tmp_path / "table.json").exists()
     assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == weights
+
+
+@pytest.mark.slow
+def test_of_several_processes_one_tells_of_it(run, held, tmp_path):
+    out = tmp_path / "table.png"
+    done = dimr_command("ema", run, "--plot", "loss", "--validate", held, out, torchrun=2)
+    assert done.stdout.count("averages of") == 1
+    assert out.exists()
 
 
 @pytest.mark.slow
