@@ -67,7 +67,7 @@ def next_commands(out) -> list[str]:
     return [
         f"dimr sample --weights {run} --class 3",
         f"dimr sample --weights {run} -n 100 --cfg 3",
-        f"dimr eval fid {samples} --ref {kept}",
+        f"dimr eval fid {samples} --ref {kept}  # fetches Inception's weights, 96 MB",
         f"dimr train --data {train} --steps 2000 --out runs/digits",
     ]
 

@@ -814,9 +814,12 @@ def inheritance(state, plan, tensors, classes):
     taken = len(state.parameters) - len(tensors)
     fresh = ", ".join(tensors) or "none"
     yield f"starting from {plan.initial.source}: {taken} tensors taken; fresh: {fresh}"
-    known = state.network.config.embeddings - len(classes)
+    kept = [name for name in plan.data.classes if name not in classes]
+    too = ""
+    if state.network.config.null_class and NULL_CLASS not in classes:
+        too = " and the null class"
     fresh = in_short(classes) or "none"
-    yield f"class embeddings: {known:,} taken by name; fresh: {fresh}"
+    yield f"class embeddings: {len(kept):,} taken by name{too}; fresh: {fresh}"
     if plan.initial.recipe:
         yield "its recipe is taken over where no option says otherwise"
     else:

@@ -34,7 +34,7 @@ def check_next_commands(commands, cwd):
     inception = cwd / "inception.pth"
     torch.save(weights(), inception)
     for command in commands:
-        program, *arguments = shlex.split(command)
+        program, *arguments = shlex.split(command, comments=True)
         assert program == "dimr"
         if arguments[0] == "eval":
             arguments += ["--inception", inception]

@@ -5,6 +5,7 @@ import shutil
 import fashion_mnist
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 pytestmark = pytest.mark.slow
@@ -14,7 +15,7 @@ def test_the_judge_recognises_real_images_and_no_noise(digits, tmp_path):
     shutil.copytree(digits, tmp_path / "train")
     shutil.copytree(digits, tmp_path / "test")
     real = fashion_mnist.read(tmp_path / "test")
-    images = np.repeat(real.images.transpose(0, 2, 3, 1), 3, axis=3)
+    images = np.repeat(real.images[..., None], 3, axis=3)
     noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
     shares = {}
     for name, made in (("real", images), ("noise", noise)):
@@ -23,6 +24,26 @@ def test_the_judge_recognises_real_images_and_no_noise(digits, tmp_path):
         shares[name] = found["accuracy_generated"]
     assert shares["real"] > 0.8
     assert shares["noise"] < 0.3
+
+
+def test_the_classifier_learns_and_gives_features(digits, tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        shutil.copytree(digits, tmp_path / split)
+    monkeypatch.setattr(fashion_mnist, "EPOCHS", 40)  # of 7 steps
+    done = CliRunner().invoke(fashion_mnist.main, ["learn", str(tmp_path), "--res", "8"])
+    assert done.exit_code == 0, done.output
+    assert float(done.stdout.split()[0]) > 0.8
+    real = fashion_mnist.read(tmp_path / "test")
+    images = np.repeat(real.images[..., None], 3, axis=3)
+    monkeypatch.setenv("FASHION", str(tmp_path))
+    found = fashion_mnist.features(torch.from_numpy(images))
+    assert found.shape == (len(images), fashion_mnist.FEATURES)
+    shares = {}
+    for name, made in (("real", images), ("upside down", images[:, ::-1])):
+        np.savez(tmp_path / f"{name}.npz", arr_0=made, arr_1=real.labels)
+        judged = fashion_mnist.judge(tmp_path, tmp_path / f"{name}.npz")
+        shares[name] = judged["classifier_generated"]
+    assert shares["real"] == judged["classifier_real"] > shares["upside down"] + 0.2
 
 
 def test_without_the_package_it_says_what_to_install(tmp_path):

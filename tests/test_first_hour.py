@@ -183,7 +183,7 @@ def test_fine_tuning_keeps_recipe_and_null_class_and_matches_classes_by_name(
     shutil.copytree(digits / "5", folder / "another")
     train(tmp_path / "tuned", folder, recipe=STILL, network=None, init=own)
     said = capsys.readouterr().err
-    assert "class embeddings: 3 taken by name; fresh: another" in said
+    assert "class embeddings: 2 taken by name and the null class; fresh: another" in said
     assert "its recipe is taken over" in said
     assert f"recipe   that of {own}: " in said
     rows = embeddings(tmp_path / "tuned")  # of 3, 7, another, null
@@ -203,7 +203,7 @@ def test_as_many_other_classes_take_nothing(own, digits, tmp_path, capsys):
         shutil.copytree(name, folder / f"letter {name.name}")
     train(tmp_path / "tuned", folder, recipe=STILL, network=None, init=own)
     said = capsys.readouterr().err
-    assert "class embeddings: 1 taken by name; fresh: letter 0, letter 1," in said
+    assert "embeddings: 0 taken by name and the null class; fresh: letter 0, letter 1," in said
     rows = embeddings(tmp_path / "tuned")
     assert torch.allclose(rows[10], embeddings(own)[10], atol=1e-6)
     assert not torch.allclose(rows[:10], embeddings(own)[:10], atol=1e-3)

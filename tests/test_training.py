@@ -476,7 +476,7 @@ def test_fine_tuning_takes_what_fits_and_says_what_starts_fresh(trained, digits,
         "cpu",
     )
     assert "fresh: branches.0.blocks.3." in done.stderr
-    assert "class embeddings: 4 taken by name; fresh: none" in done.stderr
+    assert "class embeddings: 3 taken by name and the null class; fresh: none" in done.stderr
     tuned, before = weights(tmp_path / "tuned", 1), weights(trained, 12, "ema")
     assert tuned["branches.0.class_token.weight"].shape == (4, 16)
     torch.testing.assert_close(
