@@ -96,7 +96,7 @@ def audit(
         return {**parallel.broadcast(found), **circumstances(known, here)}
 
 
-def choose(run, first, last) -> Stretch:
+def choose(run: Path, first: int | None, last: int | None) -> Stretch:
     """The stretch that two steps, or neither, name. Raises UserError."""
     steps = [runfolder.step_of(checkpoint) for checkpoint in runfolder.checkpoints(run)]
     if not steps:
@@ -164,7 +164,7 @@ def circumstances(known, device):
 # -------------------------------------------------------------------------------------- comparing
 
 
-def compare(run, again, stretch) -> dict:
+def compare(run: Path, again: Path, stretch: Stretch) -> dict:
     """What `audit` returns of two run folders. Raises UserError."""
     precision = runfolder.read_config(again)["recipe"]["precision"]
     losses = compare_losses(run, again, stretch, LOSSES[precision])

@@ -68,7 +68,7 @@ def snapshot_at(run, step: int, width: float) -> Snapshot:
     return Snapshot(folder(run) / f"step-{step:07d}-{width}.safetensors", step, width)
 
 
-def snapshots(run) -> list[Snapshot]:
+def snapshots(run: str | Path) -> list[Snapshot]:
     """A run's snapshots by step, then width."""
     found = []
     for path in folder(run).glob("step-*.safetensors"):

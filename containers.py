@@ -644,7 +644,7 @@ def _labels_by_key(archive, names):
 # into one listing
 
 
-def choose(root, known: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+def choose(root: str | Path, known: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
     """Those of the known classes that are wanted, in the known order. A wanted line may go on after
     the class: "n01440764 tench". Raises UserError for one that is not known."""
     if wanted is None:

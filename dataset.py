@@ -457,7 +457,12 @@ def open_data(
 
 
 def loader(
-    data, steps: Iterable, workers: int | None = None, *, on_bad: str = "error", pin: bool = False
+    data: "Data",
+    steps: Iterable,
+    workers: int | None = None,
+    *,
+    on_bad: str = "error",
+    pin: bool = False,
 ) -> Iterator[tuple]:
     """Yield (images, labels, bad) of `data.batch` for each (indices, flips) of the iterable
     `steps`, in order, read ahead by `workers` processes (None: this machine's share of cores, at

@@ -58,7 +58,7 @@ def run(out: str | Path, seed: int = 0, quiet: bool = False) -> dict:
     }
 
 
-def next_commands(out) -> list[str]:
+def next_commands(out: Path) -> list[str]:
     """What to try after the demo in folder `out`, as one types it."""
     run = shlex.quote(str(out / "run"))
     samples = shlex.quote(str(out / "samples.npz"))
@@ -114,7 +114,7 @@ def train(out, seed, quiet):
         )
 
 
-def draw(out, quiet) -> dict:
+def draw(out: Path, quiet: bool) -> dict:
     """Draw SAMPLES images, classes in turn; what `sampling.sample` says of them."""
     return sampling.sample(
         sampling.load(out / "run", device="cpu"),
@@ -129,7 +129,7 @@ def draw(out, quiet) -> dict:
     )
 
 
-def judge(kept, made, trained) -> dict:
+def judge(kept: Digits, made: Digits, trained: np.ndarray) -> dict:
     """How good the digits `made` are, by real ones `kept` out of training. A nearest-neighbour
     classifier learns from every other kept image and is tested on the rest.
 
@@ -152,7 +152,7 @@ def judge(kept, made, trained) -> dict:
     }
 
 
-def coverage(real, drawn) -> float:
+def coverage(real: np.ndarray, drawn: np.ndarray) -> float:
     """Share of the rows of `real` that have one of `drawn` within the distance to their third
     neighbour among themselves."""
     # each is its own first neighbour

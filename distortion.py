@@ -69,7 +69,7 @@ def load(source: str | Path = "vit-b16", device: str | torch.device = "cpu") -> 
 
 
 def mark(
-    images,
+    images: imagesets.ImageSet,
     classifier: Classifier,
     out: str | Path,
     *,

@@ -23,6 +23,7 @@ import extraction
 import fid
 import imagenet_names
 import imagesets
+import networks
 import parallel
 import runfolder
 import sampling
@@ -31,6 +32,8 @@ import space
 from errors import Estimate
 from extraction import Extractor, Generation, Measured
 from storage import VERSION, UserError, sha256
+
+Samples = imagesets.ImageSet | Generation  # what is measured
 
 # whose features are kept for precision, recall and KID, as in ADM's references
 REFERENCE_IMAGES = 10_000
@@ -590,7 +593,7 @@ def _about_splits(samples):
 UNEVEN = 2  # times as many images in the largest class as in the smallest: not balanced
 
 
-def proportions(samples, of: Reference) -> list[str]:
+def proportions(samples: Samples, of: Reference) -> list[str]:
     """What to know where every class has as many samples as the others and not as many images in
     the reference, a line; nothing where the reference has no labels."""
     counts = _label_counts(of)
@@ -668,7 +671,7 @@ class Evaluated:
 
 
 def evaluate(
-    metrics: str, samples, extractors: Mapping[str, Extractor], how: How = How()
+    metrics: str, samples: Samples, extractors: Mapping[str, Extractor], how: How = How()
 ) -> dict | None:
     """Measure `samples`, an image set (imagesets) or a Generation, as METRICS[metrics] says, on
     features by kind (extraction.KINDS). Returns a dict for programs on rank 0, else None. Raises
@@ -695,7 +698,7 @@ def evaluate_all(
 
 
 def references(
-    metrics: str, samples, extractors: Mapping[str, Extractor], how: How
+    metrics: str, samples: Samples, extractors: Mapping[str, Extractor], how: How
 ) -> tuple[Reference | None, dict[str, Measured | None]]:
     """What METRICS[metrics] compares with, that which fits `samples` where `how` names none; and by
     kind of features what was measured of it, None where nothing is needed or on other ranks. Of
@@ -732,7 +735,7 @@ def serves(of: Reference, extractor: Extractor) -> bool:
 
 def evaluated(
     metrics: str,
-    samples,
+    samples: Samples,
     extractors: Mapping[str, Extractor],
     against: Mapping[str, Measured | None],
     how: How,
@@ -784,14 +787,14 @@ def evaluated(
     return Evaluated(result, values, first.drawn)
 
 
-def labels_of(samples) -> str | None:
+def labels_of(samples: Samples) -> str | None:
     """How the classes of an image set or a Generation were chosen, where that is known."""
     if isinstance(samples, Generation):
         return samples.labels
     return imagesets.labels_of(samples.record)
 
 
-def made(samples) -> dict:
+def made(samples: Samples) -> dict:
     """How the images of an image set or a Generation were made, as far as that is known."""
     if isinstance(samples, Generation):
         samples = samples.resolved()
@@ -946,7 +949,7 @@ def averaged(samples):
 
 def watch(
     run: str | Path,
-    config,
+    config: networks.Config,
     classes: Sequence[str],
     *,
     extractor: Extractor,

@@ -459,7 +459,7 @@ def check_batch(count, size, extractor):
 
 
 def measure(
-    images,
+    images: imagesets.ImageSet,
     extractor: Extractor,
     keep: int | None = None,
     *,

@@ -75,7 +75,7 @@ def open_set(
     exif: bool = False,
     classes: Sequence[str] | None = None,
     verify: bool = False,
-):
+) -> "ImageSet":
     """The images at `path`; those of a folder are cropped to `res` as ADM does if it is given,
     those of a container or of some `classes` alone have to be, turned as EXIF says if `exif`;
     shards are compared with their hashes if `verify`, on rank 0. Raises UserError."""
@@ -102,7 +102,7 @@ def open_set(
     return images
 
 
-def workers(images, batch_size: int) -> int | None:
+def workers(images: "ImageSet", batch_size: int) -> int | None:
     """How many processes should read `images` ahead: by cores (None) where many files are to be
     decoded, else 0."""
     if isinstance(images, (Folder, Contained)) and len(images) > 10 * batch_size:
@@ -522,6 +522,9 @@ class Shards:
 # ------------------------------------------------------------------------------------------ writing
 
 
+ImageSet = Npz | Folder | Contained | Shards
+
+
 @dataclasses.dataclass(frozen=True)
 class Drawing:
     """Which images a set is to hold, and how they are made."""
@@ -618,7 +621,7 @@ def seeds_text(seeds: Sequence[int]) -> str:
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
 
 
-def drawn_of(images) -> str | None:
+def drawn_of(images: ImageSet) -> str | None:
     """The `digest_of` a set that `sample` wrote as one `.npz`, else None."""
     plan = images.record.get("plan")
     drawn = plan.get("drawn") if isinstance(plan, dict) else None

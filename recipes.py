@@ -253,7 +253,7 @@ def make_plan(
     return Plan(record, config, recipe, data, initial, chosen, changed, held_out)
 
 
-def known_place(out, known, what="data", option="--data") -> str | None:
+def known_place(out: Path, known: dict, what="data", option="--data") -> str | None:
     """Where the data of the run in `out` was, None if it is new. Raises UserError where it is
     gone."""
     path = known.get("path")
@@ -264,7 +264,9 @@ def known_place(out, known, what="data", option="--data") -> str | None:
     return path
 
 
-def held_out_place(out, validate, known) -> validation.Validation:
+def held_out_place(
+    out: Path, validate: validation.Validation, known: dict
+) -> validation.Validation:
     """What a run validates on, by what is given and what its config.json says; a path of None for
     nothing. Raises UserError."""
     every = known.get("every") if validate.every is None else validate.every
@@ -279,7 +281,7 @@ def held_out_place(out, validate, known) -> validation.Validation:
     return validation.Validation(path, every)
 
 
-def read_initial(init, heads, kind) -> Initial:
+def read_initial(init: str, heads: int | None, kind: str | None) -> Initial:
     """The weights that --init names: a run, a file or a name. Raises UserError."""
     path = runfolder.find_weights(init)
     network, record = runfolder.read_weights(path, heads, kind)

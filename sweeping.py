@@ -28,7 +28,7 @@ import sampling
 import schema
 import storage
 from errors import Estimate
-from extraction import Extractor, Generation
+from extraction import Extractor, Generation, Measured
 from schema import fields, many, maybe, real, table
 from storage import UserError, read_json, write_json
 
@@ -239,7 +239,7 @@ def describe(sweep: Sweep, settings: sampling.Settings) -> str:
     return ", ".join(f"{AXES[name].word} {text_of(getattr(settings, name))}" for name in varied)
 
 
-def plan_of(sweep: Sweep, extractor: Extractor, against) -> dict:
+def plan_of(sweep: Sweep, extractor: Extractor, against: Measured | None) -> dict:
     """What has to be equal in two sweeps whose points can be compared."""
     record = sampling.describe(sweep.generator, sweep.generator.resolved(sweep.settings))
     kept = ("weights", "guide", "precision", "ema_width")

@@ -112,7 +112,7 @@ def divide(batch_size: int, micro_batch: int | None) -> Division:
 # ---------------------------------------------------------------------------------------- the state
 
 
-def new_network(config, seed) -> networks.Network:
+def new_network(config: networks.Config, seed: int) -> networks.Network:
     """A network with fresh weights, which the seed alone decides."""
     torch.manual_seed(seed)
     return networks.new(config)
@@ -771,7 +771,7 @@ def watch_fid(out, plan, extractor, watch):
     )
 
 
-def begin(out, plan, device, say) -> State:
+def begin(out: Path, plan: Plan, device: torch.device, say: Callable) -> State:
     """The state that a run goes on from: its newest whole checkpoint, else the initial weights,
     else fresh ones."""
     say(plan.data.words)
