@@ -15,6 +15,7 @@ for Inception's in `dimr eval` and `dimr sweep`, started in the checkout:
 import functools
 import gzip
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -163,7 +164,7 @@ def learn(folder, res):
     train = read(folder / "train", res)
     classifier = Classifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), 2e-3, weight_decay=1e-2)
-    steps = EPOCHS * (len(train.images) // BATCH)
+    steps = math.ceil(EPOCHS * len(train.images) / BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     draw = np.random.default_rng(0)
     for _ in tqdm(range(steps), "classifier", unit="step"):

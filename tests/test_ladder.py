@@ -1,0 +1,63 @@
+"""tools/ladder.py, on digits in Fashion-MNIST's place and small enough to be climbed in a test."""
+
+import shutil
+
+import fashion_mnist
+import ladder
+import pytest
+from click.testing import CliRunner
+
+import storage
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_row_is_climbed_once_and_said_with_its_figures(digits, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    for number, path in enumerate(sorted(digits.rglob("*.png"))):
+        split = ("train", "test")[number % 2]
+        (data / split / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, data / split / path.parent.name)
+    monkeypatch.setattr(fashion_mnist, "EPOCHS", 1)
+    assert CliRunner().invoke(fashion_mnist.main, ["learn", str(data), "--res", "8"]).exit_code == 0
+    small = {"6": ("multi-scale loss", "--layers 1,1 --dims 8,8 --heads 1")}
+    for name, value in (("RES", 8), ("RATES", (1e-3,)), ("ROWS", small)):
+        monkeypatch.setattr(ladder, name, value)
+    words = [data, "--out", tmp_path / "out", "--seeds", 1, "--images", 128, "--rate-images", 64]
+    words = [str(word) for word in (*words, "--samples", 40)]
+    done = CliRunner().invoke(ladder.main, words)
+    assert done.exit_code == 0, done.output
+    tried, climbed = storage.read_json(tmp_path / "out" / "ladder.json")
+    assert tried["seed"] == ladder.RATE_SEED and "fid" not in tried
+    assert climbed["seed"] == 0 and climbed["fid_error"] > 0
+    assert set(ladder.FIGURES) <= set(climbed)
+    assert f"{climbed['fid']:.3f} ± " in done.output
+    before = (tmp_path / "out" / "ladder.json").read_bytes()
+    shutil.rmtree(tmp_path / "out" / "runs")
+    again = CliRunner().invoke(ladder.main, words)  # nothing is left to do
+    assert again.exit_code == 0 and "multi-scale loss" in again.output
+    assert (tmp_path / "out" / "ladder.json").read_bytes() == before
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_the_rate_is_the_one_of_lowest_loss_and_none_before_all_were_tried(tmp_path):
+    one = ladder.Ladder(tmp_path, tmp_path, images=200, rate_images=100, samples=10)
+    for rate, loss in zip(ladder.RATES, (0.2, 0.1, 0.3), strict=True):
+        assert one.best_rate("3") is None
+        seed = ladder.RATE_SEED
+        one.add({"row": "3", "rate": rate, "seed": seed, "images": 100, "loss": loss})
+    assert one.best_rate("3") == ladder.RATES[1]
+    assert one.best_rate("4") is None
+
+
+def test_the_table_has_errors_over_seeds_and_differences_of_neighbours(tmp_path):
+    one = ladder.Ladder(tmp_path, tmp_path, images=200, rate_images=100, samples=10)
+    for row, values in (("1", (10.0, 14.0)), ("2", (5.0, 7.0))):
+        for seed, value in enumerate(values):
+            figures = dict.fromkeys(ladder.FIGURES, 0.5)
+            figures["fid"] = value
+            one.add({"row": row, "rate": 0.01, "seed": seed, "images": 200, **figures})
+    lines = ladder.table(one).splitlines()
+    assert "12.000 ± 2.000" in lines[1]  # of 10 and 14
+    assert "6.000 ± 1.000" in lines[2]
+    assert "-6.000 ± 2.236" in lines[3]
