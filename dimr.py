@@ -406,6 +406,15 @@ class Upsample(nn.Module):
         return self.norm_out(y.transpose(2, 3).flatten(1, 4), condition)
 
 
+def class_table(classes, dim):
+    """An embedding. On the meta device without PyTorch's own start, which there imports a compiler
+    first: seconds before a network is read."""
+    numbers = torch.empty(classes, dim)
+    if numbers.is_meta:
+        return nn.Embedding.from_pretrained(numbers, freeze=False)
+    return nn.Embedding(classes, dim)
+
+
 class Branch(nn.Module):
     """Branch r: patchify, add position and cascade, run the blocks with U-ViT's long skips, predict
     the noise."""
@@ -420,7 +429,7 @@ class Branch(nn.Module):
         self.patchify = nn.Conv2d(config.channels, dim, patch, stride=patch)
         self.position = nn.Parameter(torch.empty(grid * grid, dim))  # row-major
         if r == 0:
-            self.class_token = nn.Embedding(config.embeddings, dim)
+            self.class_token = class_table(config.embeddings, dim)
         else:
             dim_in = (config.blocks[r - 1] + 1) * config.dims[r - 1]
             self.upsample = Upsample(dim_in, dim, config.grids[r - 1], norm.outer)

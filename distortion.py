@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from tqdm import tqdm
 
 import dataset
@@ -448,7 +448,7 @@ def _interval(rate, shares):
     if len(shares) < 2:
         return None
     error = statistics.stdev(shares) / len(shares) ** 0.5
-    reach = float(student.ppf((1 + CONFIDENCE) / 2, len(shares) - 1)) * error
+    reach = float(stdtrit(len(shares) - 1, (1 + CONFIDENCE) / 2)) * error
     return [max(0.0, rate - reach), min(1.0, rate + reach)]
 
 

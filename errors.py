@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 BLOCKS = 20
 SEED = 0  # of the permutation that fills them
@@ -51,7 +51,7 @@ class Estimate:
 
 def quantile(freedom: float) -> float:
     """How many standard errors an interval of 95% reaches to either side."""
-    return float(student.ppf((1 + CONFIDENCE) / 2, freedom))
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
 def jackknife(value: float, without: Sequence[float]) -> Estimate:

@@ -5,12 +5,13 @@ import ours
 import importlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import dimr_command
+from conftest import DATA, dimr_command
 
 import cli
 import diffusion
@@ -66,6 +67,23 @@ def test_every_help_answers_without_pytorch(monkeypatch):
         result = CliRunner().invoke(fresh.main, [*command, "--help"])
         assert result.exit_code == 0
         assert "Options:" in result.output
+
+
+@pytest.mark.slow
+def test_drawing_and_measuring_import_nothing_that_takes_seconds(tmp_path):
+    run = DATA / "v0.1.0" / "run"
+    words = ["sample", "--weights", run, "-n", 2, "--steps", 1, "--device", "cpu"]
+    code = f"""if True:
+        import sys
+        import cli
+        cli.main({[str(word) for word in words]!r}, standalone_mode=False)
+        import evaluation
+        print({{"torch._dynamo", "scipy.stats", "sklearn"}} & set(sys.modules))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_choices_are_the_tables_rows():
