@@ -90,7 +90,7 @@ class Listing(abc.ABC):
 
     @abc.abstractmethod
     def size(self, index: int) -> int:
-        """Bytes of image `index`'s file."""
+        """Bytes of image `index`'s file. Raises UserError where there is none."""
 
     @abc.abstractmethod
     def open(self, index: int) -> str | io.BytesIO:
@@ -105,7 +105,11 @@ class Folder(Listing):
         return os.path.join(self.root, self.members[index])
 
     def size(self, index):
-        return os.stat(self.place(index)).st_size
+        place = self.place(index)
+        try:
+            return os.stat(place).st_size
+        except OSError as error:
+            raise storage.unreadable(place, error) from None
 
     def open(self, index):
         return self.place(index)

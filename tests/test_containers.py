@@ -620,7 +620,13 @@ def test_the_command_line_takes_a_container(photographs, expected, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("container", [tar_of_tars, deflated, webdataset_cls])
+@pytest.mark.parametrize(
+    "container",
+    [
+        tar_of_tars,
+        *(pytest.param(one, marks=pytest.mark.long) for one in (deflated, webdataset_cls)),
+    ],
+)
 def test_a_killed_encode_goes_on_from_its_container(photographs, tmp_path, container):
     for path in images_of(photographs):
         place = tmp_path / "many" / path.parent.name

@@ -270,7 +270,10 @@ def test_wrong_shapes_are_refused(x, tau, y, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", dimr.NORMS)
+@pytest.mark.parametrize(
+    "norm",
+    ["tdln", "adaln", *(pytest.param(one, marks=pytest.mark.long) for one in ("tdrms", "ln"))],
+)
 def test_one_graph_without_breaks(norm):
     model = build(dataclasses.replace(SMALL, norm=norm))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

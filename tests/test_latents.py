@@ -202,6 +202,15 @@ def test_a_bad_latent_is_named_or_left_out(arrays, tmp_path, kind, reason):
     assert len(dataset.open_data(tmp_path / "skipped")) == 4
 
 
+def test_a_link_to_nowhere_is_one_line(arrays, tmp_path):
+    folder = folder_of(tmp_path, members(arrays))
+    latent = folder / "00000" / "img-mean-std-00000002.npy"
+    latent.unlink()
+    latent.symlink_to("/nowhere")
+    with pytest.raises(UserError, match="00000002.npy can't be read"):
+        take(folder, tmp_path / "out")
+
+
 def test_what_is_not_in_edm2s_form_is_refused(arrays, tmp_path):
     found = members(arrays)
     without = {name: data for name, data in found.items() if name != "dataset.json"}
