@@ -252,11 +252,11 @@ def _check_tensors(found, convolutions):
 
 
 def load(path, device: str | torch.device = "cpu") -> Inception:
-    """The Inception network in pytorch-fid's weights file; nothing in it is run. Raises ValueError
-    for another file."""
+    """The Inception network in pytorch-fid's weights file; nothing in it is run. Raises OSError
+    where that can't be opened, ValueError for another file."""
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except OSError:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # whatever an untrusted file makes the parser raise is its fault
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -312,7 +312,8 @@ def load(path, device="cpu", dtype=torch.float32):
 
     It computes in `dtype`. The released pipeline encodes in float32 and decodes in float16;
     bfloat16 is too coarse for either: near |z| = 8 its values lie 1/16 to 1/32 apart, further than
-    most posteriors are wide. Raises ValueError if the file doesn't hold one."""
+    most posteriors are wide. Raises OSError if the file can't be opened, ValueError if it doesn't
+    hold one."""
     path = str(path)
     try:
         if path.endswith(".safetensors"):
@@ -325,11 +326,9 @@ def load(path, device="cpu", dtype=torch.float32):
                 for name, tensor in tensors.items()
                 if isinstance(tensor, torch.Tensor)
             }
-    except OSError:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
-    except (
-        Exception
-    ) as error:  # whatever an untrusted file makes the parsers raise, the file is at fault
+    except Exception as error:  # whatever an untrusted file makes the parsers raise is its fault
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} can't be read as plain weights ({reason})") from None
     try:

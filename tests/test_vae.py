@@ -228,9 +228,10 @@ def test_cut_or_hostile_files_are_refused_with_their_name(small, tmp_path, monke
     save_file(small.state_dict(), path) if suffix == "safetensors" else torch.save(
         small.state_dict(), path
     )
-    path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match=f"vae.{suffix} can't be read as plain weights"):
-        vae.load(path)
+    for length in (100_000, 49_832):  # the latter: PyTorch looks for the zip's end before its start
+        path.write_bytes(path.read_bytes()[:length])
+        with pytest.raises(ValueError, match=f"vae.{suffix} can't be read as plain weights"):
+            vae.load(path)
     torch.save({"conv.weight": Trap()}, path)
     with pytest.raises(ValueError, match=f"vae.{suffix} can't be read as plain weights"):
         vae.load(path)
