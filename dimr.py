@@ -338,6 +338,27 @@ class TransformerBlock(nn.Module):
         return tokens * a_token + 2 * NORMS[config.norm].inner.macs(dim)
 
 
+class Depthwise(torch.autograd.Function):
+    """A depthwise convolution whose gradient by its input is one too, with the kernels turned
+    round: on GPUs the library takes twice as long for that by itself (docs/performance.md)."""
+
+    @staticmethod
+    def forward(context, x, weight, bias):
+        context.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+
+    @staticmethod
+    def backward(context, gradient):
+        x, weight = context.saved_tensors
+        padding, groups = weight.shape[-1] // 2, len(weight)
+        of_x = F.conv2d(gradient, weight.flip(2, 3), padding=padding, groups=groups)
+        others = torch.ops.aten.convolution_backward(
+            *(gradient, x, weight, [groups], [1, 1], [padding, padding], [1, 1], False, [0, 0]),
+            *(groups, [False, True, True]),
+        )
+        return of_x, *others[1:]
+
+
 class ConvNeXtBlock(nn.Module):
     """A depthwise 7×7 convolution and a pre-norm MLP; it sees no class. No norm stands before the
     convolution but adaLN-Zero."""
@@ -365,7 +386,19 @@ class ConvNeXtBlock(nn.Module):
 
     def convolve(self, x):  # (B, H·W, D), which the convolution sees as channels-last (B, D, H, W)
         image = x.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
-        return self.depthwise(image).permute(0, 2, 3, 1).flatten(1, 2)
+        if image.device.type in GPUS and torch.is_grad_enabled():
+            image = self.depthwise_by_turning(image)
+        else:
+            image = self.depthwise(image)
+        return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+    def depthwise_by_turning(self, image):
+        """The same, in autocast's precision if there is one."""
+        given = (image, self.depthwise.weight, self.depthwise.bias)
+        kind = image.device.type
+        if torch.is_autocast_enabled(kind):
+            given = [tensor.to(torch.get_autocast_dtype(kind)) for tensor in given]
+        return Depthwise.apply(*given)
 
     @staticmethod
     def check(config, r):
@@ -388,9 +421,21 @@ BLOCKS = {"transformer": TransformerBlock, "convnext": ConvNeXtBlock}
 # ---------------------------------------------------------------------------------- branch, network
 
 
+class Skip(nn.Linear):
+    """A long skip of U-ViT's: x and an earlier block's output, (B, tokens, D) each, to one."""
+
+    product = nn.Linear.forward
+
+    def __init__(self, dim):
+        super().__init__(2 * dim, dim)
+
+    def forward(self, x, earlier):
+        return self.product(torch.cat([x, earlier.to(x.dtype)], dim=-1))
+
+
 class Upsample(nn.Module):
-    """The cascade's step to the next resolution: TD-LN, Linear to 4·D, pixel shuffle × 2, TD-LN
-    (or the outer norm of `NORMS`)."""
+    """The cascade's step to the next resolution, of all features (B, h·w, D) of the branch before:
+    TD-LN, Linear to 4·D, pixel shuffle × 2, TD-LN (or the outer norm of `NORMS`)."""
 
     def __init__(self, dim_in, dim, grid, norm):
         super().__init__()
@@ -399,8 +444,8 @@ class Upsample(nn.Module):
         self.linear = nn.Linear(dim_in, 4 * dim)
         self.norm_out = norm(dim)
 
-    def forward(self, y, condition):  # (B, h·w, dim_in) -> (B, 2h·2w, D)
-        y = self.linear(self.norm_in(y, condition))
+    def forward(self, features, condition):  # -> (B, 2h·2w, D)
+        y = self.linear(self.norm_in(join(features), condition))
         y = y.unflatten(-1, (2, 2, -1)).unflatten(1, (self.grid, self.grid))
         # (B, h, w, row, column, D)
         return self.norm_out(y.transpose(2, 3).flatten(1, 4), condition)
@@ -436,7 +481,7 @@ class Branch(nn.Module):
         self.embedder = norm.embedder(dim) if norm.embedder else None
         block = BLOCKS[config.branch_kinds[r]]
         self.blocks = nn.ModuleList(block(config, r) for _ in range(blocks))
-        self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(blocks // 2))
+        self.skips = nn.ModuleList(Skip(dim) for _ in range(blocks // 2))
         self.out_norm = norm.outer(dim)
         self.out = nn.Conv2d(dim, config.channels, 3, padding=1)
         self.grid = grid
@@ -456,13 +501,13 @@ class Branch(nn.Module):
         if self.tokens:
             x = torch.cat([self.class_token(condition.y)[:, None], x], dim=1)
         else:
-            x = x + self.upsample(join(before), condition)
+            x = x + self.upsample(before, condition)
         features = [x[:, self.tokens :]]
         long_skips = []
         middle = len(self.skips)
         for i, block in enumerate(self.blocks):
             if i > middle:
-                x = self.skips[i - middle - 1](torch.cat([x, long_skips.pop()], dim=-1))
+                x = self.skips[i - middle - 1](x, long_skips.pop())
             x = run(block, x, condition)
             if i < middle:
                 long_skips.append(x)
@@ -635,7 +680,7 @@ class DiMR(nn.Module):
     def units(self):
         """The modules that nearly all work is done in, which repeat: to be compiled each by
         itself."""
-        kinds = (*BLOCKS.values(), Upsample)
+        kinds = (*BLOCKS.values(), Skip, Upsample)
         return [module for module in self.modules() if isinstance(module, kinds)]
 
     def time(self, schedule, t):

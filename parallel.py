@@ -404,17 +404,25 @@ def for_inference(model: nn.Module, precision: str, compiled: bool = False) -> n
         if precision == "bf16" and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             module.to(torch.bfloat16)
         elif onednn and isinstance(module, torch.nn.Linear) and module.weight.is_cpu:
-            module.forward = functools.partial(onednn_linear, module)
+            computed = "product" if hasattr(module, "product") else "forward"
+            setattr(module, computed, functools.partial(onednn_linear, module))
     if compiled:
         compile_units(model)
     return model.eval()
+
+
+GRAPHS = 64  # of one kind of unit; beyond, PyTorch would go on uncompiled without much ado
 
 
 def compile_units(network):
     """Compile each of the network's units by itself, for the shapes that come: one graph for each
     kind and width serves all of its units. The whole would be one graph that takes minutes to
     compile, and DistributedDataParallel would have it cut at each bucket of gradients."""
-    torch._dynamo.config.optimize_ddp = False
+    settings = torch._dynamo.config
+    settings.optimize_ddp = False
+    # in training and out of it, by width, and by precision, which the long skips lower
+    limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"
+    setattr(settings, limit, max(GRAPHS, getattr(settings, limit)))
     for unit in network.units():
         unit.compile(dynamic=False)
     network.compiled = True

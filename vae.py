@@ -183,9 +183,15 @@ class VAE(nn.Module):
         chunk = chunk or max(
             1, PIXELS_AT_ONCE[weight.device.type] // (x.shape[2] * x.shape[3] * pixels)
         )
-        x = x.to(weight, memory_format=torch.channels_last)
+        x = x.to(weight, memory_format=layout(weight.device))
         with torch.autocast(weight.device.type, enabled=False):
             return torch.cat([function(part).float() for part in x.split(chunk)])
+
+
+def layout(device: torch.device) -> torch.memory_format:
+    """How images lie in memory there: channels last on CPUs; not on GPUs, where the group norms
+    would turn them round and back (docs/performance.md)."""
+    return torch.contiguous_format if device.type == "cuda" else torch.channels_last
 
 
 # How others spell our tensors' names: rewritings applied in order. diffusers numbers the decoder's
@@ -335,4 +341,4 @@ def load(path, device="cpu", dtype=torch.float32):
         vae = from_state_dict(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return vae.to(device, dtype)
+    return vae.to(device, dtype, memory_format=layout(torch.device(device)))

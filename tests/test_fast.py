@@ -186,6 +186,39 @@ def test_heads_padded_to_a_multiple_of_eight_compute_the_same(monkeypatch, width
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_depthwise_convolution_has_its_gradients_by_turned_kernels(monkeypatch, precision):
+    block = network(small()).branches[1].blocks[0]
+    x = torch.randn(3, block.grid**2, block.depthwise.in_channels, requires_grad=True)
+    values = [x, block.depthwise.weight, block.depthwise.bias]
+    found = []
+    for gpus in (set(), {"cpu"}):
+        monkeypatch.setattr(dimr, "GPUS", gpus)
+        with parallel.autocast(CPU, precision):
+            out = block.convolve(x)
+        found.append([out, *torch.autograd.grad((out.float() + 1).square().sum(), values)])
+    assert all(one.dtype == other.dtype for one, other in zip(*found, strict=True))
+    assert torch.equal(found[0][0], found[1][0])
+    for one, other in zip(*found, strict=True):
+        assert relative(one, other) < {"fp32": 1e-6, "bf16": 1e-2}[precision]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_turned_kernels_leave_the_graph_whole(monkeypatch, precision):
+    monkeypatch.setattr(dimr, "GPUS", {"cpu"})
+    model = network(small())
+    block = model.branches[1].blocks[0]
+    x = torch.randn(3, block.grid**2, block.depthwise.in_channels, requires_grad=True)
+    condition = dimr.Condition(torch.tensor([0.3]), None)
+    gradients = []
+    for run in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        with parallel.autocast(CPU, precision):
+            out = run(x, condition)
+        gradients.append(torch.autograd.grad(out.float().square().sum(), x)[0])
+    assert relative(*gradients) < {"fp32": 1e-6, "bf16": 1e-2}[precision]
+
+
 @pytest.mark.slow
 def test_padded_heads_leave_the_graph_whole(monkeypatch):
     monkeypatch.setattr(dimr, "GPUS", {"cpu"})
@@ -206,7 +239,7 @@ def test_joined_features_are_as_narrow_as_the_linear_layer_takes_them():
     def note(module, arguments):
         sizes[arguments[0].dtype] = arguments[0].numel()
 
-    model.branches[1].upsample.register_forward_pre_hook(note)
+    model.branches[1].upsample.norm_in.register_forward_pre_hook(note)
     exact = model(x, tau, y)
     errors = []
     joins = (dimr.join, lambda features: torch.cat(features, dim=-1))
@@ -233,8 +266,10 @@ def test_processes_that_train_together_compile_a_graph_for_each_kind_of_block(tm
     assert [status for status, _ in said] == [0, 0], said
     for _, text in said:
         found = json.loads(text.splitlines()[-1])
-        assert found["graphs"] == 3  # Transformer, ConvNeXt, the cascade's step
-        assert found["recomputing"] == 3
+        assert (
+            found["graphs"] == 5
+        )  # Transformer, ConvNeXt, skips of two widths, the cascade's step
+        assert found["recomputing"] == 5
         assert found["difference"] < 1e-6
 
 

@@ -279,11 +279,14 @@ def test_half_precision_weights_compute_in_their_type_and_return_float32(small):
     assert image.dtype == torch.float32 and 1e-5 < apart(image, small.decode(z).sample) < 0.05
 
 
-def test_features_stay_channels_last_from_end_to_end(small):
-    ours, formats = vae.from_state_dict(small.state_dict()), set()
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_features_stay_laid_as_the_device_likes_them_from_end_to_end(small, monkeypatch, device):
+    wanted = vae.layout(torch.device(device))
+    monkeypatch.setattr(vae, "layout", lambda _: wanted)
+    ours, formats = vae.from_state_dict(small.state_dict()).to(memory_format=wanted), set()
 
     def note(module, inputs, output):
-        formats.add(output.is_contiguous(memory_format=torch.channels_last))
+        formats.add(output.is_contiguous(memory_format=wanted))
 
     for module in ours.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.GroupNorm)):

@@ -101,7 +101,16 @@ class Bench:
 
     SIDE = {"cuda": 8192, "cpu": 4096}  # of the ceiling's matrices
 
-    def __init__(self, device, seconds=20, against=None, variant=None, batch=None, compiled=False):
+    def __init__(
+        self,
+        device,
+        seconds=20,
+        against=None,
+        variant=None,
+        batch=None,
+        compiled=False,
+        presets=("everyday", "paper"),
+    ):
         self.device, self.seconds, self.against, self.variant, self.batch, self.rows = (
             device,
             seconds,
@@ -111,6 +120,7 @@ class Bench:
             [],
         )
         self.compiled = compiled
+        self.presets = presets
         self.cuda = device.type == "cuda"
 
     @property
@@ -121,7 +131,7 @@ class Bench:
         """A function that multiplies two large random matrices, and its operations."""
         n, dtype = (
             self.SIDE[self.device.type],
-            {"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
+            {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
         )
         a, b, out = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(3))
         return lambda: torch.mm(a, b, out=out), 2 * n**3
@@ -137,6 +147,12 @@ class Bench:
     def wait(self):
         if self.cuda:
             torch.cuda.synchronize()
+
+    def free(self):
+        """Give back what nothing refers to any more."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
 
     def memory(self, peak=False):
         """Bytes in use; with `peak`, the most since the last call without."""
@@ -174,6 +190,8 @@ class Bench:
                     f"left out, for it takes too much memory: {part}, {candidate.name}", err=True
                 )
                 candidates.remove(candidate)
+                function = candidate = None  # what they hold
+                self.free()
                 continue
             held = (
                 sum(p.numel() * p.element_size() for p in candidate.model.parameters())
@@ -403,7 +421,8 @@ def rivals(bench, config):
     """(name, network in training mode on the device): ours, and the release's with the same
     weights, checked."""
     torch.manual_seed(0)
-    ours = networks.new(config).to(bench.device)
+    with bench.device:
+        ours = networks.new(config)
     yield "dimr", ours
     if bench.against and networks.kind(config) == "dimr":
         released = dimr.to_released(ours)
@@ -411,7 +430,8 @@ def rivals(bench, config):
             ("release as it is", False),
             ("release without recomputation, warnings", True),
         ):
-            theirs = Release(bench.against, config, tuned).to(bench.device)
+            with bench.device:
+                theirs = Release(bench.against, config, tuned).to(bench.device)
             theirs.net.load_state_dict(released)
             check_same(theirs, ours, inputs(config, 2, bench.device))
             yield name, theirs
@@ -517,6 +537,7 @@ def train(bench):
         ]
     for name, config, batch, precision in jobs:
         torch._dynamo.reset()
+        bench.free()
         recipe = recipes.Recipe(
             batch_size=batch, precision=precision, compile=bench.cuda or bench.compiled
         )
@@ -554,7 +575,7 @@ def sample(bench):
     variant, batch = bench.variant or ("xl2r" if bench.cuda else "demo"), bench.batch or 64
     config, precision = networks.VARIANTS[variant], bench.precisions[0]
     made = list(rivals(bench, config))
-    for preset in ("everyday", "paper"):
+    for preset in bench.presets:
         settings = sampling.Settings(cfg=1.5 if config.null_class else 1, preset=preset).resolved(
             config
         )
@@ -590,9 +611,8 @@ def solved(bench, model, settings, batch, precision):
 
 
 def autoencoder(bench):
-    """The SD-VAE at 256 × 256, beside diffusers'."""
-    precision, batch = bench.precisions[0], bench.batch or (16 if bench.cuda else 1)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    """The SD-VAE at 256 × 256, beside diffusers': in fp32; decoding in fp16 on CUDA, as samples."""
+    batch = bench.batch or (16 if bench.cuda else 1)
     torch.manual_seed(0)
     models = {"dimr": vae.VAE()}
     if found := other("diffusers", "AutoencoderKL"):
@@ -605,10 +625,10 @@ def autoencoder(bench):
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
         )
-    models = {k: m.eval().requires_grad_(False).to(bench.device, dtype) for k, m in models.items()}
-    models["dimr"].to(memory_format=torch.channels_last)
-    x = torch.randn(batch, 3, 256, 256, device=bench.device, dtype=dtype)
-    z = torch.randn(batch, 4, 32, 32, device=bench.device, dtype=dtype)
+    models = {k: m.eval().requires_grad_(False).to(bench.device) for k, m in models.items()}
+    models["dimr"].to(memory_format=vae.layout(bench.device))
+    x = torch.randn(batch, 3, 256, 256, device=bench.device)
+    z = torch.randn(batch, 4, 32, 32, device=bench.device)
 
     def call(model, direction, value):
         def function():
@@ -618,6 +638,10 @@ def autoencoder(bench):
         return function
 
     for direction, value in (("encode", x), ("decode", z)):
+        precision = "fp16" if bench.cuda and direction == "decode" else "fp32"
+        if precision == "fp16":
+            models = {k: m.half() for k, m in models.items()}
+            value = value.half()
         bench.compare(
             f"VAE {direction}",
             [
@@ -634,8 +658,9 @@ def inception(bench):
     images, fp32."""
     batch = bench.batch or (64 if bench.cuda else 8)
     images = torch.randint(256, (batch, 256, 256, 3), dtype=torch.uint8, device=bench.device)
-    planes, unit = images.permute(0, 3, 1, 2).contiguous(), images.permute(0, 3, 1, 2).float() / 255
-    models = {"dimr": (fid.Inception().to(memory_format=torch.channels_last), images)}
+    planes = images.permute(0, 3, 1, 2).contiguous()
+    unit = planes.float() / 255
+    models = {"dimr": (fid.Inception().to(memory_format=fid.layout(bench.device)), images)}
     for name, module, kind, options, value in (
         (
             "torch-fidelity",
@@ -854,13 +879,23 @@ def help_text():
     is_flag=True,
     help="torch.compile for our network (in training on CUDA always).",
 )
+@click.option(
+    "--preset",
+    "presets",
+    type=click.Choice(["everyday", "paper"]),
+    multiple=True,
+    default=("everyday", "paper"),
+    show_default=True,
+    help="For sample.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON on stdout.")
-def main(parts, device, variant, batch, against, seconds, compiled, as_json):
+def main(parts, device, variant, batch, against, seconds, compiled, presets, as_json):
     cli.keep_memory()
     torch.backends.cudnn.allow_tf32 = False  # fp32 means it, as in the product
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    bench = Bench(parallel.pick_device(device), seconds, against, variant, batch, compiled)
+    device = parallel.pick_device(device)
+    bench = Bench(device, seconds, against, variant, batch, compiled, presets)
     click.echo(machine(bench.device), err=True)
     try:
         for part in parts or PARTS:
