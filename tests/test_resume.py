@@ -514,20 +514,10 @@ def test_memory_stays_flat(digits, tmp_path, dimr_process):
 
 @pytest.mark.slow
 def test_the_soak_survives_its_faults(tmp_path):
-    minutes = os.environ.get(
-        "DIMR_SOAK_MINUTES", "0.7"
-    )  # of faults; the undisturbed run and the end come on top
+    minutes = os.environ.get("DIMR_SOAK_MINUTES", "0.5")  # the end comes on top
+    tool = [sys.executable, ROOT / "tools" / "soak.py"]
     done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "tools" / "soak.py",
-            "--minutes",
-            minutes,
-            "--steps",
-            "200",
-            "--seed",
-            "3",
-        ],
+        [*tool, "--minutes", minutes, "--steps", "120", "--seed", "3"],
         capture_output=True,
         text=True,
         timeout=900,
@@ -535,9 +525,8 @@ def test_the_soak_survives_its_faults(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     count = json.loads(done.stdout)
-    assert (
-        count["rounds whose end was the undisturbed one, to the byte"] >= 1 and count["lives"] > 1
-    )
+    assert count["rounds whose end was the undisturbed one, to the byte"] >= 1
+    assert count["faults"] >= 1
 
 
 # names of checkpoints

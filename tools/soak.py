@@ -6,10 +6,10 @@ an undisturbed run; kill other jobs and go on with them; start two commands at o
     python tools/soak.py --kills 10      # of encode, sample --npz and eval's generation, each
     python tools/soak.py --pairs 3       # times every pair of commands that share a folder
 
-Each round trains a tiny network twice, undisturbed and under faults: any process killed, inside a
-save too; all of them killed; stopped by signals; a disk that is full for a while; checkpoints
-damaged; a second start in the same folder. In the end weights, EMA, optimiser state and losses have
-to be the same to the byte, and metrics.jsonl has to hold each step once.
+Each round trains a tiny network twice, undisturbed and under faults, one at least: any process
+killed, inside a save too; all of them killed; stopped by signals; a disk that is full for a while;
+checkpoints damaged; a second start in the same folder. In the end weights, EMA, optimiser state and
+losses have to be the same to the byte, and metrics.jsonl has to hold each step once.
 
 A job of JOBS is killed at random moments and started again on another number of processes until it
 ends: what it wrote has to be what it writes undisturbed. Of each pair of PAIRS both are started at
@@ -352,7 +352,7 @@ def one_round(folder, work, number, deadline, rng, count):
         count["memory growth of rank 0 after a fifth of the steps (MB)"],
         round((peaks[-1] - peaks[steps // 5]) / 1e6, 2),
     )
-    spoilt = set()
+    spoilt, struck = set(), False
     print(
         f"round {number}: under faults ({time.monotonic() - begun:.0f} s undisturbed)",
         file=sys.stderr,
@@ -369,17 +369,22 @@ def one_round(folder, work, number, deadline, rng, count):
         life, since = Life(work, out, number, restarts), time.monotonic()
         count["lives"] += 1
         while life.alive():
-            wait = rng.uniform(0.2, 6)
+            wait, far = rng.uniform(0.2, 6), rng.randint(1, max(1, steps // 8))
+            due = trained(out) + far
             while life.alive() and (
-                wait > 0 or not life.complete() or trained(out) in (start, steps)
+                (wait > 0 and trained(out) < due)
+                or not life.complete()
+                or trained(out) in (start, steps)
             ):
                 time.sleep(0.05)
                 wait -= 0.05 * (trained(out) > 0 and life.complete())
                 assert time.monotonic() - since < PATIENCE + 0.2 * steps, (
                     f"a life hangs:\n{''.join(life.lines)[-3000:]}"
                 )
-            if life.alive() and time.monotonic() < deadline and life.complete():
-                fault = rng.choice(FAULTS)
+            in_time = time.monotonic() < deadline or not struck
+            if life.alive() and in_time and life.complete():
+                fault, struck = rng.choice(FAULTS), True
+                count["faults"] += 1
                 print(
                     f"  step {trained(out):6}: {fault.__name__.replace('_', ' ')}", file=sys.stderr
                 )
