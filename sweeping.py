@@ -174,9 +174,10 @@ class Sweep:
         return evaluation.METRICS[self.metric]
 
 
+MEASURE = real(-1e12, 1e12)  # whose square can be summed
 POINT = fields(
-    {"settings": table(schema.anything), "value": real(), "parts": many(real())},
-    {"noise": real(0), "values": table(maybe(real()))},
+    {"settings": table(schema.anything), "value": MEASURE, "parts": many(MEASURE)},
+    {"noise": real(0, 1e12), "values": table(maybe(MEASURE))},
 )
 SHAPE = fields(
     {"plan": table(schema.anything), "points": table(POINT)}, {"summary": schema.anything}

@@ -257,12 +257,7 @@ class State:
 
     def load(self, checkpoint):
         """Take everything from a checkpoint folder. Raises UserError if it is another network's."""
-        expected = {name: p.shape for name, p in self.parameters.items()}
-        try:
-            for name in ("weights", "ema"):
-                dimr.check_names(expected, blanks_of(checkpoint / f"{name}.safetensors"))
-        except ValueError as error:
-            raise UserError(f"{checkpoint} is of another network: {error}") from None
+        check_network(self.parameters, checkpoint)
         fill(self.parameters, checkpoint / "weights.safetensors")
         fill(self.ema, checkpoint / "ema.safetensors")
         moments = {}
@@ -293,6 +288,16 @@ class State:
         except ValueError as error:
             raise UserError(f"{path} is not of averages of widths {widths}: {error}") from None
         fill(held, path)
+
+
+def check_network(parameters, checkpoint):
+    """Raise UserError unless a checkpoint folder holds weights of these parameters' shapes."""
+    expected = {name: p.shape for name, p in parameters.items()}
+    try:
+        for name in ("weights", "ema"):
+            dimr.check_names(expected, blanks_of(checkpoint / f"{name}.safetensors"))
+    except ValueError as error:
+        raise UserError(f"{checkpoint} is of another network: {error}") from None
 
 
 @torch.no_grad()
@@ -777,9 +782,12 @@ def begin(out: Path, plan: Plan, device: torch.device, say: Callable) -> State:
     say(plan.data.words)
     if not plan.data.flips:
         say("these latents are of the images alone: training goes without flips")
-    state = State(new_network(plan.config, plan.recipe.seed), plan.recipe, device)
     newest = runfolder.newest_whole(out) if parallel.is_main() else None
     checkpoint = parallel.broadcast(newest)
+    if checkpoint:  # a config.json that was changed may ask for any amount of memory
+        with torch.device("meta"):
+            check_network(dict(networks.new(plan.config).named_parameters()), checkpoint)
+    state = State(new_network(plan.config, plan.recipe.seed), plan.recipe, device)
     if checkpoint:
         state.load(checkpoint)
         check_ahead(out, state)

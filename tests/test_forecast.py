@@ -51,6 +51,13 @@ def test_the_papers_share_is_taken_where_none_is_known_and_said():
     assert "32% of that (the paper's own, on A100s)" in forecast.lines(found)
 
 
+@pytest.mark.parametrize("throughput", [0, 1e-300, -1])
+def test_a_rate_that_is_none_is_refused(tmp_path, throughput):
+    path = results(tmp_path / "b.json", row("training step xl2r, dimr", throughput, "NVIDIA A100"))
+    with pytest.raises(UserError, match="b.json holds no results"):
+        ask(measured=[path])
+
+
 def test_drawing_counts_guidance_steps_and_the_vae():
     found = ask(gpus=1, share=1.0)["drawing"]
     network = 2 * 160.1764e9

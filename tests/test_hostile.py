@@ -20,6 +20,7 @@ import extraction
 import imagesets
 import runfolder
 import storage
+import training
 from storage import UserError
 
 TINY = shlex.split("""
@@ -226,6 +227,15 @@ def test_a_damaged_file_of_a_run_is_named(run, digits, name, text, words):
     (run / name).write_text(text)
     done = dimr("train", "--data", digits, "--out", run, "--steps", 13, "--workers", 0)
     refused(done, name, words)
+
+
+def test_a_config_of_another_network_takes_no_memory_for_it(run, digits, monkeypatch):
+    record = json.loads((run / "config.json").read_text())
+    record["config"]["dims"] = [64, *record["config"]["dims"][1:]]
+    (run / "config.json").write_text(json.dumps(record))
+    monkeypatch.setattr(training, "new_network", None)
+    with pytest.raises(UserError, match="is of another network"):
+        training.train(run, training.Source(digits, workers=0), device="cpu", quiet=True)
 
 
 def test_a_recipe_that_lacks_something_is_not_filled_up(run, digits):

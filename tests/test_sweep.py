@@ -123,6 +123,11 @@ def test_a_sweep_goes_on_and_more_values_cost_only_their_points(trained, digits,
     assert found["seeds"] == "1000000-1000029"
     with Image.open("a/sweep.png") as picture:
         assert picture.size[0] > 500
+    held["points"] = {"cfg 1": {**next(iter(held["points"].values())), "value": 1e308}}
+    Path("a/sweep.json").write_text(json.dumps(held))
+    refused = sweep(trained, digits, "--cfg", "1,2", "--out", "a", status=1)
+    assert "a/sweep.json" in refused.stderr and "is not from" in refused.stderr
+    Path("a/sweep.json").write_text(json.dumps({**held, "points": {}}))
     refused = sweep(trained, digits, "--cfg", "1,2", "--out", "a", "--labels", "random", status=1)
     assert "a holds a sweep with drawn" in refused.stderr
 

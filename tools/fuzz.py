@@ -446,6 +446,11 @@ def measured(w):
     dimr(*split(f"eval stats {w}/pictures {w}/s.safetensors {PLAIN}"))
 
 
+def swept(w):
+    run(w)
+    dimr(*split(SWEEP.format(w=w)))
+
+
 def judged(w):
     rows = [("image", "person", "distorted")]
     rows += [(f"i{i:05}", person, i % 2) for i in range(6) for person in ("Ann", "Bob")]
@@ -548,6 +553,10 @@ ENCODE = "encode --pixels --res 8 --workers 0 --shard-size 3 --data {w}/pictures
 DRAW = "sample --weights {w}/run -n 4 --batch-size 2 --steps 1 --device cpu --npz"
 SAMPLE = "sample --weights {w}/run -n 1 --steps 1 --device cpu --out {w}/drawn"
 AS_JSON = f"--json {PLAIN}"
+SWEEP = (
+    "sweep --weights {w}/run --cfg 1,2 --steps 2 -n 20 --ref {w}/pictures --out {w}/sweep "
+    f"{AS_JSON}"
+)
 MEASURE = f"eval fid {{w}}/pictures --ref {{w}}/pictures {AS_JSON}"
 OF_SET = f"eval fid {{w}}/set.npz --ref {{w}}/pictures {AS_JSON}"
 COUNTED = "eval distortion {w}/votes.csv --key {w}/key.csv --json"
@@ -655,6 +664,7 @@ FORMATS = {
         f"eval fid {{w}}/pictures --ref {{w}}/s.safetensors {AS_JSON}",
         said,
     ),
+    "sweep": Format(swept, "sweep/sweep.json", json_file, SWEEP, said),
     "votes": Format(judged, "votes.csv", table_file, COUNTED, said),
     "key": Format(judged, "key.csv", table_file, COUNTED, said),
     "results of bench.py": Format(
