@@ -604,12 +604,9 @@ def info_lines(result, config):
 def branch_costs(config):
     """A dict per branch, coarse to fine, of which a peer has one: what it is made of, how many
     parameters it has, and what a forward pass of an image costs."""
-    import torch
-
     import networks
 
-    with torch.device("meta"):
-        model = networks.new(config)
+    model = networks.blank(config)
     if networks.kind(config) != "dimr":
         shape = (config.depth, "transformer", config.width, config.grid, model.TOKENS)
         return [branch_cost(0, *shape, config.macs[0], model)]

@@ -422,15 +422,16 @@ BLOCKS = {"transformer": TransformerBlock, "convnext": ConvNeXtBlock}
 
 
 class Skip(nn.Linear):
-    """A long skip of U-ViT's: x and an earlier block's output, (B, tokens, D) each, to one."""
+    """A long skip of U-ViT's: x and an earlier block's output, (B, tokens, D) each, to one. A unit,
+    so that the casts of the two are compiled with it."""
 
-    product = nn.Linear.forward
+    product = nn.Linear.forward  # what sampling on CPUs replaces, as the `forward` of others
 
     def __init__(self, dim):
         super().__init__(2 * dim, dim)
 
     def forward(self, x, earlier):
-        return self.product(torch.cat([x, earlier.to(x.dtype)], dim=-1))
+        return self.product(join([x, earlier], x.dtype))
 
 
 class Upsample(nn.Module):
@@ -445,7 +446,9 @@ class Upsample(nn.Module):
         self.norm_out = norm(dim)
 
     def forward(self, features, condition):  # -> (B, 2h·2w, D)
-        y = self.linear(self.norm_in(join(features), condition))
+        # Under autocast the second half, which comes from the long skips' Linear layers, is in its
+        # precision; so then is the whole, that is taken to it for a Linear layer anyway.
+        y = self.linear(self.norm_in(join(features, features[-1].dtype), condition))
         y = y.unflatten(-1, (2, 2, -1)).unflatten(1, (self.grid, self.grid))
         # (B, h, w, row, column, D)
         return self.norm_out(y.transpose(2, 3).flatten(1, 4), condition)
@@ -720,11 +723,9 @@ class DiMR(nn.Module):
         ]
 
 
-def join(features):
-    """(B, tokens, ΣD) of a branch's features (B, tokens, D). Under autocast the second half, which
-    comes from the long skips' Linear layers, is in its precision; so then is the whole, that is
-    taken to it for a Linear layer anyway."""
-    return torch.cat([each.to(features[-1].dtype) for each in features], dim=-1)
+def join(features, dtype):
+    """(B, tokens, ΣD) of features (B, tokens, D)."""
+    return torch.cat([each.to(dtype) for each in features], dim=-1)
 
 
 def applied(block, x, condition):

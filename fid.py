@@ -224,7 +224,7 @@ def from_state_dict(state_dict: dict[str, torch.Tensor]) -> Inception:
             module.weight.copy_(weight * gain.view(-1, 1, 1, 1))
             module.bias.copy_(bias - mean * gain)
         inception.fc.weight.copy_(found["fc.weight"])
-    return inception.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return inception.eval().requires_grad_(False)
 
 
 def _is_plain(tensor):

@@ -204,8 +204,7 @@ def of_memory(config, recipe, gpus, card, micro_batch):
 
 def of_disk(config, images=IMAGENET):
     """Bytes of a data set of so many images as encode writes it, and of checkpoints."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in networks.new(config).parameters())
+    parameters = sum(p.numel() for p in networks.blank(config).parameters())
     cells = config.channels * config.size**2
     an_image = cells  # uint8
     if config.space == "latent":

@@ -38,8 +38,7 @@ def training_memory(
 
     Without torch.compile, which fuses some of the activations away, and without the allocator's
     slack and CUDA's own context (about 1 GB together)."""
-    with torch.device("meta"):
-        model = networks.new(config).train()
+    model = networks.blank(config).train()
     model.checkpoint_blocks = checkpoint_blocks
     with FakeTensorMode():
         for module in model.modules():

@@ -4,6 +4,7 @@ which kind it is."""
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 import diffusion
@@ -104,6 +105,12 @@ def new(config: Config) -> Network:
     if kind(config) == "dimr":
         return dimr.DiMR(config)
     return peers.NETWORKS[config.kind](config)
+
+
+def blank(config: Config) -> Network:
+    """A network without numbers, on the meta device: what it is made of, in no memory."""
+    with torch.device("meta"):
+        return new(config)
 
 
 def from_config(config: Config, tensors: dict[str, Tensor]) -> Network:

@@ -404,8 +404,8 @@ def for_inference(model: nn.Module, precision: str, compiled: bool = False) -> n
         if precision == "bf16" and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             module.to(torch.bfloat16)
         elif onednn and isinstance(module, torch.nn.Linear) and module.weight.is_cpu:
-            computed = "product" if hasattr(module, "product") else "forward"
-            setattr(module, computed, functools.partial(onednn_linear, module))
+            product = "product" if hasattr(module, "product") else "forward"
+            setattr(module, product, functools.partial(onednn_linear, module))
     if compiled:
         compile_units(model)
     return model.eval()

@@ -672,9 +672,7 @@ def train(
 
 def check_memory(plan, division, device):
     """Raise UserError if a run can't fit into memory, by the least that it takes."""
-    with torch.device("meta"):
-        model = networks.new(plan.config)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in networks.blank(plan.config).parameters())
     activations = division.micro * networks.least_bytes(plan.config, training=True)
     parallel.check_memory(
         memory.STATE * parameters + activations,
@@ -785,8 +783,7 @@ def begin(out: Path, plan: Plan, device: torch.device, say: Callable) -> State:
     newest = runfolder.newest_whole(out) if parallel.is_main() else None
     checkpoint = parallel.broadcast(newest)
     if checkpoint:  # a config.json that was changed may ask for any amount of memory
-        with torch.device("meta"):
-            check_network(dict(networks.new(plan.config).named_parameters()), checkpoint)
+        check_network(dict(networks.blank(plan.config).named_parameters()), checkpoint)
     state = State(new_network(plan.config, plan.recipe.seed), plan.recipe, device)
     if checkpoint:
         state.load(checkpoint)

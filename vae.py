@@ -309,7 +309,7 @@ def from_state_dict(state_dict):
     vae.load_state_dict(weights, assign=True)
     extra = len(state_dict) - len(given)
     vae.source = source + (f"; {extra:,} other tensors left out" if extra else "")
-    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return vae.eval().requires_grad_(False)
 
 
 def load(path, device="cpu", dtype=torch.float32):

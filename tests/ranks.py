@@ -261,21 +261,26 @@ def count_graphs():
     gradients = {}
     graphs = {}
     for name in ("plain", "graphs", "recomputing"):
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend("aot_eager")
-        compiling = functools.partialmethod(COMPILE, backend=counter)
-        torch.nn.Module.compile = compiling
         recipe = recipes.Recipe(
             precision="fp32", compile=name != "plain", checkpoint_blocks=name == "recomputing"
         )
-        state = training.State(training.new_network(config, 0), recipe, torch.device("cpu"))
-        state.start(2)
-        images = torch.arange(128, dtype=torch.uint8).reshape(2, 1, 8, 8)
-        sums, _ = training.losses(state, images, torch.tensor([1, 2]), 2 * parallel.rank())
-        sums.sum().backward()
-        gradients[name] = torch.cat([p.grad.flatten() for p in state.parameters.values()])
-        graphs[name] = counter.frame_count
+        gradients[name], graphs[name] = first_gradients(config, recipe)
     norm = gradients["plain"].norm()
     difference = max(float((g - gradients["plain"]).norm() / norm) for g in gradients.values())
     print(json.dumps({**graphs, "difference": difference}))
     parallel.stop()
+
+
+def first_gradients(config, recipe):
+    """Those of a step, and how many graphs it took. The state is gone before the processes part, as
+    a command's is: what the group of processes still holds of it could keep its threads waiting."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.nn.Module.compile = functools.partialmethod(COMPILE, backend=counter)
+    state = training.State(training.new_network(config, 0), recipe, torch.device("cpu"))
+    state.start(2)
+    images = torch.arange(128, dtype=torch.uint8).reshape(2, 1, 8, 8)
+    sums, _ = training.losses(state, images, torch.tensor([1, 2]), 2 * parallel.rank())
+    sums.sum().backward()
+    gradients = torch.cat([p.grad.flatten() for p in state.parameters.values()])
+    return gradients, counter.frame_count

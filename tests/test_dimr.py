@@ -299,9 +299,7 @@ def test_training_and_sampling_compile_one_graph_for_each_kind_of_block(monkeypa
         images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
         sums, _ = training.losses(state, images, torch.randint(5, (4,)), 4 * step)
         sums.sum().backward()
-    assert (
-        counter.frame_count == 5
-    )  # Transformer, ConvNeXt, skips of two widths, the cascade's step
+    assert counter.frame_count == 5  # Transformer, ConvNeXt, two widths' skips, the cascade's step
     settings = sampling.Settings(cfg=2, cfg_interval=(0.1, 2), steps=6).resolved(model.config)
     for seed in range(3):
         sampling.solve(model.eval(), [1, 2], [seed, seed + 9], settings, device=cpu)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections import Counter
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import relative
 from ranks import Ranks, count_graphs
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dimr
@@ -242,7 +244,7 @@ def test_joined_features_are_as_narrow_as_the_linear_layer_takes_them():
     model.branches[1].upsample.norm_in.register_forward_pre_hook(note)
     exact = model(x, tau, y)
     errors = []
-    joins = (dimr.join, lambda features: torch.cat(features, dim=-1))
+    joins = (dimr.join, lambda features, dtype: torch.cat(features, dim=-1))
     for join in joins:
         with pytest.MonkeyPatch.context() as patch, parallel.autocast(CPU, "bf16"):
             patch.setattr(dimr, "join", join)
@@ -266,11 +268,24 @@ def test_processes_that_train_together_compile_a_graph_for_each_kind_of_block(tm
     assert [status for status, _ in said] == [0, 0], said
     for _, text in said:
         found = json.loads(text.splitlines()[-1])
-        assert (
-            found["graphs"] == 5
-        )  # Transformer, ConvNeXt, skips of two widths, the cascade's step
+        # Transformer, ConvNeXt, skips of two widths, the cascade's step
+        assert found["graphs"] == 5
         assert found["recomputing"] == 5
         assert found["difference"] < 1e-6
+
+
+def test_a_unit_stays_compiled_for_more_shapes_than_pytorch_allows_for(monkeypatch):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiling = functools.partialmethod(torch.nn.Module.compile, backend=counter)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiling)
+    model = network(small()).eval()
+    parallel.compile_units(model)
+    skip = model.branches[0].skips[0]
+    for batch in range(2, 14):
+        x = torch.randn(batch, 4, skip.out_features)
+        skip(x, x)
+    assert counter.frame_count == 12
 
 
 @pytest.mark.parametrize("compiled", [True, False])

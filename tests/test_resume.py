@@ -514,7 +514,7 @@ def test_memory_stays_flat(digits, tmp_path, dimr_process):
 
 @pytest.mark.slow
 def test_the_soak_survives_its_faults(tmp_path):
-    minutes = os.environ.get("DIMR_SOAK_MINUTES", "0.5")  # the end comes on top
+    minutes = os.environ.get("DIMR_SOAK_MINUTES", "0.3")  # the end comes on top
     tool = [sys.executable, ROOT / "tools" / "soak.py"]
     done = subprocess.run(
         [*tool, "--minutes", minutes, "--steps", "120", "--seed", "3"],
@@ -526,7 +526,7 @@ def test_the_soak_survives_its_faults(tmp_path):
     assert done.returncode == 0, done.stderr
     count = json.loads(done.stdout)
     assert count["rounds whose end was the undisturbed one, to the byte"] >= 1
-    assert count["faults"] >= 1
+    assert count["lives"] > 1
 
 
 # names of checkpoints

@@ -430,8 +430,9 @@ def rivals(bench, config):
             ("release as it is", False),
             ("release without recomputation, warnings", True),
         ):
-            with bench.device:
-                theirs = Release(bench.against, config, tuned).to(bench.device)
+            with bench.device:  # where weights are drawn sooner
+                theirs = Release(bench.against, config, tuned)
+            theirs = theirs.to(bench.device)  # and what it makes elsewhere
             theirs.net.load_state_dict(released)
             check_same(theirs, ours, inputs(config, 2, bench.device))
             yield name, theirs
@@ -900,7 +901,7 @@ def main(parts, device, variant, batch, against, seconds, compiled, presets, as_
     try:
         for part in parts or PARTS:
             PARTS[part](bench)
-            gc.collect()
+            bench.free()
     finally:
         if as_json:
             where = {"machine": machine(bench.device)}

@@ -6,10 +6,11 @@ an undisturbed run; kill other jobs and go on with them; start two commands at o
     python tools/soak.py --kills 10      # of encode, sample --npz and eval's generation, each
     python tools/soak.py --pairs 3       # times every pair of commands that share a folder
 
-Each round trains a tiny network twice, undisturbed and under faults, one at least: any process
-killed, inside a save too; all of them killed; stopped by signals; a disk that is full for a while;
-checkpoints damaged; a second start in the same folder. In the end weights, EMA, optimiser state and
-losses have to be the same to the byte, and metrics.jsonl has to hold each step once.
+Each round trains a tiny network twice, undisturbed and under faults: any process killed, inside a
+save too; all of them killed; stopped by signals; a disk that is full for a while; checkpoints
+damaged; a second start in the same folder. If time runs out before one of them has ended a life, a
+process is killed. In the end weights, EMA, optimiser state and losses have to be the same to the
+byte, and metrics.jsonl has to hold each step once.
 
 A job of JOBS is killed at random moments and started again on another number of processes until it
 ends: what it wrote has to be what it writes undisturbed. Of each pair of PAIRS both are started at
@@ -352,7 +353,7 @@ def one_round(folder, work, number, deadline, rng, count):
         count["memory growth of rank 0 after a fifth of the steps (MB)"],
         round((peaks[-1] - peaks[steps // 5]) / 1e6, 2),
     )
-    spoilt, struck = set(), False
+    spoilt, lives = set(), 0
     print(
         f"round {number}: under faults ({time.monotonic() - begun:.0f} s undisturbed)",
         file=sys.stderr,
@@ -368,6 +369,7 @@ def one_round(folder, work, number, deadline, rng, count):
         start, restarts = trained(out), rng.choice([0, 0, 2])
         life, since = Life(work, out, number, restarts), time.monotonic()
         count["lives"] += 1
+        lives += 1
         while life.alive():
             wait, far = rng.uniform(0.2, 6), rng.randint(1, max(1, steps // 8))
             due = trained(out) + far
@@ -381,10 +383,9 @@ def one_round(folder, work, number, deadline, rng, count):
                 assert time.monotonic() - since < PATIENCE + 0.2 * steps, (
                     f"a life hangs:\n{''.join(life.lines)[-3000:]}"
                 )
-            in_time = time.monotonic() < deadline or not struck
-            if life.alive() and in_time and life.complete():
-                fault, struck = rng.choice(FAULTS), True
-                count["faults"] += 1
+            in_time = time.monotonic() < deadline
+            if life.alive() and (in_time or lives == 1) and life.complete():
+                fault = rng.choice(FAULTS) if in_time else kill_one
                 print(
                     f"  step {trained(out):6}: {fault.__name__.replace('_', ' ')}", file=sys.stderr
                 )
