@@ -63,7 +63,7 @@ def card(metrics: str, result: dict, options: Mapping[str, object]) -> dict:
         },
         "device": first["device"],
         "versions": versions(),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["dimr", *sys.argv[1:]]),
     }
     if "differences" in result:
         record["differences"] = result["differences"]
@@ -127,11 +127,10 @@ def repeat(metrics: str, result: dict, options: Mapping[str, object]) -> list[st
 def _drawing(made):
     """Options that draw the same images from the same weights."""
     source = made["source"]
-    if made.get("ema_width"):
-        run = runfolder.run_of(source)
-        words = ["--weights", str(run or source), "--ema-width", f"{made['ema_width']:g}"]
-    else:
-        words = ["--weights", source]
+    words = ["--weights", source]
+    run = runfolder.run_of(Path(source))
+    if run and made.get("ema_width"):  # no file holds the average
+        words = ["--weights", str(run), "--ema-width", f"{made['ema_width']:g}"]
     words += settings_words(made)
     words += _options(made, ("batch_size", "precision", "device", "vae"))
     if made.get("guide_source"):

@@ -1116,7 +1116,7 @@ generator_options = Options(
     click.option(
         "--weights",
         help="A run, RUN@STEP, a weights file or a name [default: the newest run under runs/, else "
-        "xl2r].",
+        "xl2r; to sample any classes without xl2r in the cache, fashion, which comes with dimr].",
     ),
     click.option(
         "--ema/--raw", default=True, help="Averaged weights, or the raw ones  [default: ema]."
@@ -1153,7 +1153,8 @@ settings_options = Options(
     click.option(
         "--cfg",
         type=Guidance(),
-        help="Guidance scale, 1 for none [default: 1.5 with a null class, else 1].",
+        help="Guidance scale, 1 for none [default: what the weights advise, else 1.5 with a null "
+        "class, else 1].",
     ),
     click.option(
         "--cfg-power",
@@ -1242,6 +1243,7 @@ def sample(classes, count, seed, seeds, as_json, **values):
     \b
     Examples:
       dimr sample --class 388 --cfg 1.5
+      dimr sample --weights fashion --class Sneaker
       dimr sample --class "giant panda" --class 207 -n 8 --seed 100
       dimr sample --weights runs/xl2r --guide runs/xl2r@500000 --film
       torchrun --nproc-per-node 8 -m cli sample --balanced -n 50000 --preset paper
@@ -1276,8 +1278,19 @@ def run_sampling(classes, seeds, values):
     import parallel
     import sampling
 
-    generator = load_generator(values)
     labels = values["labels"]
+    if values["weights"] is None and not classes and not labels:
+        values["weights"] = sampling.at_hand()
+        if values["weights"]:
+            aloud(
+                f"no run here: drawing from {values['weights']}, which comes with dimr; for "
+                "ImageNet's classes: dimr weights get xl2r"
+            )
+    generator = load_generator(values)
+    settings = sampling.Settings(**settings_options.take(values))
+    advised = generator.advised(settings)
+    if advised:
+        aloud(f"guidance as {generator.name} advises: {sampling.guidance_words(advised)}")
     if labels:
         chosen = sampling.choose_classes(labels, seeds, generator.config)
     else:
@@ -1289,7 +1302,7 @@ def run_sampling(classes, seeds, values):
         generator,
         chosen,
         seeds,
-        sampling.Settings(**settings_options.take(values)),
+        settings,
         out=values["out"],
         batch_size=values["batch_size"],
         npz=values["npz"] or labels is not None,
@@ -1309,6 +1322,8 @@ def load_generator(values):
 
 
 def sampling_line(result):
+    import sampling
+
     guide = ""
     if "guide" in result:
         guide = f"guide {result['guide_source']} {result['guide_scale']:g}, "
@@ -1318,10 +1333,11 @@ def sampling_line(result):
     if result.get("held", 0) > result["n"]:
         of_all += f"; the folder holds {result['held'] - result['n']:,} more from before"
     film = f" and {result['film']}, {result['animation']}" if "film" in result else ""
+    words = sampling.guidance_words(result)
     return (
-        f"{result['n']:,} images from {result['source']} (cfg {result['cfg']:g}, {guide}"
-        f"{result['solver']}, {result['steps']} NFE) in {result['seconds']:.1f} s -> "
-        f"{result['out']}, to look at: {result['picture']}{film}{of_all}"
+        f"{result['n']:,} images from {result['source']} ({words}, {guide}{result['solver']}, "
+        f"{result['steps']} NFE) in {result['seconds']:.1f} s -> {result['out']}, to look at: "
+        f"{result['picture']}{film}{of_all}"
     )
 
 
@@ -1801,7 +1817,8 @@ def demo(out, seed, as_json):
 @json_option
 @click.pass_context
 def weights_group(context, as_json):
-    """What can be fetched by name: released weights, the VAE, Inception, ADM's references.
+    """What there is by name: the network that comes with dimr, and what can be fetched, released
+    weights, the VAE, Inception, ADM's references.
 
     Wherever a command takes weights, a VAE or a reference, these names work, and are fetched when
     first used. DIMR_HOME moves the cache; DIMR_OFFLINE=1 forbids downloads; HF_ENDPOINT and
@@ -1829,6 +1846,8 @@ def asset_lines(asset):
     cached = "-"
     if asset["cached"]:
         cached = "cached"
+    if asset["url"] is None:
+        cached = "ships"
     first = f"{asset['name']:14} {size:>15} bytes  {cached:7} {asset['what']}"
     return f"{first}\n{'':14} {asset['licence']}"
 
@@ -1837,7 +1856,7 @@ def asset_lines(asset):
 @click.argument("name")
 @json_option
 def weights_get(name, as_json):
-    """Fetch NAME into the cache, if it isn't there, and print where it is.
+    """Fetch NAME into the cache, if it isn't here, and print where it is.
 
     Example: dimr weights get xl2r
     """

@@ -4,9 +4,11 @@ appears verified.
     path = find("sd-vae-ft-ema")        # in the cache, fetched if need be
     path = find("runs/mine.safetensors")      # a path is returned as it is
 
-Nothing else of dimr touches the network. Settings come from the environment: DIMR_HOME (the cache),
-DIMR_OFFLINE, HF_ENDPOINT (a mirror of the Hugging Face hub), and http_proxy, https_proxy,
-no_proxy."""
+A name may also mean a file that comes with the tool. Nothing else of dimr touches the network.
+Settings come from the environment: DIMR_HOME (the cache), DIMR_OFFLINE, HF_ENDPOINT (a mirror of
+the Hugging Face hub), and http_proxy, https_proxy, no_proxy."""
+
+import ours
 
 import contextlib
 import dataclasses
@@ -33,12 +35,13 @@ PASSING = {408, 416, 425, 429}  # HTTP statuses that another try may cure, besid
 
 @dataclasses.dataclass(frozen=True)
 class Asset:
-    address: str  # URL, where {hub} stands for HF_ENDPOINT
+    address: str  # URL, where {hub} stands for HF_ENDPOINT, or the name of a file that ships
     what: str
     licence: str
     size: int | None = None  # bytes
     sha256: str | None = None  # hex, or its first digits
     kind: str | None = None  # of network, where the file's tensors don't tell
+    ships: bool = False  # comes with the tool, under share/dimr
 
     @property
     def file(self) -> str:
@@ -61,6 +64,12 @@ _REFERENCES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref
 _IMAGENET = "photographs of ImageNet, non-commercial research only; see image-net.org"
 
 ASSETS = {
+    "fashion": Asset(
+        address="fashion.safetensors",
+        what="DiMR for Fashion-MNIST at 32×32, comes with dimr (docs/evidence.md)",
+        licence="Apache-2.0; trained on Fashion-MNIST (Zalando, MIT)",
+        ships=True,
+    ),
     "xl2r": Asset(
         address=_HUB_RELEASE + "DiMR-XL_2R_800epochs.pth",
         what="DiMR-XL/2R for 256×256, 800 epochs, about 2.0 GB",
@@ -150,13 +159,20 @@ def cache() -> Path:
 
 def place(name: str) -> Path:
     """Where the file of this name is kept, fetched or not."""
+    if ASSETS[name].ships:
+        return ours.shipped(ASSETS[name].address)
     return cache() / name / ASSETS[name].file
+
+
+def ships(name: object) -> bool:
+    """Whether this is the name of a file that comes with the tool."""
+    return name in ASSETS and ASSETS[name].ships
 
 
 def asset_of(path: str | Path) -> Asset | None:
     """The row of ASSETS whose file in the cache `path` is, or None."""
     for name, asset in ASSETS.items():
-        if place(name) == Path(path):
+        if not asset.ships and place(name) == Path(path):
             return asset
     return None
 
@@ -169,8 +185,8 @@ def listing() -> list[dict]:
             "what": asset.what,
             "licence": asset.licence,
             "file": asset.file,
-            "url": asset.url,
-            "size": asset.size,
+            "url": None if asset.ships else asset.url,
+            "size": place(name).stat().st_size if asset.ships else asset.size,
             "cached": str(place(name)) if place(name).is_file() else None,
         }
         for name, asset in ASSETS.items()

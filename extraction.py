@@ -72,7 +72,7 @@ BATCH_SIZE = {"cuda": 128, "mps": 32, "cpu": 16}
 
 
 @contextlib.contextmanager
-def foreseen():
+def foreseen() -> Iterator[None]:
     """What fid.py finds wrong with its input is the user's to put right."""
     try:
         yield
@@ -574,7 +574,8 @@ class Generation:
         guide = ""
         if self.generator.guide is not None:
             guide = f", guide {self.generator.guide.source} {how.guide_scale:g}"
-        return f"{self.generator.source}, cfg {how.cfg:g}{guide}, {how.solver}, {how.steps} NFE"
+        words = sampling.guidance_words(dataclasses.asdict(how))
+        return f"{self.generator.source}, {words}{guide}, {how.solver}, {how.steps} NFE"
 
     def features(self, extractor: Extractor, chosen: Iterable[int], progress=None) -> Iterator:
         """Yield (numbers, features) for each of the `chosen` batches."""

@@ -26,7 +26,7 @@ def read():
 CLASSES = read()
 
 
-def find(text):
+def find(text: str) -> int:
     """Index of the class with this name or WordNet identifier; case, spaces, hyphens and
     underscores don't matter.
 

@@ -683,13 +683,13 @@ def save_grid(
     images: Iterable[np.ndarray],
     captions: Sequence[str] | None = None,
     columns: int | None = None,
-):
+) -> None:
     """Write a grid of uint8 images (N, H, W, C) as PNG."""
     info = png_info({"Description": GENERATED})
     pictures.save(pictures.grid(images, captions, columns), path, pnginfo=info)
 
 
-def save_strip(folder: str | Path, captions: Sequence[str], count: int):
+def save_strip(folder: str | Path, captions: Sequence[str], count: int) -> None:
     """Write strip.png of the grids step-STEP.png of `count` images in `folder`: rows are images,
     columns steps, evenly chosen if there are many. Nothing where there is but one."""
     grids = sorted(Path(folder).glob("step-*.png"), key=lambda path: int(path.stem[5:]))

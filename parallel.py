@@ -414,7 +414,7 @@ def for_inference(model: nn.Module, precision: str, compiled: bool = False) -> n
 GRAPHS = 64  # of one kind of unit; beyond, PyTorch would go on uncompiled without much ado
 
 
-def compile_units(network):
+def compile_units(network: nn.Module) -> None:
     """Compile each of the network's units by itself, for the shapes that come: one graph for each
     kind and width serves all of its units. The whole would be one graph that takes minutes to
     compile, and DistributedDataParallel would have it cut at each bucket of gradients."""

@@ -253,7 +253,7 @@ def make_plan(
     return Plan(record, config, recipe, data, initial, chosen, changed, held_out)
 
 
-def known_place(out: Path, known: dict, what="data", option="--data") -> str | None:
+def known_place(out: Path, known: dict, what: str = "data", option: str = "--data") -> str | None:
     """Where the data of the run in `out` was, None if it is new. Raises UserError where it is
     gone."""
     path = known.get("path")

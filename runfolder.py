@@ -111,6 +111,7 @@ RECORD = fields(  # what a weights file says of itself
         "vae_sha256": maybe(text(SHA256)),
         "ema_width": real(0, 1),
         "width": real(0, 1),
+        "guidance": fields({}, {"cfg": real(1), "cfg_interval": many(real(0), 2, 2)}),
         "dtype": text(),
         "content": text(SHA256),
     },

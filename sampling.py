@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ from storage import VERSION, UserError, sha256
 ROOT = Path("samples")
 MOST = 10_000_000  # images of a call
 VAE = "sd-vae-ft-ema"  # of latent models that name none
+SHIPPED = "fashion"  # the network that comes with dimr
 
 # also of parts of an image
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
@@ -115,6 +116,15 @@ class Settings:
         return diffusion.Guidance(
             self.cfg, self.cfg_power, self.cfg_interval, channels=self.cfg_channels
         )
+
+
+def guidance_words(settings: Mapping) -> str:
+    """The scale, and between which noise levels, of Settings as a dict."""
+    words = f"cfg {settings['cfg']:g}"
+    if settings.get("cfg_interval"):
+        low, high = settings["cfg_interval"]
+        words += f" within {low:g} to {high:g}"
+    return words
 
 
 def check_solver(settings: Settings, config: networks.Config) -> None:
@@ -236,8 +246,20 @@ class Generator:
             return "fp16"
         return "fp32"
 
+    def advised(self, settings: Settings) -> dict:
+        """The guidance that the weights themselves say is best, as fields of Settings: none of it
+        where `settings` say one, or where there is a guide."""
+        said = (settings.cfg, settings.cfg_power, settings.cfg_interval, settings.cfg_channels)
+        if self.guide is not None or any(value is not None for value in said):
+            return {}
+        found = dict(self.record.get("guidance", {}))
+        if "cfg_interval" in found:
+            found["cfg_interval"] = tuple(found["cfg_interval"])
+        return found
+
     def resolved(self, settings: Settings) -> Settings:
         """`settings` with every default filled in. Raises UserError if they can't work."""
+        settings = dataclasses.replace(settings, **self.advised(settings))
         return settings.resolved(self.config, guided=self.guide is not None)
 
     def decode(self, x: torch.Tensor) -> np.ndarray:
@@ -272,7 +294,15 @@ class Generator:
             loaded.decoder.compile(dynamic=False)  # its norms change the layout, if not fused
         return loaded
 
-    def batches(self, classes, seeds, settings, batch_size, chosen=None, progress=None):
+    def batches(
+        self,
+        classes: Sequence[int],
+        seeds: Sequence[int],
+        settings: Settings,
+        batch_size: int,
+        chosen: Iterable[int] | None = None,
+        progress: tqdm | None = None,
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield (indices, uint8 images) for each batch of `batch_size`, the last one padded so that
         an image's bytes never depend on how many are drawn. `chosen`: which batches, by number
         (default: all)."""
@@ -418,6 +448,14 @@ def near_names(name: str, known: Sequence[str], most: int = 5) -> list[str]:
     return [lowered[one] for one in near[:most]]
 
 
+def at_hand() -> str | None:
+    """The name of the network that comes with dimr, where there is nothing else to draw from: no
+    run, and the released network not fetched. Otherwise None."""
+    if runfolder.newest() or downloads.place(runfolder.RELEASED).is_file():
+        return None
+    return SHIPPED
+
+
 def load(
     source: str | Path | None = None,
     ema: bool = True,
@@ -441,6 +479,8 @@ def load(
         path = runfolder.find_weights(source, ema)
         model, record = runfolder.read_weights(path, heads, kind)
         content = sha256(path)
+        if downloads.ships(source):
+            path = source  # wherever the tool lies
     else:
         made = averaging.rebuild(averaging.find_run(source), ema_width)
         path, model, record = made.place, made.model, made.record

@@ -189,7 +189,9 @@ class Shards:
                 f"{'; '.join(found)}. Run the encode that wrote {self.root} again: it redoes them"
             )
 
-    def batch(self, indices: Sequence[int], flips: Sequence[bool], bad=None, drop=False):
+    def batch(
+        self, indices: Sequence[int], flips: Sequence[bool], bad=None, drop=False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels uint8 (B, C, H, W), or latents float16 (B, 2, C, h, w): mean and log-variance of
         the image, or of its flip where `flips` (B,) says so and there are flips; and labels int64
         (B,). No item is bad here."""

@@ -151,7 +151,7 @@ class State:
             fused=True,
         )
 
-    def start(self, micro):
+    def start(self, micro: int) -> None:
         """Make ready to train on `micro` samples a pass: compiled if the recipe says so, and with
         gradients averaged over processes."""
         self.network.train()
@@ -205,7 +205,7 @@ class State:
         self.averages.update(self.step, bad)
         return norm, bad
 
-    def take(self, initial, classes):
+    def take(self, initial: recipes.Initial, classes: Sequence[str]) -> tuple[list[str], list[str]]:
         """Start from other weights, an `Initial`; class embeddings go by the names of `classes`.
         Returns the names of the tensors and of the classes that keep their fresh values."""
         theirs = initial.network.state_dict()
@@ -228,7 +228,14 @@ class State:
         named = [*classes, NULL_CLASS][: self.network.config.embeddings]
         return fresh, [name for row, name in enumerate(named) if row not in rows]
 
-    def losses(self, model, x0, t, noise, labels):
+    def losses(
+        self,
+        model: torch.nn.Module,
+        x0: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Multi-scale losses, weighted sum (B,) and per branch (R, B), of what `model` makes of x0
         (B, C, H, W) noised to times t (B,), float64 on the CPU, with `noise` and `labels` (B,)."""
         device = x0.device
@@ -255,7 +262,7 @@ class State:
             files["averages"] = (self.averages.state(), None)
         return files
 
-    def load(self, checkpoint):
+    def load(self, checkpoint: Path) -> None:
         """Take everything from a checkpoint folder. Raises UserError if it is another network's."""
         check_network(self.parameters, checkpoint)
         fill(self.parameters, checkpoint / "weights.safetensors")

@@ -107,7 +107,9 @@ def _rows(path, found, classes):
     return torch.tensor(rows)
 
 
-def measure(state, held: HeldOut, *, workers=None, on_bad="error") -> tuple[dict, set[str]]:
+def measure(
+    state, held: HeldOut, *, workers: int | None = None, on_bad: str = "error"
+) -> tuple[dict, set[str]]:
     """(what is noted in metrics.jsonl, what is said of images that can't be read) of a
     training.State: the multi-scale loss and each branch's, means over images and levels, and the
     multi-scale loss of each level, coarse to fine and from little noise to much. The same on every

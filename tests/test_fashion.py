@@ -1,5 +1,6 @@
 """tools/fashion_mnist.py, on digits in Fashion-MNIST's place: the package need not be installed."""
 
+import json
 import shutil
 
 import fashion_mnist
@@ -7,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import SMALL, dimr_command
+
+import sampling
 
 pytestmark = pytest.mark.slow
 
@@ -53,3 +57,26 @@ def test_without_the_package_it_says_what_to_install(tmp_path):
     assert done.exit_code == 1
     assert "dataset-fashion-mnist" in done.output and "Traceback" not in done.output
     assert CliRunner().invoke(fashion_mnist.main, ["--help"]).exit_code == 0
+
+
+def test_a_run_is_packed_in_half_precision_with_its_guidance_and_its_record(digits, tmp_path):
+    run = tmp_path / "run"
+    for number, path in enumerate(sorted(digits.rglob("*.png"))):
+        target = tmp_path / ("train", "test")[number % 2] / path.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    words = ["--data", tmp_path / "train", "--validate", tmp_path / "test", "--out", run]
+    dimr_command("train", *words, *SMALL, "--ema-profiles", "0.05,0.10", "--validate-every", 12)
+    packed = tmp_path / "packed"
+    words = ["pack", run, packed, "--width", 0.05, "--cfg", 4, "--cfg-interval", 0.2, 2]
+    done = CliRunner().invoke(fashion_mnist.main, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    ours = sampling.load(packed.with_suffix(".safetensors"))
+    theirs = sampling.load(run, ema_width=0.05)
+    for name, value in theirs.model.state_dict().items():
+        assert torch.equal(ours.model.state_dict()[name], value.half().float())
+    settings = ours.resolved(sampling.Settings())
+    assert (settings.cfg, settings.cfg_interval) == (4, (0.2, 2))
+    record = json.loads(packed.with_suffix(".json").read_text())
+    assert record["step"] == 12 and record["ema_width"] == 0.05
+    assert record["held_out"][-1]["loss"] > 0

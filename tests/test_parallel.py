@@ -272,7 +272,7 @@ def test_sampling_names_a_killed_process_and_goes_on_from_there(trained, tmp_pat
 def test_torchrun_picks_a_killed_run_up_by_itself(digits, tmp_path):
     run = tmp_path / "run"
     calm = tmp_path / "calm"
-    train = ["-m", "cli", "train", "--data", digits, *SMALL, "--batch-size", 24, "--steps", 120]
+    train = ["-m", "cli", "train", "--data", digits, *SMALL, "--batch-size", 24, "--steps", 48]
     train += ["--workers", 1, "--out"]
     three = ["--standalone", "--nproc-per-node", 3]  # two sum the same in any order
     undisturbed = start_torchrun(*three, *train, calm)
@@ -284,7 +284,7 @@ def test_torchrun_picks_a_killed_run_up_by_itself(digits, tmp_path):
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert "going on from" in stderr
-    assert "step 120 of 120" in stdout
+    assert "step 48 of 48" in stdout
     assert outcome(run) == outcome(calm)
 
 

@@ -29,8 +29,12 @@ from torch.nn import functional
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import averages
+import averaging
 import dataset
 import digits_demo
+import journal
+import runfolder
 import storage
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
@@ -182,15 +186,58 @@ def learn(folder, res):
     click.echo(f"{share:.4f} of test images recognised -> {classifier_path(folder, res)}")
 
 
+# ---------------------------------------------------------------------------- the one that ships
+
+
+@main.command("pack")
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--width", type=float, required=True, help="Of the average of RUN's weights.")
+@click.option("--cfg", type=float, required=True, help="Guidance that it advises.")
+@click.option("--cfg-interval", type=(float, float), help="Within which noise levels.")
+def pack(run, out, width, cfg, cfg_interval):
+    """Write an average of RUN's weights to OUT.safetensors, in half precision, with clean class
+    names and the guidance to draw with; and to OUT.json how it was trained."""
+    made = averaging.rebuild(run, width)
+    config = runfolder.read_config(run)
+    classes = [name.partition(" ")[2] for name in made.record["classes"]]
+    guidance = {"cfg": cfg}
+    if cfg_interval:
+        guidance["cfg_interval"] = cfg_interval
+    record = {**made.record, "classes": classes, "guidance": guidance}
+    tensors = averages.narrowed(made.model.state_dict(), "fp16")
+    path = out.with_suffix(".safetensors")
+    storage.save_tensors(path, tensors, runfolder.metadata(made.model.config, **record))
+    written = {key: config[key] for key in ("config", "recipe", "processes", "device")}
+    written["versions"] = {key: config["versions"][key] for key in ("dimr", "torch", "python")}
+    written["images"] = {key: config["data"][key] for key in ("items", "res", "fingerprint")}
+    written["step"] = record["step"]
+    written["ema_width"] = width
+    lines = journal.read_metrics(run)
+    batch = config["recipe"]["batch_size"]
+    written["seconds"] = round(sum(batch / line["images_per_second"] for line in lines))
+    written["held_out"] = [
+        {"step": line["step"], "loss": line["validation_loss"]}
+        for line in lines
+        if "validation_loss" in line
+    ]
+    storage.write_json(out.with_suffix(".json"), written)
+    click.echo(f"{path.stat().st_size:,} bytes -> {path}, {out.with_suffix('.json')}")
+
+
 # -------------------------------------------------------------------------------------- the judge
 
 
 @main.command("judge")
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
 @click.argument("samples", type=click.Path(exists=True, path_type=Path))
-def judge_command(folder, samples):
+@click.option("--record", type=click.Path(path_type=Path), help="Add it to what pack wrote there.")
+def judge_command(folder, samples, record):
     """How good the images in SAMPLES, an .npz, are by the real ones in FOLDER, as JSON."""
-    print(json.dumps(judge(folder, samples)))
+    found = judge(folder, samples)
+    print(json.dumps(found))
+    if record:
+        storage.write_json(record, {**storage.read_json(record), "judged": found})
 
 
 def judge(out, samples):
@@ -201,6 +248,7 @@ def judge(out, samples):
     res = made.images.shape[1]
     test = read(out / "test", res)
     found = digits_demo.judge(test, made, read(out / "train", res).images)
+    found["samples"] = len(made.images)
     if classifier_path(out, res).is_file():
         classifier = load_classifier(out, res)
         found["classifier_real"] = recognised(classifier, test.images, test.labels)

@@ -63,12 +63,21 @@ class Ladder:
     """What is to be done in folder `out`, with real images in `data`, and the lines that are done:
     {"row", "rate", "seed", "images", …}."""
 
-    def __init__(self, data: Path, out: Path, images: int, rate_images: int, samples: int):
+    def __init__(
+        self,
+        data: Path,
+        out: Path,
+        images: int,
+        rate_images: int,
+        samples: int,
+        device: str = "cpu",
+    ):
         self.data = data.resolve()
         self.out = out.resolve()
         self.images = images
         self.rate_images = rate_images
         self.samples = samples
+        self.device = device
         self.path = self.out / "ladder.json"
         self.lock = threading.Lock()
         self.lines = storage.read_json(self.path) if self.path.exists() else []
@@ -113,9 +122,11 @@ class Ladder:
         run = self.train(row, rate, seed, self.images)
         line = self.line(row, rate, seed, self.images, run)
         made = run.with_suffix(".npz")
-        dimr("sample", "--weights", run, "--balanced", "-n", self.samples, "--npz", "--out", made)
+        self.dimr(
+            "sample", "--weights", run, "--balanced", "-n", self.samples, "--npz", "--out", made
+        )
         for metric in ("fid", "pr"):
-            found = dimr(
+            found = self.dimr(
                 *("eval", metric, made, "--ref", self.data / "train", "--res", RES),
                 *("--features", FEATURES, "--json"),
                 FASHION=self.data,
@@ -127,7 +138,7 @@ class Ladder:
         """A run folder; goes on where an earlier call was cut."""
         run = self.out / "runs" / f"row-{row}-rate-{rate:g}-seed-{seed}-{images}"
         steps = math.ceil(images / BATCH)
-        dimr(
+        self.dimr(
             *("train", "--variant", f"table2-{row}", *ROWS[row][1].split()),
             *("--data", self.data / "train", "--res", RES, "--out", run, "--seed", seed),
             *("--steps", steps, "--batch-size", BATCH, "--lr", rate, "--grad-clip", 1, "--no-flip"),
@@ -138,6 +149,25 @@ class Ladder:
         )
         return run
 
+    def dimr(self, *words, **environment) -> str:
+        """What a `dimr` process prints, in the checkout, on one thread."""
+        done = subprocess.run(
+            [sys.executable, "-m", "cli", *map(str, words), "--device", self.device],
+            cwd=ROOT,
+            env={
+                "OMP_NUM_THREADS": "1",
+                **os.environ,
+                **{k: str(v) for k, v in environment.items()},
+            },
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise click.ClickException(
+                f"dimr {words[0]} ended with {done.returncode}: {done.stderr}"
+            )
+        return done.stdout
+
     def line(self, row, rate, seed, images, run) -> dict:
         last = journal.read_metrics(run)[-1]
         loss = last["validation_loss_branches"][-1]
@@ -146,20 +176,6 @@ class Ladder:
 
 def is_figure(key):
     return key.removesuffix("_error") in FIGURES
-
-
-def dimr(*words, **environment) -> str:
-    """What a `dimr` process prints, in the checkout, on one thread."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cli", *map(str, words), "--device", "cpu"],
-        cwd=ROOT,
-        env={"OMP_NUM_THREADS": "1", **os.environ, **{k: str(v) for k, v in environment.items()}},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise click.ClickException(f"dimr {words[0]} ended with {done.returncode}: {done.stderr}")
-    return done.stdout
 
 
 # ----------------------------------------------------------------------------------- the judgement
@@ -216,9 +232,10 @@ def difference(one, other) -> tuple[float, float]:
 )
 @click.option("--samples", default=5000, show_default=True, help="That a run is judged by.")
 @click.option("--jobs", default=1, show_default=True, help="Runs at once, of one thread each.")
+@click.option("--device", default="cpu", show_default=True, help="Of all runs, as dimr takes it.")
 @click.option("--only-show", is_flag=True, help="The table, as far as it is.")
-def main(data, out, rows, seeds, images, rate_images, samples, jobs, only_show):
-    ladder = Ladder(data, out, images, rate_images, samples)
+def main(data, out, rows, seeds, images, rate_images, samples, jobs, device, only_show):
+    ladder = Ladder(data, out, images, rate_images, samples, device)
     rows = rows or tuple(ROWS)
     if not only_show:
         fashion_mnist.load_classifier(data, RES)  # or say how to make it
