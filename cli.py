@@ -1116,7 +1116,7 @@ generator_options = Options(
     click.option(
         "--weights",
         help="A run, RUN@STEP, a weights file or a name [default: the newest run under runs/, else "
-        "xl2r; to sample any classes without xl2r in the cache, fashion, which comes with dimr].",
+        "xl2r; dimr sample alone, without xl2r in the cache: fashion, which comes with dimr].",
     ),
     click.option(
         "--ema/--raw", default=True, help="Averaged weights, or the raw ones  [default: ema]."
@@ -1153,8 +1153,8 @@ settings_options = Options(
     click.option(
         "--cfg",
         type=Guidance(),
-        help="Guidance scale, 1 for none [default: what the weights advise, else 1.5 with a null "
-        "class, else 1].",
+        help="Guidance scale, 1 for none [default: what the weights advise where nothing else "
+        "is said of guidance, else 1.5 with a null class, else 1].",
     ),
     click.option(
         "--cfg-power",
@@ -1279,7 +1279,8 @@ def run_sampling(classes, seeds, values):
     import sampling
 
     labels = values["labels"]
-    if values["weights"] is None and not classes and not labels:
+    theirs = [values[name] for name in ("ema_width", "guide", "vae", "kind", "heads")]
+    if values["weights"] is None and not (classes or labels or any(theirs)):
         values["weights"] = sampling.at_hand()
         if values["weights"]:
             aloud(
@@ -1856,7 +1857,7 @@ def asset_lines(asset):
 @click.argument("name")
 @json_option
 def weights_get(name, as_json):
-    """Fetch NAME into the cache, if it isn't here, and print where it is.
+    """Fetch NAME into the cache, if it isn't there, and print where it is.
 
     Example: dimr weights get xl2r
     """

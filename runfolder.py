@@ -100,6 +100,17 @@ CONFIG_NOTES = {
     "versions": fields({}),
     "command": many(text()),
 }
+_GUIDANCE = fields({"cfg": real(1)}, {"cfg_interval": many(real(0), 2, 2)})
+
+
+def guidance(value):
+    """The shape of a guidance that weights advise."""
+    _GUIDANCE(value)
+    low, high = value.get("cfg_interval", (0, 1))
+    if low >= high:
+        raise schema.Misfit(f"is from {low:g} to {high:g}, which does not rise", ".cfg_interval")
+
+
 RECORD = fields(  # what a weights file says of itself
     {},
     {
@@ -111,7 +122,7 @@ RECORD = fields(  # what a weights file says of itself
         "vae_sha256": maybe(text(SHA256)),
         "ema_width": real(0, 1),
         "width": real(0, 1),
-        "guidance": fields({}, {"cfg": real(1), "cfg_interval": many(real(0), 2, 2)}),
+        "guidance": guidance,
         "dtype": text(),
         "content": text(SHA256),
     },

@@ -40,6 +40,7 @@ ROOT = Path("samples")
 MOST = 10_000_000  # images of a call
 VAE = "sd-vae-ft-ema"  # of latent models that name none
 SHIPPED = "fashion"  # the network that comes with dimr
+GUIDANCE = ("cfg", "cfg_power", "cfg_interval", "cfg_channels")  # fields of Settings
 
 # also of parts of an image
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
@@ -52,7 +53,8 @@ BALANCED, RANDOM = LABELS = ("balanced", "random")  # how the classes of a set a
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How images are drawn. None takes the default: guidance 1.5 where the network has a null
+    """How images are drawn. None takes the default: where nothing is said of guidance, what the
+    weights advise (`Generator.advised`), else 1.5 where the network has a null
     class and no guide, else 1 (none); `guide_scale` 1.5 where there is a guide; the preset's
     `solver`, `grid` and `steps` (NFE)."""
 
@@ -248,18 +250,20 @@ class Generator:
 
     def advised(self, settings: Settings) -> dict:
         """The guidance that the weights themselves say is best, as fields of Settings: none of it
-        where `settings` say one, or where there is a guide."""
-        said = (settings.cfg, settings.cfg_power, settings.cfg_interval, settings.cfg_channels)
-        if self.guide is not None or any(value is not None for value in said):
+        where `settings` say anything of guidance, or where there is a guide."""
+        if self.guide is not None or any(getattr(settings, name) is not None for name in GUIDANCE):
             return {}
-        found = dict(self.record.get("guidance", {}))
-        if "cfg_interval" in found:
-            found["cfg_interval"] = tuple(found["cfg_interval"])
-        return found
+        advice = self.record.get("guidance")
+        if not advice:
+            return {}
+        interval = advice.get("cfg_interval")
+        return {"cfg": advice["cfg"], "cfg_interval": interval and tuple(interval)}
 
-    def resolved(self, settings: Settings) -> Settings:
-        """`settings` with every default filled in. Raises UserError if they can't work."""
-        settings = dataclasses.replace(settings, **self.advised(settings))
+    def resolved(self, settings: Settings, advice: bool = True) -> Settings:
+        """`settings` with every default filled in, `advised` ones first, if `advice` is wanted.
+        Raises UserError if they can't work."""
+        if advice:
+            settings = dataclasses.replace(settings, **self.advised(settings))
         return settings.resolved(self.config, guided=self.guide is not None)
 
     def decode(self, x: torch.Tensor) -> np.ndarray:
@@ -479,7 +483,7 @@ def load(
         path = runfolder.find_weights(source, ema)
         model, record = runfolder.read_weights(path, heads, kind)
         content = sha256(path)
-        if downloads.ships(source):
+        if downloads.ships(source) and path == downloads.place(source):
             path = source  # wherever the tool lies
     else:
         made = averaging.rebuild(averaging.find_run(source), ema_width)

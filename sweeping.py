@@ -145,10 +145,13 @@ class Sweep:
     def points(self) -> list[sampling.Settings]:
         """Settings of each point, resolved. Raises UserError where there are not several, or some
         can't work."""
+        advice = not self.axes.keys() & set(sampling.GUIDANCE)  # else "none" means none
         found = []
         for values in itertools.product(*self.axes.values()):
             chosen = dict(zip(self.axes, values, strict=True))
-            settings = self.generator.resolved(dataclasses.replace(self.settings, **chosen))
+            settings = self.generator.resolved(
+                dataclasses.replace(self.settings, **chosen), advice=advice
+            )
             if settings not in found:
                 found.append(settings)
         if not 2 <= len(found) <= MOST:

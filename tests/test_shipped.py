@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 import fashion_mnist
@@ -16,8 +17,10 @@ from conftest import DATA, dimr_command
 
 import cli
 import downloads
+import runfolder
 import sampling
-from storage import load_tensors
+import sweeping
+from storage import UserError, load_tensors
 
 MOST = 4_000_000  # bytes
 COUNT = 100
@@ -33,7 +36,7 @@ def recognised(**settings):
     tensors, _ = load_tensors(DATA / "fashion-classifier.safetensors")
     classifier.load_state_dict(tensors)
     classes = [i % 10 for i in range(COUNT)]
-    seeds = range(10**6, 10**6 + COUNT)
+    seeds = range(2 * 10**6, 2 * 10**6 + COUNT)  # beyond a sweep's, too
     images = sampling.load("fashion").images(classes, seeds, steps=16, **settings)
     return fashion_mnist.recognised(classifier.eval(), images[..., 0], np.array(classes))
 
@@ -136,3 +139,59 @@ def test_it_stands_in_the_list_of_names():
     assert Path(listed["fashion"]["cached"]) == ours.shipped("fashion.safetensors")
     assert downloads.find("fashion") == ours.shipped("fashion.safetensors")
     assert "fashion" in CliRunner().invoke(cli.main, ["weights"]).stdout
+
+
+def test_advice_that_makes_no_sense_is_refused_with_the_file(tmp_path):
+    generator = sampling.load("fashion")
+    path = tmp_path / "odd.safetensors"
+    for advice in ({"cfg_interval": [0.2, 2]}, {"cfg": 0.5}, {"cfg": 2, "cfg_interval": [2, 0.2]}):
+        record = {**generator.record, "guidance": advice}
+        runfolder.write_weights(path, generator.model, record)
+        with pytest.raises(UserError, match="odd.safetensors does not fit: guidance"):
+            sampling.load(path)
+    record["guidance"] = {"cfg": 4, "steps": 7, "foo": 1}  # of which only the guidance is taken
+    runfolder.write_weights(path, generator.model, record)
+    settings = sampling.load(path).resolved(sampling.Settings(steps=3))
+    assert (settings.cfg, settings.cfg_interval, settings.steps) == (4, None, 3)
+
+
+def test_a_sweep_of_guidance_takes_no_advice_and_one_of_steps_does():
+    generator = sampling.load("fashion")
+    advice = generator.record["guidance"]
+    swept = sweeping.Sweep(generator, {"cfg_interval": [None, (0.3, 5.0)]}, sampling.Settings())
+    assert [(one.cfg, one.cfg_interval) for one in swept.points()] == [
+        (1.5, None),
+        (1.5, (0.3, 5.0)),
+    ]
+    swept = sweeping.Sweep(generator, {"steps": [8, 16]}, sampling.Settings())
+    assert [(one.cfg, one.steps) for one in swept.points()] == [
+        (advice["cfg"], 8),
+        (advice["cfg"], 16),
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_of_its_name_is_that_run(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "fashion")
+    for ema, name in ((True, "fashion"), (False, "fashion-raw")):
+        generator = sampling.load("fashion", ema=ema)
+        assert generator.name == name
+        assert Path(generator.source).is_file() and generator.config.size == 8
+
+
+def test_what_asks_for_a_run_or_another_network_is_not_drawn_from_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIMR_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIMR_OFFLINE", "1")
+    for words in (["--ema-width", "0.05"], ["--vae", "nope.pt"], ["--guide", "fashion"]):
+        done = CliRunner().invoke(cli.main, ["sample", *words])
+        assert done.exit_code == 1 and "drawing from fashion" not in done.output
+    assert not (tmp_path / "samples").exists()
+
+
+def test_no_file_that_ships_names_a_place_of_ours():
+    for path in (ours.HERE / "share" / "dimr").glob("fashion.*"):
+        if path.suffix in (".json", ".md"):
+            for root in ("/home/", "/tmp/", "/root/", "/Users/"):
+                assert root not in path.read_text()

@@ -208,7 +208,7 @@ def pack(run, out, width, cfg, cfg_interval):
     tensors = averages.narrowed(made.model.state_dict(), "fp16")
     path = out.with_suffix(".safetensors")
     storage.save_tensors(path, tensors, runfolder.metadata(made.model.config, **record))
-    written = {key: config[key] for key in ("config", "recipe", "processes", "device")}
+    written = {key: config[key] for key in ("config", "recipe", "device")}
     written["versions"] = {key: config["versions"][key] for key in ("dimr", "torch", "python")}
     written["images"] = {key: config["data"][key] for key in ("items", "res", "fingerprint")}
     written["step"] = record["step"]
