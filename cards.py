@@ -63,7 +63,7 @@ def card(metrics: str, result: dict, options: Mapping[str, object]) -> dict:
         },
         "device": first["device"],
         "versions": versions(),
-        "command": shlex.join(["dimr", *sys.argv[1:]]),
+        "command": shlex.join(["dimr", *sys.argv[1:]]),  # wherever it is installed
     }
     if "differences" in result:
         record["differences"] = result["differences"]

@@ -1279,8 +1279,8 @@ def run_sampling(classes, seeds, values):
     import sampling
 
     labels = values["labels"]
-    theirs = [values[name] for name in ("ema_width", "guide", "vae", "kind", "heads")]
-    if values["weights"] is None and not (classes or labels or any(theirs)):
+    of_others = [values[name] for name in ("weights", "ema_width", "guide", "vae", "kind", "heads")]
+    if not (classes or labels or any(of_others)):
         values["weights"] = sampling.at_hand()
         if values["weights"]:
             aloud(

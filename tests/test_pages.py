@@ -54,6 +54,7 @@ ELSEWHERE = {
     # 60,000 images that a package brings
     "dimr train --data data/fashion": "tools/fashion_mnist.py",
     "dimr sample --weights runs/fashion": "tools/fashion_mnist.py",
+    "dimr sample --weights fashion --balanced": "tests/test_shipped.py",
     # a cluster
     "#SBATCH": "tests/test_parallel.py",
     "srun": "tests/test_parallel.py",

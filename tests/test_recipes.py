@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import imagenet_names
 import networks
 import recipes
 import runfolder
+import validation
 from storage import UserError
 
 CPU = torch.device("cpu")
@@ -93,3 +95,61 @@ def test_a_damaged_configuration_is_one_line(damage):
     del config["layers"]
     with pytest.raises(UserError, match=r"the run's config.json is damaged \(config: "):
         recipes.first_config({"config": config}, None, None, None, {})
+
+
+def plan(out, data, **options):
+    given = {"variant": None, "recipe": None, "network": None, "init": None, **options}
+    source = recipes.Source(data)
+    return recipes.make_plan(out, source, validation.Validation(), device=CPU, **given)
+
+
+@pytest.mark.slow
+def test_what_older_runs_do_not_say_was_not_so(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    del config["data"]["exif"], config["recipe"]["deterministic"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert plan(run, None).record["data"]["exif"] is False
+    assert recipes.is_deterministic(run, None) is False
+    assert recipes.is_deterministic(run, {"deterministic": True}) is True
+
+
+def test_a_null_class_stays_though_no_label_is_dropped(digits, tmp_path):
+    init = weights(tmp_path / "a.safetensors")
+    still = {"label_dropout": 0.0}
+    assert plan(tmp_path / "run", digits, init=init, recipe=still).config.null_class is True
+    assert plan(tmp_path / "run", digits, variant="demo", recipe=still).config.null_class is False
+
+
+def test_a_run_validates_where_it_did_unless_another_place_is_given(digits, tmp_path):
+    known = {"path": str(digits), "every": 5}
+    place = recipes.held_out_place(tmp_path, validation.Validation(), known)
+    assert (place.path, place.every) == (str(digits), 5)
+    given = validation.Validation(path=str(tmp_path), every=7)
+    place = recipes.held_out_place(tmp_path, given, known)
+    assert (place.path, place.every) == (str(tmp_path), 7)
+
+
+@pytest.mark.parametrize("first", ["forced", "unknown sample"])
+def test_what_may_differ_hides_nothing_that_may_not(first):
+    before = {"variant": "demo", "config": {}, "recipe": {"lr": 1e-3, "seed": 0}}
+    before["data"] = {"sample": "a", "fingerprint": "b"}
+    before["validation"] = {"fingerprint": "c"}
+    now = json.loads(json.dumps(before))
+    if first == "forced":
+        now["recipe"] |= {"lr": 2e-3, "seed": 1}
+        with pytest.raises(UserError, match="was trained with seed 0, not 1"):
+            recipes.check_same("run", before, now, force=True)
+        now["recipe"]["seed"] = 0
+        assert recipes.check_same("run", before, now, force=True) == {"lr": [1e-3, 2e-3]}
+    else:
+        before["data"]["sample"] = None
+        now["validation"]["fingerprint"] = "d"
+        with pytest.raises(UserError, match="fingerprint c, not d"):
+            recipes.check_same("run", before, now, force=False)
+
+
+def test_dits_recipe_is_its_papers():  # arXiv:2212.09748, Sec. 4: AdamW, a constant 1e-4, no decay
+    recipe = recipes.RECIPES["dit-xl2"]
+    assert (recipe.lr, recipe.batch_size, recipe.weight_decay) == (1e-4, 256, 0)
+    assert recipe.betas == (0.9, 0.999) and recipe.warmup == 0

@@ -64,13 +64,7 @@ class Ladder:
     {"row", "rate", "seed", "images", …}."""
 
     def __init__(
-        self,
-        data: Path,
-        out: Path,
-        images: int,
-        rate_images: int,
-        samples: int,
-        device: str = "cpu",
+        self, data: Path, out: Path, *, images: int, rate_images: int, samples: int, device="cpu"
     ):
         self.data = data.resolve()
         self.out = out.resolve()
@@ -122,13 +116,14 @@ class Ladder:
         run = self.train(row, rate, seed, self.images)
         line = self.line(row, rate, seed, self.images, run)
         made = run.with_suffix(".npz")
-        self.dimr(
-            "sample", "--weights", run, "--balanced", "-n", self.samples, "--npz", "--out", made
+        dimr(
+            *("sample", "--weights", run, "--balanced", "-n", self.samples, "--npz"),
+            *("--out", made, "--device", self.device),
         )
         for metric in ("fid", "pr"):
-            found = self.dimr(
+            found = dimr(
                 *("eval", metric, made, "--ref", self.data / "train", "--res", RES),
-                *("--features", FEATURES, "--json"),
+                *("--features", FEATURES, "--json", "--device", self.device),
                 FASHION=self.data,
             )
             line |= {key: value for key, value in json.loads(found).items() if is_figure(key)}
@@ -138,35 +133,16 @@ class Ladder:
         """A run folder; goes on where an earlier call was cut."""
         run = self.out / "runs" / f"row-{row}-rate-{rate:g}-seed-{seed}-{images}"
         steps = math.ceil(images / BATCH)
-        self.dimr(
+        dimr(
             *("train", "--variant", f"table2-{row}", *ROWS[row][1].split()),
             *("--data", self.data / "train", "--res", RES, "--out", run, "--seed", seed),
             *("--steps", steps, "--batch-size", BATCH, "--lr", rate, "--grad-clip", 1, "--no-flip"),
             *("--warmup", steps // defaults.WARMUP),
             *("--ema", defaults.decay(steps / defaults.AVERAGE)),
             *("--validate", self.data / "test", "--validate-every", steps, "--sample-every", 0),
-            *("--keep", 1, "--workers", 0),
+            *("--keep", 1, "--workers", 0, "--device", self.device),
         )
         return run
-
-    def dimr(self, *words, **environment) -> str:
-        """What a `dimr` process prints, in the checkout, on one thread."""
-        done = subprocess.run(
-            [sys.executable, "-m", "cli", *map(str, words), "--device", self.device],
-            cwd=ROOT,
-            env={
-                "OMP_NUM_THREADS": "1",
-                **os.environ,
-                **{k: str(v) for k, v in environment.items()},
-            },
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise click.ClickException(
-                f"dimr {words[0]} ended with {done.returncode}: {done.stderr}"
-            )
-        return done.stdout
 
     def line(self, row, rate, seed, images, run) -> dict:
         last = journal.read_metrics(run)[-1]
@@ -176,6 +152,20 @@ class Ladder:
 
 def is_figure(key):
     return key.removesuffix("_error") in FIGURES
+
+
+def dimr(*words, **environment) -> str:
+    """What a `dimr` process prints, in the checkout, on one thread."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", *map(str, words)],
+        cwd=ROOT,
+        env={"OMP_NUM_THREADS": "1", **os.environ, **{k: str(v) for k, v in environment.items()}},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise click.ClickException(f"dimr {words[0]} ended with {done.returncode}: {done.stderr}")
+    return done.stdout
 
 
 # ----------------------------------------------------------------------------------- the judgement
@@ -235,7 +225,9 @@ def difference(one, other) -> tuple[float, float]:
 @click.option("--device", default="cpu", show_default=True, help="Of all runs, as dimr takes it.")
 @click.option("--only-show", is_flag=True, help="The table, as far as it is.")
 def main(data, out, rows, seeds, images, rate_images, samples, jobs, device, only_show):
-    ladder = Ladder(data, out, images, rate_images, samples, device)
+    ladder = Ladder(
+        data, out, images=images, rate_images=rate_images, samples=samples, device=device
+    )
     rows = rows or tuple(ROWS)
     if not only_show:
         fashion_mnist.load_classifier(data, RES)  # or say how to make it
