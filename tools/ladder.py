@@ -36,8 +36,9 @@ import storage  # noqa: E402
 
 RES = 16
 BATCH = 64
-UVIT = "--layers 5 --dims 64 --heads 4 --patch 2"
-DIMR = "--layers 5,3 --dims 64,32 --heads 4"
+UVIT = "--layers 3 --dims 56 --heads 4 --patch 2"
+DIMR = "--layers 3,1 --dims 48,32 --heads 4"
+NFE = 16  # of the images a run is judged by
 ROWS = {
     "1": ("U-ViT", UVIT),
     "2": ("adaLN-Zero", UVIT),
@@ -117,8 +118,8 @@ class Ladder:
         line = self.line(row, rate, seed, self.images, run)
         made = run.with_suffix(".npz")
         dimr(
-            *("sample", "--weights", run, "--balanced", "-n", self.samples, "--npz"),
-            *("--out", made, "--device", self.device),
+            *("sample", "--weights", run, "--balanced", "-n", self.samples, "--steps", NFE),
+            *("--npz", "--out", made, "--device", self.device),
         )
         for metric in ("fid", "pr"):
             found = dimr(
