@@ -1,11 +1,14 @@
 """tools/ladder.py, on digits in Fashion-MNIST's place and small enough to be climbed in a test."""
 
+import json
 import shutil
 
 import fashion_mnist
 import ladder
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 import storage
 
@@ -30,6 +33,7 @@ def test_a_row_is_climbed_once_and_said_with_its_figures(digits, tmp_path, monke
     tried, climbed = storage.read_json(tmp_path / "out" / "ladder.json")
     assert tried["seed"] == ladder.RATE_SEED and "fid" not in tried
     assert climbed["seed"] == 0 and climbed["fid_error"] > 0
+    assert climbed["seconds"] >= 0 and (tmp_path / "out" / "ladder.png").is_file()
     assert set(ladder.FIGURES) <= set(climbed)
     assert f"{climbed['fid']:.3f} ± " in done.output
     before = (tmp_path / "out" / "ladder.json").read_bytes()
@@ -61,3 +65,25 @@ def test_the_table_has_errors_over_seeds_and_differences_of_neighbours(tmp_path)
     assert "12.000 ± 2.000" in lines[1]  # of 10 and 14
     assert "6.000 ± 1.000" in lines[2]
     assert "-6.000 ± 2.236" in lines[3]
+
+
+def test_the_picture_has_a_line_of_images_for_each_row_whose_run_is_there(tmp_path):
+    one = ladder.Ladder(tmp_path, tmp_path, images=200, rate_images=100, samples=10)
+    ladder.draw(one)
+    assert not list(tmp_path.iterdir())  # nothing to draw
+    for row, grey in (("1", 50), ("4", 200)):
+        one.add({"row": row, "rate": 0.01, "seed": 0, "images": 200})
+        run = one.run(row, 0.01, 0, 200)
+        run.mkdir(parents=True)
+        lines = [{"step": step, "loss_branches": [5.0, 0.5]} for step in range(1, 30)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        images = np.full((30, 16, 16, 3), grey, np.uint8)
+        np.savez(run.with_suffix(".npz"), images, np.arange(30) % 10)
+    one.add({"row": "6", "rate": 0.01, "seed": 0, "images": 200})  # its run was deleted
+    ladder.draw(one)
+    with Image.open(tmp_path / "ladder.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    lines = [set(half[half.shape[0] // 3].tolist()) for half in np.split(pixels, 2)]
+    assert 50 in lines[0] and 200 not in lines[0]
+    assert 200 in lines[1] and 50 not in lines[1]
+    assert (tmp_path / "loss.png").is_file()

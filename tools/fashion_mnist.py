@@ -213,16 +213,19 @@ def pack(run, out, width, cfg, cfg_interval):
     written["images"] = {key: config["data"][key] for key in ("items", "res", "fingerprint")}
     written["step"] = record["step"]
     written["ema_width"] = width
-    lines = journal.read_metrics(run)
-    batch = config["recipe"]["batch_size"]
-    written["seconds"] = round(sum(batch / line["images_per_second"] for line in lines))
+    written["seconds"] = seconds(run, config["recipe"]["batch_size"])
     written["held_out"] = [
         {"step": line["step"], "loss": line["validation_loss"]}
-        for line in lines
+        for line in journal.read_metrics(run)
         if "validation_loss" in line
     ]
     storage.write_json(out.with_suffix(".json"), written)
     click.echo(f"{path.stat().st_size:,} bytes -> {path}, {out.with_suffix('.json')}")
+
+
+def seconds(run, batch):
+    """That a run's steps took, of `batch` images each."""
+    return round(sum(batch / line["images_per_second"] for line in journal.read_metrics(run)))
 
 
 # -------------------------------------------------------------------------------------- the judge

@@ -10,7 +10,8 @@ Each row first tries the same learning rates on fewer images, and takes the one 
 on the test images that its output has, whatever it is trained by. Then a run from each seed, 5,000
 images of it without guidance, classes in turn, and their figures. Every figure is a line of
 OUT/ladder.json once it is known, so that runs may be deleted, and several machines' lines put
-together."""
+together. Of the runs that are there, OUT/ladder.png shows images from the same seeds, and
+OUT/loss.png the losses."""
 
 import concurrent.futures
 import json
@@ -32,6 +33,7 @@ import fashion_mnist  # noqa: E402
 
 import defaults  # noqa: E402
 import journal  # noqa: E402
+import pictures  # noqa: E402
 import storage  # noqa: E402
 
 RES = 16
@@ -39,6 +41,8 @@ BATCH = 64
 UVIT = "--layers 3 --dims 56 --heads 4 --patch 2"
 DIMR = "--layers 3,1 --dims 48,32 --heads 4"
 NFE = 16  # of the images a run is judged by
+SHOWN = 20  # of them in the picture
+SMOOTH = 500  # steps
 ROWS = {
     "1": ("U-ViT", UVIT),
     "2": ("adaLN-Zero", UVIT),
@@ -132,7 +136,7 @@ class Ladder:
 
     def train(self, row: str, rate: float, seed: int, images: int) -> Path:
         """A run folder; goes on where an earlier call was cut."""
-        run = self.out / "runs" / f"row-{row}-rate-{rate:g}-seed-{seed}-{images}"
+        run = self.run(row, rate, seed, images)
         steps = math.ceil(images / BATCH)
         dimr(
             *("train", "--variant", f"table2-{row}", *ROWS[row][1].split()),
@@ -146,9 +150,12 @@ class Ladder:
         return run
 
     def line(self, row, rate, seed, images, run) -> dict:
-        last = journal.read_metrics(run)[-1]
-        loss = last["validation_loss_branches"][-1]
-        return {"row": row, "rate": rate, "seed": seed, "images": images, "loss": loss}
+        loss = journal.read_metrics(run)[-1]["validation_loss_branches"][-1]
+        line = {"row": row, "rate": rate, "seed": seed, "images": images, "loss": loss}
+        return {**line, "seconds": fashion_mnist.seconds(run, BATCH)}
+
+    def run(self, row: str, rate: float, seed: int, images: int) -> Path:
+        return self.out / "runs" / f"row-{row}-rate-{rate:g}-seed-{seed}-{images}"
 
 
 def is_figure(key):
@@ -198,6 +205,34 @@ def table(ladder: Ladder) -> str:
     return "\n".join(text)
 
 
+def draw(ladder: Ladder):
+    """Pictures of the first seed's runs, as far as they are there."""
+    runs = {}
+    for row in ROWS:
+        line = ladder.find(row=row, seed=0, images=ladder.images)
+        if line:
+            run = ladder.run(row, line["rate"], 0, ladder.images)
+            if run.with_suffix(".npz").is_file():
+                runs[row] = run
+    if not runs:
+        return
+    images, captions, losses = [], [], {}
+    for row, run in runs.items():
+        with np.load(run.with_suffix(".npz")) as arrays:
+            images += list(arrays["arr_0"][:SHOWN])
+            labels = arrays["arr_1"][:SHOWN]
+        captions += [f"{fashion_mnist.CLASSES[label][2:]} · {row}" for label in labels]
+        lines = journal.read_metrics(run)
+        seen = [BATCH * line["step"] for line in lines]
+        losses[f"row {row}"] = seen, [line["loss_branches"][-1] for line in lines]
+    sheet = pictures.grid(images, captions, columns=SHOWN, tile=64)
+    pictures.save(sheet, ladder.out / "ladder.png")
+    title = f"loss of the output, mean over {SMOOTH} steps, seed 0 (logarithmic)"
+    curves = pictures.curves(losses, title, smooth=SMOOTH, axes=("images", "loss"))
+    pictures.save(curves, ladder.out / "loss.png")
+    click.echo(f"{ladder.out / 'ladder.png'}, {ladder.out / 'loss.png'}", err=True)
+
+
 def mean(values) -> tuple[float, float]:
     """Mean over seeds and its standard error, NaN of one."""
     values = np.asarray(values)
@@ -238,6 +273,7 @@ def main(data, out, rows, seeds, images, rate_images, samples, jobs, device, onl
             runs = [(row, seed) for seed in range(seeds) for row in rows]
             list(pool.map(ladder.climb, *zip(*runs, strict=True)))
     click.echo(table(ladder))
+    draw(ladder)
 
 
 if __name__ == "__main__":
