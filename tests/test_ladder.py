@@ -75,7 +75,7 @@ def test_the_picture_has_a_line_of_images_for_each_row_whose_run_is_there(tmp_pa
         one.add({"row": row, "rate": 0.01, "seed": 0, "images": 200})
         run = one.run(row, 0.01, 0, 200)
         run.mkdir(parents=True)
-        lines = [{"step": step, "loss_branches": [5.0, 0.5]} for step in range(1, 30)]
+        lines = [{"step": step, "loss": 1, "loss_branches": [5, 0.5]} for step in range(1, 30)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         images = np.full((30, 16, 16, 3), grey, np.uint8)
         np.savez(run.with_suffix(".npz"), images, np.arange(30) % 10)
