@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from storage import VERSION, UserError, shown
 
@@ -1289,9 +1290,7 @@ def run_sampling(classes, seeds, values):
             )
     generator = load_generator(values)
     settings = sampling.Settings(**settings_options.take(values))
-    advised = generator.advised(settings)
-    if advised:
-        aloud(f"guidance as {generator.name} advises: {sampling.guidance_words(advised)}")
+    tell_advice(generator, settings)
     if labels:
         chosen = sampling.choose_classes(labels, seeds, generator.config)
     else:
@@ -1320,6 +1319,15 @@ def load_generator(values):
     if options["ema_width"] is not None and not options["ema"]:
         raise click.UsageError("--ema-width asks for an average and --raw for none; give one")
     return sampling.load(options.pop("weights"), **options)
+
+
+def tell_advice(generator, settings):
+    """Say which guidance the weights' own advice adds to `settings`, if it does."""
+    import sampling
+
+    advised = generator.advised(settings)
+    if advised:
+        aloud(f"guidance as {generator.name} advises: {sampling.guidance_words(advised)}")
 
 
 def sampling_line(result):
@@ -1981,7 +1989,7 @@ def metric_command(name, what):
         import cards
         import evaluation
 
-        refuse_contradictions(samples, values)
+        refuse_contradictions(samples)
         card = values.pop("card")
         if card:
             cards.check(card)
@@ -2002,18 +2010,24 @@ def metric_command(name, what):
     return command
 
 
-def refuse_contradictions(samples, values):
+def refuse_contradictions(samples):
     """Raise UsageError where options of drawing come with sets that are there already."""
-    if samples and values["weights"]:
-        raise click.UsageError(
-            "SAMPLES are measured as they are; leave out --weights, or name the run among SAMPLES"
-        )
-    drawing = [name for name in ("count", "keep", "labels") if values[name]]
-    if drawing and samples and not any(is_network(one) for one in samples):
-        raise click.UsageError(
-            "SAMPLES are measured as they are; leave out --weights, -n, --keep and --labels, or "
-            "SAMPLES"
-        )
+    context = click.get_current_context()
+    drawing = {*generator_options.names, *settings_options.names, "count", "keep", "labels"}
+    drawing.remove("device")
+    if not samples:
+        return
+    if any(is_network(one) for one in samples):
+        drawing = {"weights"}
+    for option in context.command.params:
+        if (
+            option.name in drawing
+            and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+        ):
+            words = "/".join(option.opts + option.secondary_opts)
+            raise click.UsageError(
+                f"SAMPLES are measured as they are; leave out {words}, or name a run among SAMPLES"
+            )
 
 
 def is_network(source):
@@ -2069,6 +2083,7 @@ def set_of(source, settings, values, options, keep):
     if source is not None and source != options["weights"] and not is_network(source):
         return imagesets.open_set(source, values["res"], verify=values["verify"])
     generator = load_generator({**options, "weights": source})
+    tell_advice(generator, settings)
     labels = values["labels"] or sampling.BALANCED
     count = values["count"] or count_of(labels) or evaluation.COUNT
     generation = extraction.Generation(generator, count, settings, values["batch_size"], labels)
@@ -2242,8 +2257,9 @@ def run_sweep(metric, axes, settings, count, labels, ref, out, values):
     (kind,) = evaluation.kinds(metric)
     extractor = extractor_of(kind, values)
     how = evaluation.How(ref=ref, res=values["res"])
+    generator = load_generator(dict(values))
     job = sweeping.Sweep(
-        load_generator(dict(values)),
+        generator,
         axes,
         settings,
         metric,
@@ -2251,6 +2267,8 @@ def run_sweep(metric, axes, settings, count, labels, ref, out, values):
         labels or sampling.BALANCED,
         values["batch_size"],
     )
+    if job.takes_advice:
+        tell_advice(generator, settings)
     return sweeping.run(job, extractor, how, out, values)
 
 

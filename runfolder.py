@@ -417,7 +417,8 @@ def steps_there(steps, wanted):
 
 def find_weights(source: str | Path | None = None, ema: bool = True) -> Path:
     """Path of the weights file for a run folder, a step of it (RUN@STEP), a file, a name, or (None)
-    the newest run, else the released xl2r. Raises UserError."""
+    the newest run, else the released xl2r; of a run the averaged ones or, without `ema`, the raw.
+    Raises UserError."""
     if source is None:
         source = newest() or RELEASED
         downloads.ask(source)
@@ -435,6 +436,11 @@ def find_weights(source: str | Path | None = None, ema: bool = True) -> Path:
                 f"{path} holds no whole checkpoint; expected a run folder that train wrote"
             )
         return checkpoint / ("ema.safetensors" if ema else "weights.safetensors")
+    if not ema:
+        raise UserError(
+            f"{source} is no run folder, and raw weights lie beside averaged ones in runs alone; "
+            "leave out --raw, or name a run"
+        )
     if path.is_file() and step is None:
         return path
     return downloads.find(str(source))

@@ -503,8 +503,9 @@ def load(
         compiled=compiled,
     )
     if guide is not None:
+        alone = not runfolder.run_and_step(guide)[0].is_dir()  # then there are no raw ones
         generator.guide = load(
-            guide, ema, str(device), precision, kind=kind, heads=heads, compiled=compiled
+            guide, ema or alone, str(device), precision, kind=kind, heads=heads, compiled=compiled
         )
         check_guide(generator)
     return generator

@@ -142,15 +142,19 @@ class Sweep:
     labels: str = sampling.BALANCED
     batch_size: int | None = None
 
+    @property
+    def takes_advice(self) -> bool:
+        """Whether guidance is as the weights advise: an axis of it has "none" mean none."""
+        return not self.axes.keys() & set(sampling.GUIDANCE)
+
     def points(self) -> list[sampling.Settings]:
         """Settings of each point, resolved. Raises UserError where there are not several, or some
         can't work."""
-        advice = not self.axes.keys() & set(sampling.GUIDANCE)  # else "none" means none
         found = []
         for values in itertools.product(*self.axes.values()):
             chosen = dict(zip(self.axes, values, strict=True))
             settings = self.generator.resolved(
-                dataclasses.replace(self.settings, **chosen), advice=advice
+                dataclasses.replace(self.settings, **chosen), advice=self.takes_advice
             )
             if settings not in found:
                 found.append(settings)

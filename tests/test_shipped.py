@@ -108,6 +108,17 @@ def test_without_anything_it_is_drawn_from_and_that_is_said(tmp_path):
     assert again.returncode == 1 and "xl2r is not in the cache" in again.stderr
 
 
+@pytest.mark.parametrize("line", ["eval fid -n 20", "sweep -n 20 --steps 1,2"])
+def test_what_measures_it_says_its_advice_too(tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(256, size=(20, 32, 32, 3), dtype=np.uint8)
+    np.savez("real.npz", images)
+    words = "--weights fashion --ref real.npz --features plain_features:pooled"
+    done = CliRunner().invoke(cli.main, [*line.split(), *words.split()])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("guidance as fashion advises: cfg") == 1
+
+
 def test_a_class_is_named(tmp_path):
     done = CliRunner().invoke(
         cli.main,
