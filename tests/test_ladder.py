@@ -78,11 +78,12 @@ def test_the_picture_has_a_line_of_images_for_each_row_whose_run_is_there(tmp_pa
         lines = [{"step": step, "loss": 1, "loss_branches": [5, 0.5]} for step in range(1, 30)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         images = np.full((30, 16, 16, 3), grey, np.uint8)
-        np.savez(run.with_suffix(".npz"), images, np.arange(30) % 10)
+        np.savez(ladder.samples_of(run), images, np.arange(30) % 10)
     one.add({"row": "6", "rate": 0.01, "seed": 0, "images": 200})  # its run was deleted
     ladder.draw(one)
     with Image.open(tmp_path / "ladder.png") as picture:
         pixels = np.asarray(picture.convert("L"))
+    assert len({ladder.samples_of(one.run("1", 0.01, seed, 200)) for seed in range(3)}) == 3
     lines = [set(half[half.shape[0] // 3].tolist()) for half in np.split(pixels, 2)]
     assert 50 in lines[0] and 200 not in lines[0]
     assert 200 in lines[1] and 50 not in lines[1]

@@ -120,7 +120,7 @@ class Ladder:
         rate = self.best_rate(row)
         run = self.train(row, rate, seed, self.images)
         line = self.line(row, rate, seed, self.images, run)
-        made = run.with_suffix(".npz")
+        made = samples_of(run)
         dimr(
             *("sample", "--weights", run, "--balanced", "-n", self.samples, "--steps", NFE),
             *("--npz", "--out", made, "--device", self.device),
@@ -156,6 +156,10 @@ class Ladder:
 
     def run(self, row: str, rate: float, seed: int, images: int) -> Path:
         return self.out / "runs" / f"row-{row}-rate-{rate:g}-seed-{seed}-{images}"
+
+
+def samples_of(run):
+    return run.parent / f"{run.name}.npz"  # with_suffix would cut the name at the rate's point
 
 
 def is_figure(key):
@@ -212,13 +216,13 @@ def draw(ladder: Ladder):
         line = ladder.find(row=row, seed=0, images=ladder.images)
         if line:
             run = ladder.run(row, line["rate"], 0, ladder.images)
-            if run.with_suffix(".npz").is_file():
+            if samples_of(run).is_file():
                 runs[row] = run
     if not runs:
         return
     images, captions, losses = [], [], {}
     for row, run in runs.items():
-        with np.load(run.with_suffix(".npz")) as arrays:
+        with np.load(samples_of(run)) as arrays:
             images += list(arrays["arr_0"][:SHOWN])
             labels = arrays["arr_1"][:SHOWN]
         captions += [f"{fashion_mnist.CLASSES[label][2:]} · {row}" for label in labels]
