@@ -35,7 +35,7 @@ def test_a_row_is_climbed_once_and_said_with_its_figures(digits, tmp_path, monke
     assert climbed["seed"] == 0 and climbed["fid_error"] > 0
     assert climbed["seconds"] >= 0 and (tmp_path / "out" / "ladder.png").is_file()
     assert set(ladder.FIGURES) <= set(climbed)
-    assert f"{climbed['fid']:.3f} ± " in done.output
+    assert f"{climbed['fid']:.2f} ± " in done.output
     before = (tmp_path / "out" / "ladder.json").read_bytes()
     shutil.rmtree(tmp_path / "out" / "runs")
     again = CliRunner().invoke(ladder.main, words)  # nothing is left to do
@@ -62,9 +62,9 @@ def test_the_table_has_errors_over_seeds_and_differences_of_neighbours(tmp_path)
             figures["fid"] = value
             one.add({"row": row, "rate": 0.01, "seed": seed, "images": 200, **figures})
     lines = ladder.table(one).splitlines()
-    assert "12.000 ± 2.000" in lines[1]  # of 10 and 14
-    assert "6.000 ± 1.000" in lines[2]
-    assert "-6.000 ± 2.236" in lines[3]
+    assert "12.00 ± 2.00" in lines[1]  # of 10 and 14
+    assert "6.00 ± 1.00" in lines[2]
+    assert "-6.00 ± 2.24" in lines[3]
 
 
 def test_the_picture_has_a_line_of_images_for_each_row_whose_run_is_there(tmp_path):

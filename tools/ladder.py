@@ -54,13 +54,14 @@ ROWS = {
 RATES = (2e-3, 4e-3, 8e-3)
 RATE_SEED = 1000  # none that counts
 FEATURES = "tools.fashion_mnist:features"
-FIGURES = {  # key -> (what it is, whether more is better)
-    "fid": ("Fréchet distance", False),
-    "precision": ("precision", True),
-    "recall": ("recall", True),
-    "classifier_generated": ("recognised", True),
-    "coverage": ("coverage", True),
-    "nearest_train": ("nearest", True),
+FIGURES = {  # key -> (what it is, decimals)
+    "loss": ("held-out loss", 4),
+    "fid": ("Fréchet distance", 2),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "classifier_generated": ("recognised", 3),
+    "coverage": ("coverage", 3),
+    "nearest_train": ("nearest", 2),
 }
 
 
@@ -198,15 +199,21 @@ def table(ladder: Ladder) -> str:
             continue
         cells = [f"{row + ' ' + name:32}{lines[0]['rate']:8g}{len(lines):7}"]
         now = {key: mean([line[key] for line in lines]) for key in FIGURES}
-        cells += [f"{value:12.3f} ± {error:5.3f}" for value, error in now.values()]
+        cells += [shown(key, now[key]) for key in FIGURES]
         text.append("".join(cells))
         if before:
             apart = {key: difference(before[key], now[key]) for key in FIGURES}
             cells = [f"{'  to the row before':47}"]
-            cells += [f"{value:+12.3f} ± {error:5.3f}" for value, error in apart.values()]
+            cells += [shown(key, apart[key], "+") for key in FIGURES]
             text.append("".join(cells))
         before = now
     return "\n".join(text)
+
+
+def shown(key, estimate, sign=""):
+    value, error = estimate
+    _, decimals = FIGURES[key]
+    return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}".rjust(20)
 
 
 def draw(ladder: Ladder):
