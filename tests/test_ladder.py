@@ -62,8 +62,8 @@ def test_the_table_has_errors_over_seeds_and_differences_of_neighbours(tmp_path)
             figures["fid"] = value
             one.add({"row": row, "rate": 0.01, "seed": seed, "images": 200, **figures})
     lines = ladder.table(one).splitlines()
-    assert "12.00 ± 2.00" in lines[1]  # of 10 and 14
-    assert "6.00 ± 1.00" in lines[2]
+    assert "12.00 ± 1.58" in lines[1]  # variances 8 and 2, 5 on average, of two seeds
+    assert "6.00 ± 1.58" in lines[2]
     assert "-6.00 ± 2.24" in lines[3]
 
 

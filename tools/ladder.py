@@ -7,8 +7,8 @@ the same compute, trained alike from several seeds and judged by real images.
     python tools/ladder.py data/fashion --only-show
 
 Each row first tries the same learning rates on fewer images, and takes the one with the lowest loss
-on the test images that its output has, whatever it is trained by. Then a run from each seed, 5,000
-images of it without guidance, classes in turn, and their figures. Every figure is a line of
+on the test images that its output has, whatever it is trained by. Then a run from each seed, images
+of it without guidance, classes in turn, and their figures. Every figure is a line of
 OUT/ladder.json once it is known, so that runs may be deleted, and several machines' lines put
 together. Of the runs that are there, OUT/ladder.png shows images from the same seeds, and
 OUT/loss.png the losses."""
@@ -188,26 +188,45 @@ def table(ladder: Ladder) -> str:
     """Means over seeds with their standard errors, and each row's difference to the one before."""
     head = [f"{'row':32}{'rate':>8}{'seeds':>7}", *(f"{name:>20}" for name, _ in FIGURES.values())]
     text = ["".join(head)]
-    before = {}
-    for row, (name, _) in ROWS.items():
-        lines = [
-            line
-            for line in ladder.lines
-            if line["row"] == row and line["images"] == ladder.images and "fid" in line
-        ]
-        if not lines:
-            continue
-        cells = [f"{row + ' ' + name:32}{lines[0]['rate']:8g}{len(lines):7}"]
-        now = {key: mean([line[key] for line in lines]) for key in FIGURES}
-        cells += [shown(key, now[key]) for key in FIGURES]
-        text.append("".join(cells))
+    found = estimates(ladder)
+    before = None
+    for row, now in found.items():
+        lines = climbed(ladder, row)
+        cells = [f"{row + ' ' + ROWS[row][0]:32}{lines[0]['rate']:8g}{len(lines):7}"]
+        text.append("".join([*cells, *(shown(key, now[key]) for key in FIGURES)]))
         if before:
             apart = {key: difference(before[key], now[key]) for key in FIGURES}
             cells = [f"{'  to the row before':47}"]
-            cells += [shown(key, apart[key], "+") for key in FIGURES]
-            text.append("".join(cells))
+            text.append("".join([*cells, *(shown(key, apart[key], "+") for key in FIGURES)]))
         before = now
     return "\n".join(text)
+
+
+def climbed(ladder, row):
+    """The lines of a row's runs that count."""
+    lines = [line for line in ladder.lines if line["row"] == row and "fid" in line]
+    return [line for line in lines if line["images"] == ladder.images]
+
+
+def estimates(ladder: Ladder) -> dict[str, dict]:
+    """By row, each figure's (mean over seeds, standard error). Of two or three seeds alone a spread
+    is hardly known: it is pooled over the rows."""
+    rows = {row: climbed(ladder, row) for row in ROWS if climbed(ladder, row)}
+    found = {row: {} for row in rows}
+    for key in FIGURES:
+        values = {row: np.array([line[key] for line in lines]) for row, lines in rows.items()}
+        deviation = pooled(values.values())
+        for row, of_seeds in values.items():
+            found[row][key] = float(of_seeds.mean()), deviation / math.sqrt(len(of_seeds))
+    return found
+
+
+def pooled(groups) -> float:
+    """Standard deviation within groups of numbers, NaN where none has two."""
+    free = sum(len(group) - 1 for group in groups)
+    if not free:
+        return math.nan
+    return math.sqrt(sum(((group - group.mean()) ** 2).sum() for group in groups) / free)
 
 
 def shown(key, estimate, sign=""):
@@ -244,14 +263,6 @@ def draw(ladder: Ladder):
     click.echo(f"{ladder.out / 'ladder.png'}, {ladder.out / 'loss.png'}", err=True)
 
 
-def mean(values) -> tuple[float, float]:
-    """Mean over seeds and its standard error, NaN of one."""
-    values = np.asarray(values)
-    if len(values) < 2:
-        return float(values.mean()), math.nan
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
 def difference(one, other) -> tuple[float, float]:
     return other[0] - one[0], math.hypot(one[1], other[1])
 
@@ -264,10 +275,8 @@ def difference(one, other) -> tuple[float, float]:
 @click.option("--row", "rows", multiple=True, type=click.Choice(ROWS), help="[default: all]")
 @click.option("--seeds", default=3, show_default=True, help="Runs of each row.")
 @click.option("--images", default=400_000, show_default=True, help="That a run sees.")
-@click.option(
-    "--rate-images", default=100_000, show_default=True, help="That a try of a rate sees."
-)
-@click.option("--samples", default=5000, show_default=True, help="That a run is judged by.")
+@click.option("--rate-images", default=40_000, show_default=True, help="That a try of a rate sees.")
+@click.option("--samples", default=3000, show_default=True, help="That a run is judged by.")
 @click.option("--jobs", default=1, show_default=True, help="Runs at once, of one thread each.")
 @click.option("--device", default="cpu", show_default=True, help="Of all runs, as dimr takes it.")
 @click.option("--only-show", is_flag=True, help="The table, as far as it is.")
