@@ -55,6 +55,9 @@ ELSEWHERE = {
     "dimr train --data data/fashion": "tools/fashion_mnist.py",
     "dimr sample --weights runs/fashion": "tools/fashion_mnist.py",
     "dimr sample --weights fashion --balanced": "tests/test_shipped.py",
+    "python tools/ladder.py": "tests/test_ladder.py",
+    "dimr analyse pca --weights runs/ladder": "tests/test_analysis.py",
+    "dimr analyse time --weights runs/ladder": "tests/test_analysis.py",
     # a cluster
     "#SBATCH": "tests/test_parallel.py",
     "srun": "tests/test_parallel.py",
