@@ -2012,22 +2012,27 @@ def metric_command(name, what):
 
 def refuse_contradictions(samples):
     """Raise UsageError where options of drawing come with sets that are there already."""
+    drawing = options_of_drawing()
+    if any(is_network(one) for one in samples):
+        drawing = {name: words for name, words in drawing.items() if name == "weights"}
+    if samples and drawing:
+        words = ", ".join(drawing.values())
+        raise click.UsageError(
+            f"SAMPLES are measured as they are; leave out {words}, or name a run among SAMPLES"
+        )
+
+
+def options_of_drawing():
+    """{name: as one types it} of the options the user gave that only drawing takes."""
     context = click.get_current_context()
     drawing = {*generator_options.names, *settings_options.names, "count", "keep", "labels"}
     drawing.remove("device")
-    if not samples:
-        return
-    if any(is_network(one) for one in samples):
-        drawing = {"weights"}
-    for option in context.command.params:
-        if (
-            option.name in drawing
-            and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
-        ):
-            words = "/".join(option.opts + option.secondary_opts)
-            raise click.UsageError(
-                f"SAMPLES are measured as they are; leave out {words}, or name a run among SAMPLES"
-            )
+    return {
+        option.name: "/".join(option.opts + option.secondary_opts)
+        for option in context.command.params
+        if option.name in drawing
+        and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    }
 
 
 def is_network(source):
@@ -2053,8 +2058,7 @@ def run_evaluation(name, samples, values):
     import sampling
 
     extractors = extractors_of(name, values)
-    drawing = values["weights"] or values["count"] or values["keep"] or values["labels"]
-    if not samples and not drawing:
+    if not samples and not options_of_drawing():
         samples = [path for path in [evaluation.newest_fair()] if path]
     settings = sampling.Settings(**settings_options.take(values))
     how = evaluation.How(

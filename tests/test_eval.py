@@ -738,7 +738,9 @@ def test_a_handful_of_one_class_is_refused_with_what_makes_a_fair_set(trained):
 
 
 @pytest.mark.slow
-def test_with_nothing_named_the_newest_balanced_set_or_the_newest_run_is_measured(trained, digits):
+def test_with_nothing_named_the_newest_balanced_set_or_the_newest_run_is_measured(
+    trained, digits, monkeypatch
+):
     shutil.copytree(trained, "runs/small")
     drawn = measured("fid", "-n", 30, "--steps", 3, *PLAIN)
     assert drawn["samples"]["count"] == 30
@@ -750,6 +752,9 @@ def test_with_nothing_named_the_newest_balanced_set_or_the_newest_run_is_measure
     assert kept["samples"]["source"].endswith("balanced-30.npz")
     assert kept["fid"] == pytest.approx(drawn["fid"], rel=1e-4)
     assert measured("fid", *PLAIN)["samples"] == kept["samples"]
+    monkeypatch.setattr(evaluation, "COUNT", 30)
+    fresh = measured("fid", "--steps", 2, *PLAIN)  # how to draw is said, so it draws
+    assert "runs/small" in fresh["samples"]["source"] and fresh["fid"] != kept["fid"]
     assert imagesets.open_set(kept["samples"]["source"]).labels.tolist() == [
         i % 10 for i in range(30)
     ]

@@ -345,6 +345,7 @@ TABLE = [  # command line, exit status, words of the message
     ("sample --weights {run} --ema-width 0.1 --raw", 2, "--raw"),
     ("sample --weights {run} --ema-width nan", 2, "--ema-width"),
     ("sample --weights {ema} --raw", 1, "no run folder|leave out --raw"),
+    ("sample --weights {run} --raw --guide {ema} -n 1 --steps 2", 0, "1 images"),
     *[(f"sample --weights {{ema}} --out {out}", 1, words) for out, words in PLACES],
     *[(f"sample --weights {{ema}} --npz --out {out}/set.npz", 1, words) for out, words in PLACES],
     *[(f"encode --data {data}", 1, words) for data, words in IMAGES],

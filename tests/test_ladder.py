@@ -83,8 +83,12 @@ def test_the_picture_has_a_line_of_images_for_each_row_whose_run_is_there(tmp_pa
     ladder.draw(one)
     with Image.open(tmp_path / "ladder.png") as picture:
         pixels = np.asarray(picture.convert("L"))
-    assert len({ladder.samples_of(one.run("1", 0.01, seed, 200)) for seed in range(3)}) == 3
     lines = [set(half[half.shape[0] // 3].tolist()) for half in np.split(pixels, 2)]
     assert 50 in lines[0] and 200 not in lines[0]
     assert 200 in lines[1] and 50 not in lines[1]
     assert (tmp_path / "loss.png").is_file()
+
+
+def test_every_run_has_its_samples_in_a_file_of_its_own(tmp_path):
+    one = ladder.Ladder(tmp_path, tmp_path, images=200, rate_images=100, samples=10)
+    assert len({ladder.samples_of(one.run("1", 0.01, seed, 200)) for seed in range(3)}) == 3
