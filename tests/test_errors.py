@@ -1,6 +1,7 @@
 """Standard errors: what leaving out a block gives is what the others give by themselves, and the
 intervals hold the truth as often as they say."""
 
+import gzip
 import subprocess
 import sys
 
@@ -175,6 +176,19 @@ def test_intervals_hold_the_truth_as_often_as_they_say_and_errors_are_the_spread
     assert found["stated"] == pytest.approx(found["spread"], rel=0.25)
     biased = found["fid"] - found["truth"]
     assert biased > 0 and abs(found["fid_infinity"] - found["truth"]) < biased / 4
+
+
+def test_intervals_of_real_images_are_measured_on_the_files_debian_installs(tmp_path):
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 300), ("t10k", 100)):
+        images = draw.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        files = {"images-idx3": bytes(16) + images.tobytes(), "labels-idx1": bytes(8 + count)}
+        for name, content in files.items():
+            (tmp_path / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+    pool, labels, to, truth = intervals.fashion(tmp_path)
+    assert pool.shape == (300, intervals.DIM) and (labels == 0).all()
+    whole = intervals.moments(pool)
+    assert to.distance(whole.mean, whole.covariance) == truth > 0
 
 
 def test_an_error_that_ignores_the_classes_of_balanced_sets_would_be_too_large():

@@ -108,9 +108,9 @@ def fashion(source: Path):
     images = {}
     labels = {}
     for split in ("train", "t10k"):
-        pixels = fashion_mnist.idx(f"{split}-images-idx3-ubyte.gz", 16, source)
+        pixels = fashion_mnist.idx(source, f"{split}-images-idx3-ubyte.gz", 16)
         images[split] = torch.tensor(pixels.reshape(-1, 1, 28, 28)).float() / 255
-        labels[split] = torch.tensor(fashion_mnist.idx(f"{split}-labels-idx1-ubyte.gz", 8, source))
+        labels[split] = torch.tensor(fashion_mnist.idx(source, f"{split}-labels-idx1-ubyte.gz", 8))
     network = classifier(images["train"], labels["train"].long())
     blurred = F.avg_pool2d(F.pad(images["train"], (0, 1, 0, 1), "replicate"), 2, 1)
     pool = torch.cat([network(part) for part in blurred.split(1000)])
