@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import fashion_mnist
 import ladder
@@ -42,6 +44,27 @@ def test_a_row_is_climbed_once_and_said_with_its_figures(digits, tmp_path, monke
     assert again.exit_code == 0 and "multi-scale loss" in again.output
     assert (tmp_path / "out" / "ladder.json").read_bytes() == before
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_second_call_is_refused_in_one_line_while_the_first_is_at_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion_mnist, "load_classifier", lambda data, res: None)
+    holds = (
+        "import sys, time, storage\n"
+        "with storage.locked(sys.argv[1]):\n"
+        "    print(flush=True)\n"
+        "    time.sleep(60)"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", holds, tmp_path], cwd=ladder.ROOT, stdout=subprocess.PIPE
+    )
+    try:
+        first.stdout.readline()
+        done = CliRunner().invoke(ladder.main, [str(tmp_path), "--out", str(tmp_path)])
+    finally:
+        first.kill()
+        first.communicate()
+    assert done.exit_code == 1 and len(done.output.splitlines()) == 1
+    assert done.output.startswith("Error: ") and f"in use by process {first.pid}" in done.output
 
 
 def test_the_rate_is_the_one_of_lowest_loss_and_none_before_all_were_tried(tmp_path):

@@ -267,6 +267,15 @@ def difference(one, other) -> tuple[float, float]:
     return other[0] - one[0], math.hypot(one[1], other[1])
 
 
+def work(ladder: Ladder, rows, seeds: int, jobs: int):
+    """All that is not done yet, `jobs` runs at once. Raises UserError where another call works."""
+    with storage.locked(ladder.out), concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        tries = [(row, rate) for rate in RATES for row in rows]
+        list(pool.map(ladder.try_rate, *zip(*tries, strict=True)))
+        runs = [(row, seed) for seed in range(seeds) for row in rows]
+        list(pool.map(ladder.climb, *zip(*runs, strict=True)))
+
+
 @click.command(
     help=__doc__.replace("\n\n    ", "\n\n\b\n    "), context_settings={"max_content_width": 100}
 )
@@ -287,11 +296,10 @@ def main(data, out, rows, seeds, images, rate_images, samples, jobs, device, onl
     rows = rows or tuple(ROWS)
     if not only_show:
         fashion_mnist.load_classifier(data, RES)  # or say how to make it
-        with storage.locked(ladder.out), concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            tries = [(row, rate) for rate in RATES for row in rows]
-            list(pool.map(ladder.try_rate, *zip(*tries, strict=True)))
-            runs = [(row, seed) for seed in range(seeds) for row in rows]
-            list(pool.map(ladder.climb, *zip(*runs, strict=True)))
+        try:
+            work(ladder, rows, seeds, jobs)
+        except storage.UserError as error:
+            raise click.ClickException(str(error)) from None
     click.echo(table(ladder))
     draw(ladder)
 
